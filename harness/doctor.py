@@ -1,0 +1,65 @@
+"""What this machine has, and whether its kernels compute what they should."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness import runtime as runtime_module
+from harness.data.loaders import ffcv_available
+from harness.data.paths import cache_directory, data_directories
+from harness.errors import HarnessError
+from harness.models.build import build_model
+from harness.models.numerics import NumericsReport, check_and_repair
+from harness.recipe import Recipe
+from harness.runtime import provenance
+from harness.tracking.wandb_tracker import resolve_mode
+from harness.training.evaluate import MEMORY_FORMATS
+
+
+def examine() -> dict[str, Any]:
+    """Facts about code, libraries and machine, JSON-able."""
+    try:
+        data: list[str] | str = [str(p) for p in data_directories()]
+    except HarnessError as error:
+        data = error.render()
+    facts = provenance(world_size=1)
+    del facts["command"], facts["started"], facts["world_size"]
+    return {
+        **facts,
+        "ffcv": "installed" if ffcv_available() else "missing: pip install '.[ffcv]', or data.loader=device",
+        "data_folders": data,
+        "cache_folder": str(cache_directory()),
+        "wandb_mode": resolve_mode("auto"),
+    }
+
+
+def examine_numerics(recipe: Recipe) -> NumericsReport:
+    """Check every distinct layer shape of the recipe's network on this machine, remembering nothing."""
+    runtime = runtime_module.start(precision=recipe.training.precision, seed=recipe.seed)
+    model = build_model(
+        recipe.model.name,
+        num_classes=recipe.data.num_classes or 10,
+        image_size_px=recipe.data.image_size_px,
+        args=recipe.model.args,
+    ).to(runtime.device, memory_format=MEMORY_FORMATS[recipe.training.memory_format])
+    return check_and_repair(
+        model,
+        batch_size=recipe.training.global_batch_size // recipe.training.gradient_accumulation_steps,
+        image_size_px=recipe.data.image_size_px,
+        device=runtime.device,
+        precision=recipe.training.precision,
+        memory_format=recipe.training.memory_format,
+        cache_directory=None,
+    )
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The facts as lines, nested ones indented."""
+    lines = []
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            lines.append(f"{key}:")
+            lines += [f"  {k:<14}{v}" for k, v in value.items()]
+        else:
+            lines.append(f"{key:<16}{', '.join(map(str, value)) if isinstance(value, list) else value}")
+    return "\n".join(lines)

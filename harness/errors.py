@@ -1,0 +1,70 @@
+"""Errors a user can act on: where, what, the nearest valid name, and a `HINT:` with the fix.
+
+The command line prints these without a traceback and exits with their `exit_code`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_DONE = 0
+EXIT_BAD_INPUT = 2  # recipe, option or data: nothing was started
+EXIT_DIVERGED = 3  # the loss or a gradient is not finite
+EXIT_REQUEUE = 75  # stopped by a signal, checkpoint written (sysexits.h EX_TEMPFAIL)
+
+
+class HarnessError(Exception):
+    """A mistake or condition that the user can mend.
+
+    Args:
+        what: one sentence that says what is wrong.
+        where: file:line, key or path it is wrong at.
+        hint: what to do; printed behind `HINT:`.
+        exit_code: the process's exit code, see the EXIT_ constants.
+    """
+
+    def __init__(
+        self, what: str, *, where: str | None = None, hint: str | None = None, exit_code: int = EXIT_BAD_INPUT
+    ) -> None:
+        self.what, self.where, self.hint, self.exit_code = what, where, hint, exit_code
+        super().__init__(self.render())
+
+    def render(self) -> str:
+        """The message as printed: `where: what`, then the hint on its own line."""
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{text}\n  HINT: {self.hint}" if self.hint else text
+
+
+class ManyErrors(HarnessError):
+    """Several errors found in one pass, printed together so that one edit can mend them all."""
+
+    def __init__(self, title: str, errors: list[HarnessError]) -> None:
+        self.errors = errors
+        lines = "\n".join(f"  {line}" for error in errors for line in error.render().split("\n"))
+        count = f"{len(errors)} error" + ("s" if len(errors) != 1 else "")
+        super().__init__(f"{title}: {count}\n{lines}", exit_code=max(error.exit_code for error in errors))
+
+
+class Diverged(HarnessError):
+    """Training met a loss or gradient that is not finite."""
+
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+        super().__init__(what, where=where, hint=hint, exit_code=EXIT_DIVERGED)
+
+
+def nearest(name: str, valid: Iterable[str], *, show_all_up_to: int = 12) -> str:
+    """A phrase that helps with a wrong name: the closest valid one, else the valid names when they are few.
+
+    >>> nearest("epcohs", ["epochs", "seed"])
+    'Did you mean "epochs"?'
+    """
+    names = sorted({str(v) for v in valid})
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
+    if close:
+        return f'Did you mean "{close[0]}"?'
+    if not names:
+        return "There are no valid names here."
+    if len(names) <= show_all_up_to:
+        return "Valid names: " + ", ".join(names) + "."
+    return "Valid names begin with: " + ", ".join(names[:show_all_up_to]) + ", …"

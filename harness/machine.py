@@ -1,0 +1,91 @@
+"""What this machine is, told without importing torch: the processor's name and how much of it is ours."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+
+def cpu_name() -> str:
+    """The processor's model name, or the architecture where the system does not tell."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Physical cores this process may keep busy, at least 1.
+
+    Counts the cores of the affinity mask, two threads of one core once (arithmetic gains nothing from the second
+    one), and no more than the CPU quota of the control group, as a container or a SLURM job has it.
+
+    Args:
+        root: where /proc and /sys are looked for.
+    """
+    mask = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    siblings = {_siblings(root, cpu) for cpu in mask}
+    quota = cpu_quota(root)
+    return len(siblings) if quota is None else max(1, min(len(siblings), int(quota)))
+
+
+def _siblings(root: Path, cpu: int) -> str:
+    """The hardware threads that share a core with this one; its own number where the system does not tell."""
+    try:
+        path = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+        return path.read_text().strip() or str(cpu)
+    except OSError:
+        return str(cpu)
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """CPUs' worth of time that the control groups above this process grant, or None without a limit.
+
+    Reads `cpu.max` (version 2) and `cpu.cfs_quota_us` (version 1), of the process's own group and all above it.
+    """
+    limits = []
+    for group in _groups(root):
+        try:
+            if (group / "cpu.max").exists():
+                quota, period = (group / "cpu.max").read_text().split()
+            else:
+                quota = (group / "cpu.cfs_quota_us").read_text()
+                period = (group / "cpu.cfs_period_us").read_text()
+            if quota != "max" and int(quota) > 0:
+                limits.append(int(quota) / int(period))
+        except (OSError, ValueError):
+            continue
+    return min(limits, default=None)
+
+
+def _groups(root: Path) -> list[Path]:
+    """Folders of the CPU controller: the group this process is in and its parents, as far as they are mounted."""
+    mount = root / "sys/fs/cgroup"
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    folders = [mount, mount / "cpu"]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        base = mount / "cpu" if controllers else mount
+        inner = Path(path.lstrip("/"))
+        folders += [base / part for part in (inner, *inner.parents)]
+    return list(dict.fromkeys(folders))
+
+
+def available_memory_gib() -> float | None:
+    """Memory that can be had without swapping, GiB, or None where the system does not tell."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) / 2**20
+    except (OSError, ValueError):
+        pass
+    return None

@@ -1,0 +1,215 @@
+"""YAML documents as plain data with the place of every key: the layer below recipes.
+
+YAML 1.2's core schema is used (`no` is a string, `1e-3` a number). Only scalars, lists and mappings with
+string keys are data; tags, anchors and aliases are refused, so no text can run code or grow when it is read.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from harness.errors import HarnessError
+
+KeyPath = tuple[str | int, ...]
+MAX_BYTES = 1_000_000
+MAX_DEPTH = 20
+
+_RESOLVERS = (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+)
+
+
+class _CoreLoader(yaml.SafeLoader):
+    """PyYAML with the tags of YAML 1.2's core schema."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own name and shape
+
+
+class _CoreDumper(yaml.SafeDumper):
+    """Quotes what the core schema would read as something else than a string."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _name, _pattern, _first in _RESOLVERS:
+    for _class in (_CoreLoader, _CoreDumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+@dataclass
+class Document:
+    """Plain data, the place of each key (`file:line`), and what was wrong on the way."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+    places: dict[KeyPath, str] = field(default_factory=dict)
+    errors: list[HarnessError] = field(default_factory=list)
+
+
+def dump(data: Any) -> str:
+    """YAML text that `parse` reads back to equal data."""
+    return yaml.dump(data, Dumper=_CoreDumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def read(path: Path) -> Document:
+    """Read a YAML file.
+
+    Raises:
+        HarnessError: the file is missing, too large, not UTF-8 or not YAML at all.
+    """
+    where = str(path)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise HarnessError(f"cannot be read ({error.strerror})", where=where, hint=_neighbours(path)) from None
+    if len(raw) > MAX_BYTES:
+        raise HarnessError(f"{len(raw)} bytes are too many for a recipe", where=where, hint="Is it a recipe?")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise HarnessError(
+            f"not UTF-8 text (byte {error.start})", where=where, hint="Recipes are UTF-8 YAML files."
+        ) from None
+    return parse(text, where)
+
+
+def parse(text: str, where: str) -> Document:
+    """Read YAML text; `where` names it in messages.
+
+    Raises:
+        HarnessError: the text is not YAML, or its root is not a mapping.
+    """
+    document = Document()
+    node = _compose(text, where)
+    if node is None:
+        return document
+    if not isinstance(node, yaml.MappingNode):
+        raise HarnessError(
+            "a recipe is a mapping of keys to values",
+            where=f"{where}:1",
+            hint="Begin with lines like `seed: 0`.",
+        )
+    document.data = _mapping(node, (), where, document, 0)
+    return document
+
+
+def parse_value(text: str, where: str) -> Any:
+    """The value of a `key.path=value` override, by the same rules as in a file.
+
+    Raises:
+        HarnessError: the text is not one YAML value.
+    """
+    document = Document()
+    node = _compose(text, where)
+    value = None if node is None else _value(node, (), where, document, 0)
+    if document.errors:
+        raise document.errors[0]
+    return value
+
+
+def _compose(text: str, where: str) -> yaml.Node | None:
+    try:
+        _refuse_aliases(text, where)
+        return yaml.compose(text, Loader=_CoreLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error).split("\n")[0]
+        raise HarnessError(
+            f"not valid YAML: {problem}", where=where + line, hint="Check the indentation and quotes there."
+        ) from None
+    except RecursionError:
+        raise HarnessError("nested too deeply", where=where, hint="A recipe has three levels.") from None
+
+
+def _refuse_aliases(text: str, where: str) -> None:
+    for token in yaml.scan(text, Loader=_CoreLoader):
+        if isinstance(token, (yaml.AliasToken, yaml.AnchorToken)):
+            raise HarnessError(
+                "anchors and aliases are not used in recipes",
+                where=f"{where}:{token.start_mark.line + 1}",
+                hint="Share settings through `base: other.yaml`.",
+            )
+
+
+def _value(node: yaml.Node, path: KeyPath, where: str, document: Document, depth: int) -> Any:
+    place = f"{where}:{node.start_mark.line + 1}"
+    document.places.setdefault(path, place)
+    if depth > MAX_DEPTH:
+        document.errors.append(HarnessError("nested too deeply", where=place, hint="A recipe has three levels."))
+        return None
+    if isinstance(node, yaml.MappingNode):
+        return _mapping(node, path, where, document, depth)
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(n, (*path, i), where, document, depth + 1) for i, n in enumerate(node.value)]
+    return _scalar(node, place, document)
+
+
+def _mapping(node: yaml.MappingNode, path: KeyPath, where: str, document: Document, depth: int) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        place = f"{where}:{key_node.start_mark.line + 1}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            document.errors.append(HarnessError("a key must be a word", where=place, hint="Write `key: value`."))
+            continue
+        key = key_node.value
+        if key in data:
+            document.errors.append(
+                HarnessError(
+                    f'duplicate key "{".".join(map(str, (*path, key)))}"',
+                    where=place,
+                    hint=f"It already stands at {document.places[(*path, key)]}; keep one of them.",
+                )
+            )
+            continue
+        document.places[(*path, key)] = place
+        data[key] = _value(value_node, (*path, key), where, document, depth + 1)
+    return data
+
+
+def _scalar(node: yaml.Node, place: str, document: Document) -> Any:
+    kind = node.tag.removeprefix("tag:yaml.org,2002:")
+    text = str(node.value)
+    try:
+        match kind:
+            case "null":
+                return None
+            case "bool":
+                return text.lower() == "true"
+            case "int":
+                return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+            case "float":
+                return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+            case "str":
+                return text
+    except ValueError:  # more digits than Python converts
+        document.errors.append(HarnessError("the number is too long", where=place, hint="Write a shorter one."))
+        return None
+    document.errors.append(
+        HarnessError(f'the tag "{node.tag}" is not used in recipes', where=place, hint="Write a plain value.")
+    )
+    return None
+
+
+def _neighbours(path: Path) -> str:
+    from harness.errors import nearest
+
+    try:
+        names = [p.name for p in path.parent.glob("*.yaml")]
+    except OSError:
+        names = []
+    return f"In {path.parent}: {nearest(path.name, names)}" if names else "Check the path of the recipe."

@@ -1,0 +1,1 @@
+from harness.models.dual_branch_args import DualBranchArgs as DualBranchArgs

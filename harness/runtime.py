@@ -1,0 +1,170 @@
+"""What a run stands on: Accelerator, seeds, the run directory and where the run came from."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import secrets
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, set_seed
+
+import harness
+from harness.data.order import hash64
+from harness.errors import HarnessError
+from harness.machine import cpu_name, usable_cores
+
+COLLECTIVE_TIMEOUT_MINUTES = 5
+_LIBRARIES = ("torch", "torchvision", "accelerate", "timm", "wandb", "ffcv", "numpy", "safetensors")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The process's place among the ranks.
+
+    Attributes:
+        accelerator: wraps model and optimizer; owns the device and the precision.
+        device: of this rank.
+    """
+
+    accelerator: Accelerator
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        return int(self.accelerator.process_index)
+
+    @property
+    def world_size(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(*, precision: str, seed: int) -> Runtime:
+    """Join the ranks that the launcher set up, seed every generator, and check the launcher was heard.
+
+    Args:
+        precision: "no", "bf16" or "fp16".
+        seed: of weights and everything else random; the same on every rank.
+
+    Raises:
+        HarnessError: the launcher promised ranks that did not come together, or fp16 without a GPU.
+    """
+    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not (
+        torch.cuda.is_available()
+    )
+    if precision == "fp16" and use_cpu:
+        raise HarnessError(
+            "fp16 needs a GPU", where="training.precision", hint="On a CPU use training.precision=bf16 or no."
+        )
+    timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=COLLECTIVE_TIMEOUT_MINUTES))
+    accelerator = Accelerator(mixed_precision=precision, cpu=use_cpu, kwargs_handlers=[timeout])
+    promised = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != promised:
+        raise HarnessError(
+            f"the launcher set WORLD_SIZE={promised}, but {accelerator.num_processes} process(es) came together",
+            hint="On a CPU start ranks with `accelerate launch --config_file recipes/launch/cpu.yaml` or torchrun.",
+        )
+    set_seed(seed)
+    return Runtime(accelerator, accelerator.device)
+
+
+def finish(runtime: Runtime) -> None:
+    """Leave the process group, where there is one."""
+    if dist.is_available() and dist.is_initialized():
+        runtime.accelerator.end_training()
+
+
+def seed_step(seed: int, step: int, rank: int, micro: int = 0) -> None:
+    """Key every generator by (seed, step, rank): dropout and mixing then need no saved state to resume."""
+    key = int(hash64(seed, 0x57E9, step, rank, micro)) & 0xFFFF_FFFF
+    torch.manual_seed(key)  # the CPU's and every GPU's
+    np.random.seed(key)  # timm's mixing draws from numpy's global generator
+
+
+def broadcast_text(text: str | None, runtime: Runtime) -> str:
+    """Rank 0's text on every rank (sent as bytes, no pickle)."""
+    if runtime.world_size == 1:
+        assert text is not None
+        return text
+    payload = (text or "").encode()
+    length = torch.tensor([len(payload)], dtype=torch.int64, device=runtime.device)
+    dist.broadcast(length, src=0)
+    buffer = torch.zeros(int(length), dtype=torch.uint8, device=runtime.device)
+    if runtime.is_main and payload:
+        buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+    dist.broadcast(buffer, src=0)
+    return bytes(buffer.cpu().tolist()).decode()
+
+
+def new_run_id() -> str:
+    """A sortable id, unique among runs started in the same second."""
+    return datetime.datetime.now().strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
+
+
+def provenance(world_size: int) -> dict[str, Any]:
+    """Where a run came from: code, libraries, machine. Environment variables are left out on purpose."""
+    return {
+        "harness": harness.__version__,
+        "git": git_state(Path(__file__).resolve().parent),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "libraries": _versions(),
+        "cpu": cpu_name(),
+        "cpu_cores": usable_cores(),
+        "cpu_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "world_size": world_size,
+        "command": sys.argv[1:],
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit and whether tracked files were changed, or None outside a checkout."""
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        changed = bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "changed": changed}
+
+
+def _git(folder: Path, *args: str) -> str:
+    done = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w") as file:
+        file.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

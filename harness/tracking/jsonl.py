@@ -1,0 +1,53 @@
+"""metrics.jsonl: the truth about a run, a JSON object a line, written as it happens."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from harness.tracking.base import NullTracker, Record
+
+
+class JsonlTracker(NullTracker):
+    """Appends records to a file.
+
+    Args:
+        path: the file; lines behind `from_step` are dropped first, since a resumed run makes them again.
+        from_step: optimizer steps already done.
+    """
+
+    def __init__(self, path: Path, *, from_step: int = 0) -> None:
+        _keep_until(path, from_step)
+        self._file = path.open("a", buffering=1)
+
+    def log(self, record: Record) -> None:
+        self._file.write(json.dumps({k: _finite(v) for k, v in record.items()}, allow_nan=False) + "\n")
+
+    def finish(self, result: Record | None) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> list[dict[str, object]]:
+    """All records of a metrics.jsonl; a last line that was cut off by a crash is left out."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def _finite(value: object) -> object:
+    """JSON has no NaN or infinity: they become their names, so that a diverged run can still be read."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _keep_until(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [json.dumps(r) for r in read(path) if isinstance(at := r.get("step"), int) and at <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    temporary.replace(path)

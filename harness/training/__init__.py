@@ -1,0 +1,1 @@
+"""Training: from built parts to a finished run directory."""

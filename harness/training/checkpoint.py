@@ -1,0 +1,258 @@
+"""Checkpoints: `checkpoints/step_N/` with safetensors and JSON, whole or not there at all.
+
+A save goes to a temporary folder, every file is synced, a manifest with the SHA-256 of each file is written
+last, and the folder is renamed. A load believes nothing that the manifest does not confirm. No pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from harness.errors import HarnessError, nearest
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+_PREFIX = "step_"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was read and verified.
+
+    Attributes:
+        model, ema, optimizer: tensors by name, on the CPU; `ema` is None where the run has none.
+        state: everything else (`state.json`).
+    """
+
+    path: Path
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor] | None
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save(
+    directory: Path,
+    step: int,
+    *,
+    model: Mapping[str, Tensor],
+    ema: Mapping[str, Tensor] | None,
+    optimizer: dict[str, Any],
+    state: Mapping[str, Any],
+) -> Path:
+    """Write `directory/step_N` and return it; an existing one of that step is replaced.
+
+    Args:
+        optimizer: the optimizer's `state_dict()`.
+        state: JSON-able.
+
+    Raises:
+        HarnessError: the disk is full or not writable; what was there before is untouched.
+    """
+    final = directory / f"{_PREFIX}{step}"
+    temporary = directory / f".{_PREFIX}{step}.{os.getpid()}.tmp"
+    tensors, optimizer_state = _split_optimizer(optimizer)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _save_tensors(temporary / "model.safetensors", model)
+        if ema is not None:
+            _save_tensors(temporary / "ema.safetensors", ema)
+        _save_tensors(temporary / "optimizer.safetensors", tensors)
+        whole = {"format_version": FORMAT_VERSION, **state, "optimizer": optimizer_state}
+        (temporary / "state.json").write_text(json.dumps(whole, indent=1))
+        files = sorted(p.name for p in temporary.iterdir())
+        manifest = {name: {"sha256": _sha256(temporary / name), "bytes": _bytes(temporary / name)} for name in files}
+        (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": manifest}, indent=1))
+        for name in [*files, MANIFEST]:
+            _sync(temporary / name)
+        _sync(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync(directory)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise HarnessError(
+            f"the checkpoint of step {step} could not be written ({error.strerror or error})",
+            where=str(directory),
+            hint="Free some space or give another --run-dir; earlier checkpoints are untouched.",
+            exit_code=1,
+        ) from None
+    return final
+
+
+def prune(directory: Path, *, keep_last: int, keep: Path | None) -> None:
+    """Delete all but the newest `keep_last` checkpoints, and never `keep` (the best one)."""
+    for path in list_checkpoints(directory)[:-keep_last]:
+        if path != keep:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in directory.glob(f".{_PREFIX}*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """The `step_N` folders by rising N."""
+    if not directory.is_dir():
+        return []
+    found = [p for p in directory.iterdir() if p.name.startswith(_PREFIX) and p.name[len(_PREFIX) :].isdigit()]
+    return sorted((p for p in found if p.is_dir()), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The N of `step_N`."""
+    return int(path.name[len(_PREFIX) :])
+
+
+def load(path: Path) -> Saved:
+    """Read a checkpoint after checking every byte against its manifest.
+
+    Raises:
+        HarnessError: a file is missing, cut short or changed, named; or the folder is no checkpoint.
+    """
+    manifest = _read_json(path / MANIFEST)
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not {"model.safetensors", "optimizer.safetensors", "state.json"} <= files.keys():
+        raise _broken(path / MANIFEST, "not the manifest of a checkpoint")
+    for name, entry in files.items():
+        file = path / name
+        if file.parent != path or not file.is_file():
+            raise _broken(file, "is missing")
+        if _bytes(file) != entry.get("bytes"):
+            raise _broken(file, f"has {_bytes(file)} bytes, not {entry.get('bytes')}")
+        if _sha256(file) != entry.get("sha256"):
+            raise _broken(file, "was changed since it was written (SHA-256 differs)")
+    state = _read_json(path / "state.json")
+    if state.get("format_version") != FORMAT_VERSION:
+        raise _broken(path / "state.json", f"has format version {state.get('format_version')}, not {FORMAT_VERSION}")
+    ema = _load_tensors(path / "ema.safetensors") if "ema.safetensors" in files else None
+    return Saved(
+        path,
+        _load_tensors(path / "model.safetensors"),
+        ema,
+        _load_tensors(path / "optimizer.safetensors"),
+        state,
+    )
+
+
+def load_last_good(directory: Path) -> tuple[Saved | None, list[HarnessError]]:
+    """The newest checkpoint that is whole, and why newer ones are not.
+
+    Broken ones are set aside as `broken_step_N`, so that they are kept for a look but not tried again.
+    """
+    problems: list[HarnessError] = []
+    for path in reversed(list_checkpoints(directory)):
+        try:
+            return load(path), problems
+        except HarnessError as error:
+            problems.append(error)
+            aside = path.with_name(f"broken_{path.name}")
+            if not aside.exists():
+                path.rename(aside)
+    return None, problems
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Put weights into a network of the same shape.
+
+    Raises:
+        HarnessError: they belong to another network; says which names or shapes differ.
+    """
+    own = model.state_dict()
+    problems = [f'"{name}" is missing' for name in own.keys() - tensors.keys()]
+    problems += [f'"{name}" is not in the network' for name in tensors.keys() - own.keys()]
+    for name in own.keys() & tensors.keys():
+        if own[name].shape != tensors[name].shape:
+            problems.append(f'"{name}" has shape {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}')
+    if problems:
+        listed = "; ".join(sorted(problems)[:4]) + ("; …" if len(problems) > 4 else "")
+        raise HarnessError(
+            f"a checkpoint of another network ({len(problems)} differences): {listed}",
+            where=str(where),
+            hint="Give the recipe it was trained with, or start a new run with another --run-dir.",
+        )
+    model.load_state_dict(dict(tensors))
+
+
+def join_optimizer(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> dict[str, Any]:
+    """The optimizer's `state_dict` back from its tensors and JSON part."""
+    per_parameter: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in state["scalars"].items()}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        per_parameter.setdefault(int(index), {})[key] = tensor
+    groups = [
+        {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in g.items()} for g in state["groups"]
+    ]
+    return {"state": per_parameter, "param_groups": groups}
+
+
+def _split_optimizer(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for index, entries in optimizer["state"].items():
+        scalars[str(index)] = {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
+        tensors |= {f"{index}.{k}": v for k, v in entries.items() if isinstance(v, Tensor)}
+    return tensors, {"scalars": scalars, "groups": optimizer["param_groups"]}
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    # safetensors wants dense, unshared storage; channels_last weights come back in the network's own layout.
+    save_file({k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}, path)
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise _broken(path, f"cannot be read ({error})") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except OSError:
+        around = [p.name for p in list_checkpoints(path.parent.parent)]
+        raise HarnessError(
+            "no checkpoint here", where=str(path.parent), hint=nearest(path.parent.name, around)
+        ) from None
+    except ValueError:
+        raise _broken(path, "is not JSON") from None
+    if not isinstance(data, dict):
+        raise _broken(path, "is not a JSON object")
+    return data
+
+
+def _broken(file: Path, what: str) -> HarnessError:
+    return HarnessError(
+        f"broken checkpoint: {file.name} {what}",
+        where=str(file.parent),
+        hint="Use an earlier checkpoint, or --resume auto, which finds the last good one.",
+    )
+
+
+def _bytes(path: Path) -> int:
+    return path.stat().st_size
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,95 @@
+"""Evaluation: every image of a split counted exactly once, on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from harness.data.loaders import Batch, Loader
+from harness.errors import HarnessError
+from harness.training.state import Meter, Score
+
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Loader,
+    ids_per_batch: Sequence[np.ndarray],
+    *,
+    autocast: Callable[[], Any],
+    device: torch.device,
+    memory_format: str,
+    expected_total: int,
+) -> Score:
+    """Loss and accuracy of `model` over the batches of all ranks together.
+
+    Args:
+        model: not wrapped for DDP; left in the mode it was in.
+        ids_per_batch: this rank's share of the split, from `order.evaluation_batches`.
+        autocast: makes a context manager that sets the precision.
+        expected_total: images in the split; anything else counted is a defect and raises.
+    """
+    meter = Meter(device)
+    with eval_mode(model):
+        for batch in loader.batches(ids_per_batch, epoch=0):
+            images = batch.images_BCHW.contiguous(memory_format=MEMORY_FORMATS[memory_format])
+            with autocast():
+                logits_BK = model(images).float()
+            loss = nn.functional.cross_entropy(logits_BK, batch.labels_B, reduction="sum")
+            meter.add(loss, logits_BK, batch.labels_B)
+    score = meter.read()
+    if score.total != expected_total:
+        raise HarnessError(f"evaluation counted {score.total} images of {expected_total}", exit_code=1)
+    return score
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block, the former mode of every module behind it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@torch.no_grad()
+def recalibrate_batch_norm(
+    model: nn.Module, batches: Iterable[Batch], *, autocast: Callable[[], Any], memory_format: str
+) -> None:
+    """Take BatchNorm's running statistics anew as the average over `batches`, with dropout off.
+
+    Dropout before a normalisation shifts the variance it sees in training; statistics without dropout are those
+    that evaluation meets (Li et al. 2019, https://arxiv.org/abs/1801.05134). Averages over ranks too.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    with eval_mode(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain average over the batches
+            norm.train()
+        for batch in batches:
+            images = batch.images_BCHW.contiguous(memory_format=MEMORY_FORMATS[memory_format])
+            with autocast():
+                model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        _average_over_ranks(norm.running_mean)
+        _average_over_ranks(norm.running_var)
+
+
+def _average_over_ranks(values: Tensor | None) -> None:
+    if values is not None and dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()

@@ -1,0 +1,133 @@
+"""What can be done with a run's checkpoint: evaluate it again, or ask it about images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness import runtime as runtime_module
+from harness.data.augment import normalisation_table
+from harness.data.images import read_image
+from harness.data.order import evaluation_batches
+from harness.errors import HarnessError, ManyErrors
+from harness.models.build import build_model
+from harness.recipe import Recipe, load_resolved
+from harness.training import checkpoint
+from harness.training.evaluate import MEMORY_FORMATS, evaluate
+from harness.training.parts import open_data, open_loader, open_model
+from harness.training.run import find_checkpoint
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Class names with their probabilities, the likeliest first."""
+
+    image: str
+    classes: tuple[tuple[str, float], ...]
+
+
+def evaluate_run(path: Path, *, which: str) -> dict[str, Any]:
+    """Evaluate a run's checkpoint on its test split, with the run's own precision and layout.
+
+    Args:
+        path: a run directory or one of its checkpoints.
+        which: "last", "best" or "step_N".
+
+    Returns:
+        `test` and, where the run has averaged weights, `test_ema`: loss, accuracy, correct, total.
+
+    Raises:
+        HarnessError: no such run or checkpoint, a broken one, or no data.
+    """
+    saved, recipe = _open(path, which)
+    runtime = runtime_module.start(precision=recipe.training.precision, seed=recipe.seed)
+    store = open_data(recipe, runtime)
+    model, _ = open_model(recipe, store, runtime)
+    test = store.split("test")
+    loader = open_loader(recipe, store, "test", runtime.device)
+    result: dict[str, Any] = {"checkpoint": str(saved.path), "step": saved.state["progress"]["step"]}
+    try:
+        for name, weights in (("test", saved.model), ("test_ema", saved.ema)):
+            if weights is None:
+                continue
+            checkpoint.load_weights(model, weights, saved.path)
+            score = evaluate(
+                model,
+                loader,
+                evaluation_batches(
+                    test.count,
+                    batch_size=recipe.evaluation.per_device_batch_size,
+                    rank=runtime.rank,
+                    world_size=runtime.world_size,
+                ),
+                autocast=runtime.accelerator.autocast,
+                device=runtime.device,
+                memory_format=recipe.training.memory_format,
+                expected_total=test.count,
+            )
+            result[name] = score.to_json()
+    finally:
+        loader.close()
+        runtime_module.finish(runtime)
+    return {**result, "is_main": runtime.is_main}
+
+
+@torch.no_grad()
+def predict(path: Path, images: Sequence[Path], *, which: str, weights: str, top: int) -> list[Prediction]:
+    """Classify image files, in float32 on the CPU.
+
+    Args:
+        path: a run directory or one of its checkpoints.
+        images: files that PIL can read, of any size; brought to the network's size as `imagefolder` does.
+        which: "last", "best" or "step_N".
+        weights: "raw" or "ema".
+        top: classes to name for each image.
+
+    Raises:
+        HarnessError: a file that is no image, no such run, or a broken checkpoint.
+    """
+    saved, recipe = _open(path, which)
+    pixels_BHWC = _read_images(images, recipe.data.image_size_px)
+    tensors = saved.ema if weights == "ema" else saved.model
+    if tensors is None:
+        raise HarnessError("the run has no averaged weights", where=str(saved.path), hint="Use --weights raw.")
+    classes: list[str] = saved.state["classes"]
+    model = build_model(
+        recipe.model.name,
+        num_classes=len(classes),
+        image_size_px=recipe.data.image_size_px,
+        args=recipe.model.args,
+    )
+    checkpoint.load_weights(model, tensors, saved.path)
+    model.eval().to(memory_format=MEMORY_FORMATS[recipe.training.memory_format])
+    table = normalisation_table(saved.state["mean"], saved.state["std"])
+    normalised_BCHW = np.stack([table[c][pixels_BHWC[..., c]] for c in range(3)], axis=1)
+    probabilities_BK = torch.softmax(model(torch.from_numpy(normalised_BCHW)), dim=1)
+    best = torch.topk(probabilities_BK, min(top, len(classes)), dim=1)
+    return [
+        Prediction(str(image), tuple((classes[i], float(p)) for p, i in zip(values, indices, strict=True)))
+        for image, values, indices in zip(images, best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
+
+
+def _read_images(images: Sequence[Path], size_px: int) -> np.ndarray:
+    """(B, H, W, 3) uint8; all unreadable files are named in one error."""
+    found, errors = [], []
+    for image in images:
+        try:
+            found.append(read_image(image, size_px))
+        except HarnessError as error:
+            errors.append(error)
+    if errors:
+        raise ManyErrors("predict", errors)
+    return np.stack(found)
+
+
+def _open(path: Path, which: str) -> tuple[checkpoint.Saved, Recipe]:
+    saved = find_checkpoint(path, which)
+    return saved, load_resolved(saved.path.parent.parent / "recipe.yaml")

@@ -1,0 +1,188 @@
+"""The loop: epochs, steps, evaluations and checkpoints. It sees steps only; recipes stop at `assemble`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+from torch import nn
+
+from harness.training.evaluate import evaluate, recalibrate_batch_norm
+from harness.training.parts import Parts
+from harness.training.state import Meter, Progress, Score
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """When things happen, in optimizer steps.
+
+    Attributes:
+        total_steps: length of the run.
+        log_steps: between log lines.
+        evaluate_steps: between evaluations; one always ends the run.
+        checkpoint_steps: each of these numbers and their multiples get a checkpoint; one always ends the run.
+    """
+
+    total_steps: int
+    log_steps: int
+    evaluate_steps: int
+    checkpoint_steps: tuple[int, ...]
+
+    def logs(self, step: int) -> bool:
+        return step % self.log_steps == 0 or step == self.total_steps
+
+    def evaluates(self, step: int) -> bool:
+        return step % self.evaluate_steps == 0 or step == self.total_steps
+
+    def checkpoints(self, step: int) -> bool:
+        return step == self.total_steps or any(step % every == 0 for every in self.checkpoint_steps)
+
+
+def fit(parts: Parts, cadence: Cadence, progress: Progress) -> None:
+    """Train from where `progress` stands to the end; `progress` is kept up to date in place.
+
+    Raises:
+        Diverged: a loss or gradient is not finite.
+    """
+    if progress.step >= cadence.total_steps and progress.last is None:
+        evaluate_all(parts, progress)  # a length of 0: the weights as they are
+        parts.save(progress)
+    while progress.step < cadence.total_steps:
+        _epoch(parts, cadence, progress)
+
+
+def _epoch(parts: Parts, cadence: Cadence, progress: Progress) -> None:
+    """The rest of the epoch under way."""
+    plan = parts.plan
+    remaining = cadence.total_steps - progress.step
+    micro_batches = plan.micro_batches(progress.epoch, progress.step_in_epoch)[:remaining]
+    batches = parts.train_loader.batches(list(chain.from_iterable(micro_batches)), epoch=progress.epoch)
+    window = _Window(parts, progress)
+    parts.model.train()
+    for ids_per_micro in micro_batches:
+        count = plan.global_count(progress.step_in_epoch)
+        logs = cadence.logs(progress.step + 1)
+        parts.step(
+            batches,
+            refetch=partial(parts.train_loader.batches, ids_per_micro, epoch=progress.epoch),
+            micro_batches=len(ids_per_micro),
+            step=progress.step,
+            global_count=count,
+            meter=window.meter,
+            check=logs,
+        )
+        progress.step, progress.step_in_epoch = progress.step + 1, progress.step_in_epoch + 1
+        parts.tracker.tick(progress.step)
+        ends = progress.step_in_epoch == plan.steps_per_epoch
+        evaluates, saves = cadence.evaluates(progress.step), cadence.checkpoints(progress.step)
+        if logs or ends or evaluates or saves:
+            window.close(log=logs)
+        if ends or progress.step == cadence.total_steps:
+            _log_epoch(parts, progress)
+        if ends:
+            progress.next_epoch()
+        if evaluates:
+            evaluate_all(parts, progress)
+        if saves:
+            parts.save(progress)
+        if evaluates or saves:
+            window.restart_clock()
+
+
+class _Window:
+    """The stretch since the last log line: what was learnt in it, and how fast."""
+
+    def __init__(self, parts: Parts, progress: Progress) -> None:
+        self.meter = Meter(parts.runtime.device)
+        self._parts, self._progress = parts, progress
+        self._from_step = progress.step
+        self._started_at = time.perf_counter()
+
+    def restart_clock(self) -> None:
+        self._started_at = time.perf_counter()
+
+    def close(self, *, log: bool) -> None:
+        """Add the stretch to the epoch's sums, log it where a line is due, and begin a new one."""
+        progress, score = self._progress, self.meter.read()  # the read waits for the device
+        seconds, steps = time.perf_counter() - self._started_at, progress.step - self._from_step
+        progress.add(score, seconds)
+        if log:
+            self._parts.tracker.log(
+                {
+                    "kind": "step",
+                    "split": "train",
+                    "step": progress.step,
+                    "epoch": round(progress.epoch + progress.step_in_epoch / self._parts.plan.steps_per_epoch, 4),
+                    **score.to_json(),
+                    "lr": self._parts.step.lr,
+                    "grad_norm": self._parts.step.grad_norm_value(),
+                    "images_per_second": score.total / seconds,
+                    "milliseconds_per_step": 1000 * seconds / max(1, steps),
+                }
+            )
+        self.meter.reset()
+        self._from_step = progress.step
+        self.restart_clock()
+
+
+def _log_epoch(parts: Parts, progress: Progress) -> None:
+    """One record for the epoch, or the part of it, that ends here."""
+    score, seconds = progress.epoch_score, progress.epoch_seconds
+    parts.tracker.log(
+        {
+            "kind": "epoch",
+            "split": "train",
+            "step": progress.step,
+            "epoch": round(progress.epoch + progress.step_in_epoch / parts.plan.steps_per_epoch, 4),
+            "steps": progress.step_in_epoch,
+            "seconds": seconds,
+            **score.to_json(),
+            "lr": parts.step.lr,
+            "images_per_second": score.total / max(seconds, 1e-9),
+        }
+    )
+
+
+def evaluate_all(parts: Parts, progress: Progress) -> None:
+    """Evaluate the raw weights, and apart from them the averaged ones, over the whole test split."""
+    last: dict[str, Any] = {"step": progress.step, "epoch": parts.epochs_done(progress)}
+    for split, model in parts.models_to_evaluate():
+        started_at = time.perf_counter()
+        score = evaluate_one(parts, model, progress.epoch)
+        last[split] = score.to_json()
+        parts.tracker.log(
+            {
+                "kind": "epoch",
+                "split": split,
+                "step": progress.step,
+                "epoch": last["epoch"],
+                **score.to_json(),
+                "seconds": time.perf_counter() - started_at,
+            }
+        )
+    progress.take_evaluation(last, judged_by=parts.best_by)
+
+
+def evaluate_one(parts: Parts, model: nn.Module, epoch: int) -> Score:
+    """Score of one network on the test split; BatchNorm statistics are taken anew first where the recipe says so."""
+    if parts.recalibration_batches:
+        plan = parts.plan
+        ids = list(chain.from_iterable(plan.micro_batches(epoch)))[: parts.recalibration_batches]
+        recalibrate_batch_norm(
+            model,
+            parts.train_loader.batches(ids, epoch=epoch),
+            autocast=parts.runtime.accelerator.autocast,
+            memory_format=parts.memory_format,
+        )
+    return evaluate(
+        model,
+        parts.test_loader,
+        parts.test_batches,
+        autocast=parts.runtime.accelerator.autocast,
+        device=parts.runtime.device,
+        memory_format=parts.memory_format,
+        expected_total=parts.test_count,
+    )

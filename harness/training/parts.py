@@ -1,0 +1,299 @@
+"""From a recipe to the built parts of a training: the last place that sees a recipe."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from harness.data.augment import Augmentation
+from harness.data.loaders import Loader, build_loader
+from harness.data.order import BatchPlan, evaluation_batches
+from harness.data.paths import cache_directory
+from harness.data.prepare import DataStore, prepare
+from harness.errors import HarnessError
+from harness.models.build import build_model
+from harness.models.numerics import NumericsReport, check_and_repair
+from harness.models.sync_batch_norm import convert_sync_batch_norm
+from harness.recipe import Recipe
+from harness.runtime import Runtime
+from harness.tracking import NullTracker, Tracker
+from harness.training import checkpoint
+from harness.training.evaluate import MEMORY_FORMATS
+from harness.training.optim import Mix, Schedule, build_optimizer, build_schedule
+from harness.training.state import Progress
+from harness.training.step import TrainingStep
+
+
+@dataclass
+class Parts:
+    """Everything the loop works with, built and connected."""
+
+    runtime: Runtime
+    store: DataStore
+    plan: BatchPlan
+    train_loader: Loader
+    test_loader: Loader
+    test_batches: list[np.ndarray]
+    test_count: int
+    model: nn.Module
+    bare_model: nn.Module
+    ema: ModelEmaV3 | None
+    optimizer: Any
+    schedule: Schedule
+    step: TrainingStep
+    memory_format: str
+    recalibration_batches: int
+    best_by: str
+    checkpoint_directory: Path
+    keep_last: int
+    keep_best: bool
+    numerics: NumericsReport
+    identity: dict[str, Any]
+    tracker: Tracker = field(default_factory=NullTracker)
+
+    def models_to_evaluate(self) -> Iterator[tuple[str, nn.Module]]:
+        """Splits' names in the metrics and the networks: raw weights, then averaged ones where there are any."""
+        yield "test", self.bare_model
+        if self.ema is not None:
+            yield "test_ema", self.ema.module
+
+    def epochs_done(self, progress: Progress) -> float:
+        return round(progress.step / self.plan.steps_per_epoch, 4)
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint of this step (the first rank does) and drop those that are no longer kept."""
+        if self.runtime.is_main:
+            scaler = self.runtime.accelerator.scaler
+            checkpoint.save(
+                self.checkpoint_directory,
+                progress.step,
+                model=self.bare_model.state_dict(),
+                ema=self.ema.module.state_dict() if self.ema is not None else None,
+                optimizer=self.optimizer.optimizer.state_dict(),
+                state={
+                    "progress": progress.to_json(),
+                    "scaler": scaler.state_dict() if scaler is not None else None,
+                    **self.identity,
+                },
+            )
+            best = self.checkpoint_directory / f"step_{progress.best['step']}" if progress.best else None
+            checkpoint.prune(self.checkpoint_directory, keep_last=self.keep_last, keep=best if self.keep_best else None)
+        self.runtime.accelerator.wait_for_everyone()
+
+    def restore(self, saved: checkpoint.Saved) -> Progress:
+        """Put a checkpoint into the parts and return where it stood.
+
+        Raises:
+            HarnessError: it belongs to another network or another kind of run.
+        """
+        checkpoint.load_weights(self.bare_model, saved.model, saved.path)
+        if (self.ema is None) != (saved.ema is None):
+            raise HarnessError(
+                "the checkpoint has averaged weights" if saved.ema else "the checkpoint has no averaged weights",
+                where=str(saved.path),
+                hint="Resume with the ema settings it was trained with.",
+            )
+        if self.ema is not None and saved.ema is not None:
+            checkpoint.load_weights(self.ema.module, saved.ema, saved.path)
+        try:
+            self.optimizer.optimizer.load_state_dict(
+                checkpoint.join_optimizer(saved.optimizer, saved.state["optimizer"])
+            )
+        except ValueError as error:
+            raise HarnessError(
+                f"the checkpoint's optimizer is another one: {error}",
+                where=str(saved.path),
+                hint="Resume with the optimizer settings it was trained with.",
+            ) from None
+        if self.runtime.accelerator.scaler is not None and saved.state["scaler"]:
+            self.runtime.accelerator.scaler.load_state_dict(saved.state["scaler"])
+        return Progress.from_json(saved.state["progress"])
+
+    def close(self) -> None:
+        self.train_loader.close()
+        self.test_loader.close()
+
+
+def open_data(recipe: Recipe, runtime: Runtime) -> DataStore:
+    """The recipe's data, converted and verified; the first process of each machine does it before the others.
+
+    Raises:
+        HarnessError: no data, broken data, or another number of classes than the recipe says.
+    """
+    data = recipe.data
+    with runtime.accelerator.local_main_process_first():
+        store = prepare(
+            data.source,
+            path=data.path,
+            image_size_px=data.image_size_px,
+            synthetic=data.synthetic.model_dump(),
+        )
+    found = len(store.manifest.classes)
+    if data.num_classes is not None and data.num_classes != found:
+        raise HarnessError(
+            f"the data has {found} classes, not {data.num_classes}",
+            where="data.num_classes",
+            hint=f"Classes found: {', '.join(store.manifest.classes[:10])}{' …' if found > 10 else ''}",
+        )
+    return store
+
+
+def open_model(recipe: Recipe, store: DataStore, runtime: Runtime) -> tuple[nn.Module, NumericsReport]:
+    """The recipe's network on the device, each of its layers checked there (and mended where a kernel is wrong)."""
+    training = recipe.training
+    model = build_model(
+        recipe.model.name,
+        num_classes=len(store.manifest.classes),
+        image_size_px=recipe.data.image_size_px,
+        args=recipe.model.args,
+    )
+    model = model.to(runtime.device, memory_format=MEMORY_FORMATS[training.memory_format])
+    micro_batch = training.global_batch_size // training.gradient_accumulation_steps // runtime.world_size
+    with runtime.accelerator.local_main_process_first():
+        report = check_and_repair(
+            model,
+            batch_size=max(1, micro_batch),
+            image_size_px=recipe.data.image_size_px,
+            device=runtime.device,
+            precision=training.precision,
+            memory_format=training.memory_format,
+            cache_directory=cache_directory(),
+        )
+    if training.sync_batch_norm and runtime.world_size > 1:
+        model = convert_sync_batch_norm(model, runtime.device.type)
+    return model, report
+
+
+def open_loader(recipe: Recipe, store: DataStore, split: Literal["train", "test"], device: torch.device) -> Loader:
+    """A loader of one split; training images are augmented, test images only normalised."""
+    data = recipe.data
+    augmentation = Augmentation(
+        seed=recipe.seed,
+        crop_padding_px=data.crop_padding_px,
+        crop_padding_mode=data.crop_padding_mode,
+        flip=data.flip,
+        cutout_size_px=data.cutout_size_px,
+    )
+    return build_loader(
+        data.loader,
+        store.split(split),
+        mean=data.mean or store.manifest.mean,
+        std=data.std or store.manifest.std,
+        augmentation=augmentation if split == "train" else None,
+        device=device,
+        workers=data.workers,
+    )
+
+
+def assemble(recipe: Recipe, runtime: Runtime, checkpoint_directory: Path) -> Parts:
+    """Build all parts of a training.
+
+    Raises:
+        HarnessError: something in the recipe does not go with the data, the machine or the ranks.
+    """
+    training, evaluation = recipe.training, recipe.evaluation
+    store = open_data(recipe, runtime)
+    plan = BatchPlan(
+        count=store.split("train").count,
+        global_batch_size=training.global_batch_size,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        accumulation_steps=training.gradient_accumulation_steps,
+        seed=recipe.seed,
+        shuffle=recipe.data.shuffle,
+        drop_last=training.drop_last,
+    )
+    bare_model, numerics = open_model(recipe, store, runtime)
+    ema = None
+    if recipe.ema.decay is not None:  # copied before anything wraps the forward pass
+        ema = ModelEmaV3(copy.deepcopy(bare_model), decay=recipe.ema.decay, use_warmup=recipe.ema.warmup)
+    raw_optimizer = build_optimizer(bare_model, **recipe.optimizer.model_dump())
+    schedule = _schedule(recipe, plan, raw_optimizer)
+    model, optimizer = runtime.accelerator.prepare(bare_model, raw_optimizer)
+    if training.compile:
+        bare_model.compile()
+    mix = Mix(
+        **recipe.mix.model_dump(),
+        label_smoothing=training.label_smoothing,
+        num_classes=len(store.manifest.classes),
+    )
+    test_count = store.split("test").count
+    return Parts(
+        runtime=runtime,
+        store=store,
+        plan=plan,
+        train_loader=open_loader(recipe, store, "train", runtime.device),
+        test_loader=open_loader(recipe, store, "test", runtime.device),
+        test_batches=evaluation_batches(
+            test_count,
+            batch_size=evaluation.per_device_batch_size,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+        ),
+        test_count=test_count,
+        model=model,
+        bare_model=bare_model,
+        ema=ema,
+        optimizer=optimizer,
+        schedule=schedule,
+        step=TrainingStep(
+            runtime,
+            model=model,
+            bare_model=bare_model,
+            optimizer=optimizer,
+            schedule=schedule,
+            mix=mix,
+            ema=ema,
+            seed=recipe.seed,
+            memory_format=training.memory_format,
+            clip_grad_norm=training.clip_grad_norm,
+            fp16=training.precision == "fp16",
+        ),
+        memory_format=training.memory_format,
+        recalibration_batches=evaluation.recalibrate_batch_norm_batches,
+        best_by="test_ema" if recipe.checkpoint.best_by == "ema" else "test",
+        checkpoint_directory=checkpoint_directory,
+        keep_last=recipe.checkpoint.keep_last,
+        keep_best=recipe.checkpoint.keep_best,
+        numerics=numerics,
+        identity={
+            "model": recipe.model.name,
+            "classes": list(store.manifest.classes),
+            "mean": list(recipe.data.mean or store.manifest.mean),
+            "std": list(recipe.data.std or store.manifest.std),
+            "world_size": runtime.world_size,
+        },
+    )
+
+
+def total_steps(recipe: Recipe, plan: BatchPlan) -> int:
+    """Length of the run in optimizer steps."""
+    if recipe.training.steps is not None:
+        return recipe.training.steps
+    assert recipe.training.epochs is not None  # a rule of recipes
+    return recipe.training.epochs * plan.steps_per_epoch
+
+
+def _schedule(recipe: Recipe, plan: BatchPlan, optimizer: torch.optim.Optimizer) -> Schedule:
+    settings = recipe.schedule
+    warmup_steps = settings.warmup_steps or round((settings.warmup_epochs or 0) * plan.steps_per_epoch)
+    return build_schedule(
+        optimizer,
+        name=settings.name,
+        total_steps=total_steps(recipe, plan),
+        steps_per_epoch=plan.steps_per_epoch,
+        warmup_steps=warmup_steps,
+        warmup_lr=settings.warmup_lr,
+        min_lr=settings.min_lr,
+        decay_rate=settings.decay_rate,
+        decay_epochs=settings.decay_epochs,
+        milestones_epochs=settings.milestones_epochs,
+    )
