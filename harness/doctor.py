@@ -41,7 +41,8 @@ def examine_numerics(recipe: Recipe) -> NumericsReport:
         num_classes=recipe.data.num_classes or 10,
         image_size_px=recipe.data.image_size_px,
         args=recipe.model.args,
-    ).to(runtime.device, memory_format=MEMORY_FORMATS[recipe.training.memory_format])
+    )
+    model = model.to(runtime.device).to(memory_format=MEMORY_FORMATS[recipe.training.memory_format])
     return check_and_repair(
         model,
         batch_size=recipe.training.global_batch_size // recipe.training.gradient_accumulation_steps,

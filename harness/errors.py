@@ -6,6 +6,8 @@ The command line prints these without a traceback and exits with their `exit_cod
 from __future__ import annotations
 
 import difflib
+import os
+import sys
 from collections.abc import Iterable
 
 EXIT_DONE = 0
@@ -68,3 +70,11 @@ def nearest(name: str, valid: Iterable[str], *, show_all_up_to: int = 12) -> str
     if len(names) <= show_all_up_to:
         return "Valid names: " + ", ".join(names) + "."
     return "Valid names begin with: " + ", ".join(names[:show_all_up_to]) + ", …"
+
+
+def print_error(error: HarnessError) -> None:
+    """Print an error to stderr as the user sees it."""
+    rank = os.environ.get("RANK", "0")
+    # Ranks that fail alike say it once: the others in one line.
+    text = f"ERROR {error}" if rank == "0" else f"ERROR (rank {rank}) {str(error).splitlines()[0]}"
+    print(text, file=sys.stderr, flush=True)

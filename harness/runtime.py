@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 import harness
@@ -83,9 +84,13 @@ def start(*, precision: str, seed: int) -> Runtime:
 
 
 def finish(runtime: Runtime) -> None:
-    """Leave the process group, where there is one."""
+    """Leave the process group, where there is one, so that the process may start another run."""
     if dist.is_available() and dist.is_initialized():
-        runtime.accelerator.end_training()
+        dist.destroy_process_group()
+    # Accelerate keeps its state for the life of the process; a later run may want another precision.
+    runtime.accelerator.free_memory()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def seed_step(seed: int, step: int, rank: int, micro: int = 0) -> None:

@@ -62,7 +62,7 @@ class Document:
 
 def dump(data: Any) -> str:
     """YAML text that `parse` reads back to equal data."""
-    return yaml.dump(data, Dumper=_CoreDumper, sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(data, Dumper=_CoreDumper, sort_keys=False, width=100)
 
 
 def read(path: Path) -> Document:
@@ -152,6 +152,8 @@ def _value(node: yaml.Node, path: KeyPath, where: str, document: Document, depth
     if depth > MAX_DEPTH:
         document.errors.append(HarnessError("nested too deeply", where=place, hint="A recipe has three levels."))
         return None
+    if not isinstance(node, yaml.ScalarNode) and node.tag.rpartition(":")[2] not in ("map", "seq"):
+        return _refuse_tag(node, place, document)
     if isinstance(node, yaml.MappingNode):
         return _mapping(node, path, where, document, depth)
     if isinstance(node, yaml.SequenceNode):
@@ -199,10 +201,12 @@ def _scalar(node: yaml.Node, place: str, document: Document) -> Any:
     except ValueError:  # more digits than Python converts
         document.errors.append(HarnessError("the number is too long", where=place, hint="Write a shorter one."))
         return None
-    document.errors.append(
-        HarnessError(f'the tag "{node.tag}" is not used in recipes', where=place, hint="Write a plain value.")
-    )
-    return None
+    return _refuse_tag(node, place, document)
+
+
+def _refuse_tag(node: yaml.Node, place: str, document: Document) -> None:
+    tag = f'the tag "{node.tag}" is not used in recipes'
+    document.errors.append(HarnessError(tag, where=place, hint="Write a plain value."))
 
 
 def _neighbours(path: Path) -> str:

@@ -244,9 +244,15 @@ def _section(schema: type[BaseModel], loc: Iterable[str | int]) -> type[BaseMode
     return current if isinstance(current, type) and issubclass(current, BaseModel) else None
 
 
-def _describe(owner: type[BaseModel] | None, loc: KeyPath) -> str | None:
+def _describe(owner: type[BaseModel] | None, loc: KeyPath) -> str:
+    """What the key means, as a hint."""
     field = owner.model_fields.get(str(loc[-1])) if owner and loc else None
-    return f"{loc[-1]}: {field.description}." if field is not None and field.description else None
+    section = _section(owner, loc[-1:]) if owner and field is not None else None
+    if section is not None:
+        return f"{loc[-1]} is a section with the keys {', '.join(section.model_fields)}."
+    if field is not None and field.description:
+        return f"{loc[-1]}: {field.description}."
+    return "`harness recipe schema` lists every key with its type."
 
 
 def _literal_values(owner: type[BaseModel] | None, loc: KeyPath) -> tuple[Any, ...]:

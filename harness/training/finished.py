@@ -13,13 +13,12 @@ import torch
 from harness import runtime as runtime_module
 from harness.data.augment import normalisation_table
 from harness.data.images import read_image
-from harness.data.order import evaluation_batches
 from harness.errors import HarnessError, ManyErrors
 from harness.models.build import build_model
 from harness.recipe import Recipe, load_resolved
 from harness.training import checkpoint
 from harness.training.evaluate import MEMORY_FORMATS, evaluate
-from harness.training.parts import open_data, open_loader, open_model
+from harness.training.parts import open_data, open_loader, open_model, share_of_test
 from harness.training.run import find_checkpoint
 
 
@@ -39,7 +38,8 @@ def evaluate_run(path: Path, *, which: str) -> dict[str, Any]:
         which: "last", "best" or "step_N".
 
     Returns:
-        `test` and, where the run has averaged weights, `test_ema`: loss, accuracy, correct, total.
+        `is_main` (whether this rank should print), `test` and, where the run has averaged weights, `test_ema`:
+        loss, accuracy, correct, total.
 
     Raises:
         HarnessError: no such run or checkpoint, a broken one, or no data.
@@ -48,9 +48,12 @@ def evaluate_run(path: Path, *, which: str) -> dict[str, Any]:
     runtime = runtime_module.start(precision=recipe.training.precision, seed=recipe.seed)
     store = open_data(recipe, runtime)
     model, _ = open_model(recipe, store, runtime)
-    test = store.split("test")
     loader = open_loader(recipe, store, "test", runtime.device)
-    result: dict[str, Any] = {"checkpoint": str(saved.path), "step": saved.state["progress"]["step"]}
+    result: dict[str, Any] = {
+        "checkpoint": str(saved.path),
+        "step": saved.state["progress"]["step"],
+        "is_main": runtime.is_main,
+    }
     try:
         for name, weights in (("test", saved.model), ("test_ema", saved.ema)):
             if weights is None:
@@ -59,22 +62,17 @@ def evaluate_run(path: Path, *, which: str) -> dict[str, Any]:
             score = evaluate(
                 model,
                 loader,
-                evaluation_batches(
-                    test.count,
-                    batch_size=recipe.evaluation.per_device_batch_size,
-                    rank=runtime.rank,
-                    world_size=runtime.world_size,
-                ),
+                share_of_test(recipe, store, runtime),
                 autocast=runtime.accelerator.autocast,
                 device=runtime.device,
                 memory_format=recipe.training.memory_format,
-                expected_total=test.count,
+                expected_total=store.split("test").count,
             )
             result[name] = score.to_json()
     finally:
         loader.close()
         runtime_module.finish(runtime)
-    return {**result, "is_main": runtime.is_main}
+    return result
 
 
 @torch.no_grad()
@@ -120,7 +118,7 @@ def _read_images(images: Sequence[Path], size_px: int) -> np.ndarray:
     found, errors = [], []
     for image in images:
         try:
-            found.append(read_image(image, size_px))
+            found.append(read_image(image, image_size_px=size_px))
         except HarnessError as error:
             errors.append(error)
     if errors:

@@ -21,7 +21,6 @@ from harness.data.prepare import DataStore, prepare
 from harness.errors import HarnessError
 from harness.models.build import build_model
 from harness.models.numerics import NumericsReport, check_and_repair
-from harness.models.sync_batch_norm import convert_sync_batch_norm
 from harness.recipe import Recipe
 from harness.runtime import Runtime
 from harness.tracking import NullTracker, Tracker
@@ -42,12 +41,10 @@ class Parts:
     train_loader: Loader
     test_loader: Loader
     test_batches: list[np.ndarray]
-    test_count: int
     model: nn.Module
     bare_model: nn.Module
     ema: ModelEmaV3 | None
     optimizer: Any
-    schedule: Schedule
     step: TrainingStep
     memory_format: str
     recalibration_batches: int
@@ -64,6 +61,11 @@ class Parts:
         yield "test", self.bare_model
         if self.ema is not None:
             yield "test_ema", self.ema.module
+
+    @property
+    def test_count(self) -> int:
+        """Images in the whole test split."""
+        return self.store.split("test").count
 
     def epochs_done(self, progress: Progress) -> float:
         return round(progress.step / self.plan.steps_per_epoch, 4)
@@ -155,7 +157,7 @@ def open_model(recipe: Recipe, store: DataStore, runtime: Runtime) -> tuple[nn.M
         image_size_px=recipe.data.image_size_px,
         args=recipe.model.args,
     )
-    model = model.to(runtime.device, memory_format=MEMORY_FORMATS[training.memory_format])
+    model = model.to(runtime.device).to(memory_format=MEMORY_FORMATS[training.memory_format])
     micro_batch = training.global_batch_size // training.gradient_accumulation_steps // runtime.world_size
     with runtime.accelerator.local_main_process_first():
         report = check_and_repair(
@@ -168,6 +170,8 @@ def open_model(recipe: Recipe, store: DataStore, runtime: Runtime) -> tuple[nn.M
             cache_directory=cache_directory(),
         )
     if training.sync_batch_norm and runtime.world_size > 1:
+        from harness.models.sync_batch_norm import convert_sync_batch_norm
+
         model = convert_sync_batch_norm(model, runtime.device.type)
     return model, report
 
@@ -199,18 +203,8 @@ def assemble(recipe: Recipe, runtime: Runtime, checkpoint_directory: Path) -> Pa
     Raises:
         HarnessError: something in the recipe does not go with the data, the machine or the ranks.
     """
-    training, evaluation = recipe.training, recipe.evaluation
     store = open_data(recipe, runtime)
-    plan = BatchPlan(
-        count=store.split("train").count,
-        global_batch_size=training.global_batch_size,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        accumulation_steps=training.gradient_accumulation_steps,
-        seed=recipe.seed,
-        shuffle=recipe.data.shuffle,
-        drop_last=training.drop_last,
-    )
+    plan = _plan(recipe, store, runtime)
     bare_model, numerics = open_model(recipe, store, runtime)
     ema = None
     if recipe.ema.decay is not None:  # copied before anything wraps the forward pass
@@ -218,60 +212,77 @@ def assemble(recipe: Recipe, runtime: Runtime, checkpoint_directory: Path) -> Pa
     raw_optimizer = build_optimizer(bare_model, **recipe.optimizer.model_dump())
     schedule = _schedule(recipe, plan, raw_optimizer)
     model, optimizer = runtime.accelerator.prepare(bare_model, raw_optimizer)
-    if training.compile:
+    if recipe.training.compile:
         bare_model.compile()
-    mix = Mix(
-        **recipe.mix.model_dump(),
-        label_smoothing=training.label_smoothing,
-        num_classes=len(store.manifest.classes),
+    num_classes = len(store.manifest.classes)
+    step = TrainingStep(
+        runtime,
+        model=model,
+        bare_model=bare_model,
+        optimizer=optimizer,
+        schedule=schedule,
+        mix=Mix(**recipe.mix.model_dump(), label_smoothing=recipe.training.label_smoothing, num_classes=num_classes),
+        ema=ema,
+        seed=recipe.seed,
+        memory_format=recipe.training.memory_format,
+        clip_grad_norm=recipe.training.clip_grad_norm,
+        fp16=recipe.training.precision == "fp16",
     )
-    test_count = store.split("test").count
     return Parts(
         runtime=runtime,
         store=store,
         plan=plan,
         train_loader=open_loader(recipe, store, "train", runtime.device),
         test_loader=open_loader(recipe, store, "test", runtime.device),
-        test_batches=evaluation_batches(
-            test_count,
-            batch_size=evaluation.per_device_batch_size,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-        ),
-        test_count=test_count,
+        test_batches=share_of_test(recipe, store, runtime),
         model=model,
         bare_model=bare_model,
         ema=ema,
         optimizer=optimizer,
-        schedule=schedule,
-        step=TrainingStep(
-            runtime,
-            model=model,
-            bare_model=bare_model,
-            optimizer=optimizer,
-            schedule=schedule,
-            mix=mix,
-            ema=ema,
-            seed=recipe.seed,
-            memory_format=training.memory_format,
-            clip_grad_norm=training.clip_grad_norm,
-            fp16=training.precision == "fp16",
-        ),
-        memory_format=training.memory_format,
-        recalibration_batches=evaluation.recalibrate_batch_norm_batches,
+        step=step,
+        memory_format=recipe.training.memory_format,
+        recalibration_batches=recipe.evaluation.recalibrate_batch_norm_batches,
         best_by="test_ema" if recipe.checkpoint.best_by == "ema" else "test",
         checkpoint_directory=checkpoint_directory,
         keep_last=recipe.checkpoint.keep_last,
         keep_best=recipe.checkpoint.keep_best,
         numerics=numerics,
-        identity={
-            "model": recipe.model.name,
-            "classes": list(store.manifest.classes),
-            "mean": list(recipe.data.mean or store.manifest.mean),
-            "std": list(recipe.data.std or store.manifest.std),
-            "world_size": runtime.world_size,
-        },
+        identity=_identity(recipe, store, runtime),
     )
+
+
+def share_of_test(recipe: Recipe, store: DataStore, runtime: Runtime) -> list[np.ndarray]:
+    """This rank's share of the test split."""
+    return evaluation_batches(
+        store.split("test").count,
+        batch_size=recipe.evaluation.per_device_batch_size,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+    )
+
+
+def _plan(recipe: Recipe, store: DataStore, runtime: Runtime) -> BatchPlan:
+    return BatchPlan(
+        count=store.split("train").count,
+        global_batch_size=recipe.training.global_batch_size,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        accumulation_steps=recipe.training.gradient_accumulation_steps,
+        seed=recipe.seed,
+        shuffle=recipe.data.shuffle,
+        drop_last=recipe.training.drop_last,
+    )
+
+
+def _identity(recipe: Recipe, store: DataStore, runtime: Runtime) -> dict[str, Any]:
+    """What a checkpoint says of itself, enough to classify images with it."""
+    return {
+        "model": recipe.model.name,
+        "classes": list(store.manifest.classes),
+        "mean": list(recipe.data.mean or store.manifest.mean),
+        "std": list(recipe.data.std or store.manifest.std),
+        "world_size": runtime.world_size,
+    }
 
 
 def total_steps(recipe: Recipe, plan: BatchPlan) -> int:

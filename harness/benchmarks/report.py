@@ -1,0 +1,38 @@
+"""The loader benchmark as a command: on the real CIFAR-10 where it is at hand, and as a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.benchmarks.loader import bench_loader
+from harness.data.prepare import prepare
+from harness.errors import HarnessError
+
+
+def bench_loader_here(*, rounds: int, workers: int | None) -> dict[str, Any]:
+    """`bench_loader` on CIFAR-10 if it lies under $HARNESS_DATA or in the cache, on random images otherwise."""
+    try:
+        store = prepare("cifar10", download=False)
+    except HarnessError:
+        return bench_loader(rounds=rounds, workers=workers)
+    return bench_loader(
+        store.split("train"),
+        data="cifar10",
+        mean=store.manifest.mean,
+        std=store.manifest.std,
+        rounds=rounds,
+        workers=workers,
+    )
+
+
+def render(result: dict[str, Any]) -> str:
+    """A table of images a second (median, lowest, highest round) and of the ratios."""
+    lines = [f"{'loader':<16}{'images/s':>12}{'lowest':>12}{'highest':>12}"]
+    for name, figures in result["contestants"].items():
+        if figures is None:
+            lines.append(f"{name:<16}{'not installed':>24}")
+            continue
+        speed = figures["images_per_second"]
+        lines.append(f"{name:<16}{speed['median']:>12,.0f}{speed['min']:>12,.0f}{speed['max']:>12,.0f}")
+    lines += [f"{name}: {ratio:.1f}" for name, ratio in result["ratios"].items()]
+    return "\n".join([*lines, *(f"{k}: {v}" for k, v in {**result["settings"], **result["machine"]}.items())])

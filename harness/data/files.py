@@ -1,0 +1,58 @@
+"""Files that appear complete or not at all, and their checksums."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from harness.errors import HarnessError
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that becomes `path` when the block ends well, and vanishes when it does not.
+
+    It is written under a name of its own in the same folder, brought to disk and renamed.
+
+    Raises:
+        HarnessError: the file cannot be written, an OSError within the block included.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        try:
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        fsync_directory(path.parent)
+    except OSError as error:
+        raise HarnessError(f"cannot be written: {error.strerror or error}", where=str(path)) from error
+
+
+def fsync_directory(directory: str | Path) -> None:
+    """Make renames within `directory` durable: a power cut loses them until the folder itself is on disk."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def hex_digest(path: Path, algorithm: str = "sha256") -> str:
+    """The checksum of a file's bytes, as lower-case hexadecimal digits.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()

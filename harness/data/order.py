@@ -1,0 +1,242 @@
+"""Which sample when: orders, batches and shards as pure functions of (seed, epoch).
+
+Nothing here holds a random generator. A number is a hash of what it is for, so it is the same whatever the
+number of workers or ranks, and a run that is resumed at any step goes on with the batches it would have had.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+from harness.errors import HarnessError
+
+_MASK_64 = (1 << 64) - 1
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
+
+
+class Stream(IntEnum):
+    """What a hash is for. A number once given stays for ever: another one would change every run."""
+
+    ORDER = 1
+    CROP_Y = 2
+    CROP_X = 3
+    FLIP = 4
+    ALTERNATING_FLIP = 5
+    CUTOUT_Y = 6
+    CUTOUT_X = 7
+
+
+def _mix(state: np.ndarray) -> np.ndarray:
+    """One step of splitmix64: add the golden gamma, then the finaliser.
+
+    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (OOPSLA 2014), with the
+    constants of Stafford's variant 13 as in Vigna's public domain splitmix64.c (2015).
+    """
+    state = state + _GAMMA
+    state = (state ^ (state >> np.uint64(30))) * _MULTIPLIER_1
+    state = (state ^ (state >> np.uint64(27))) * _MULTIPLIER_2
+    return state ^ (state >> np.uint64(31))
+
+
+def _as_uint64(value: int | np.ndarray) -> np.ndarray:
+    """Whole numbers modulo 2**64, so that negative ones have a hash too."""
+    if isinstance(value, int):
+        return np.asarray(value & _MASK_64, dtype=np.uint64)
+    array = np.asarray(value)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"hash64 takes whole numbers, not {array.dtype}")
+    return array.astype(np.uint64)
+
+
+def hash64(seed: int, *streams: int | np.ndarray) -> np.ndarray:
+    """A stateless hash of whole numbers: all 64 bits are unbiased and differ for any change of any argument.
+
+    Args:
+        seed: any whole number, taken modulo 2**64.
+        *streams: whole numbers or arrays of them, broadcast against one another; their order counts.
+
+    Returns:
+        uint64 of the broadcast shape (0-d where every argument is a single number). The values never change
+        between versions, machines or numpy releases.
+    """
+    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
+        state = _mix(_as_uint64(seed))
+        for stream in streams:
+            state = _mix(state ^ _as_uint64(stream))
+    return np.asarray(state, dtype=np.uint64)
+
+
+def uniform_below(bound: int, hashes: np.ndarray) -> np.ndarray:
+    """Whole numbers in [0, bound) from hashes, by multiply-shift on the upper 32 bits.
+
+    No division is needed, and no value is likelier than another by more than bound / 2**32 of its share.
+    Source: Lemire, "Fast random integer generation in an interval" (ACM TOMACS 2019), without the rejection.
+
+    Args:
+        bound: 1 to 2**31.
+        hashes: uint64 of any shape.
+
+    Returns:
+        int64 of the shape of `hashes`.
+    """
+    if not 1 <= bound <= 2**31:
+        raise ValueError(f"bound must lie in 1 … 2**31, not {bound}")
+    return (((hashes >> np.uint64(32)) * np.uint64(bound)) >> np.uint64(32)).astype(np.int64)
+
+
+def epoch_order(count: int, *, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    """The order of all sample ids in one epoch.
+
+    Args:
+        count: number of samples.
+        seed: of the run.
+        epoch: from 0.
+        shuffle: False gives 0, 1, 2, …
+
+    Returns:
+        int64 (count,), a permutation of 0 … count - 1: the stable argsort of one hash a sample.
+    """
+    ids = np.arange(count, dtype=np.int64)
+    if not shuffle:
+        return ids
+    return np.argsort(hash64(seed, Stream.ORDER, epoch, ids), kind="stable").astype(np.int64)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The training batches of one rank. All ranks together see each epoch's order, cut into global batches.
+
+    Args:
+        count: number of training samples.
+        global_batch_size: images in one optimizer step, over all ranks and accumulation steps.
+        rank: of this process.
+        world_size: number of processes.
+        accumulation_steps: forward and backward passes of a rank in one optimizer step.
+        seed: of the order.
+        shuffle: a new order each epoch; False keeps the order of the data.
+        drop_last: leave out the last, smaller batch of an epoch.
+
+    Raises:
+        HarnessError: where the numbers do not go together; the hint names sizes that do.
+        ValueError: a rank outside 0 … world_size - 1.
+    """
+
+    count: int
+    global_batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    accumulation_steps: int = 1
+    seed: int = 0
+    shuffle: bool = True
+    drop_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.world_size < 1 or not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank {self.rank} does not lie in a world of {self.world_size}")
+        for name in ("count", "global_batch_size", "accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise HarnessError(f"{name} must be at least 1, it is {getattr(self, name)}")
+        size, unit = self.global_batch_size, self._unit
+        if size % unit:
+            raise HarnessError(
+                f"global_batch_size {size} is not divisible by {unit} "
+                f"({self.world_size} ranks × {self.accumulation_steps} accumulation steps)",
+                hint=self._hint(),
+            )
+        if size > self.count:
+            raise HarnessError(
+                f"global_batch_size {size} is larger than the {self.count} training images", hint=self._hint()
+            )
+        if not self._fits(size):
+            raise HarnessError(
+                f"the last batch of an epoch would hold {self.count % size} images for {self.world_size} "
+                f"ranks ({self.count} training images, global_batch_size {size})",
+                hint=f"set drop_last, or: {self._hint()}",
+            )
+
+    @property
+    def _unit(self) -> int:
+        """Every global batch size is a multiple of this."""
+        return self.world_size * self.accumulation_steps
+
+    def _fits(self, size: int) -> bool:
+        """Whether each rank has at least one image in the last batch."""
+        rest = self.count % size
+        return self.drop_last or rest == 0 or rest >= self.world_size
+
+    def _hint(self) -> str:
+        """Names the valid sizes next below and above the one asked for."""
+        unit, wanted = self._unit, self.global_batch_size
+        largest = self.count // unit * unit
+        at_most = min(wanted // unit * unit, largest)
+        below = next((s for s in range(at_most, 0, -unit) if self._fits(s)), None)
+        above = next((s for s in range(at_most + unit, largest + 1, unit) if self._fits(s)), None)
+        sizes = [str(size) for size in (below, above) if size is not None]
+        if not sizes:
+            return "no size fits: use fewer ranks or accumulation steps, or more images"
+        return f"the nearest valid global_batch_size is {' or '.join(sizes)}"
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one epoch, the same on every rank."""
+        whole, rest = divmod(self.count, self.global_batch_size)
+        return whole + (1 if rest and not self.drop_last else 0)
+
+    def global_count(self, step: int) -> int:
+        """Images in the global batch of this step of an epoch, over all ranks; the last may be smaller."""
+        if not 0 <= step < self.steps_per_epoch:
+            raise ValueError(f"step {step} does not lie in an epoch of {self.steps_per_epoch} steps")
+        return min(self.global_batch_size, self.count - step * self.global_batch_size)
+
+    def micro_batches(self, epoch: int, start_step: int = 0) -> list[list[np.ndarray]]:
+        """The sample ids of this rank in one epoch.
+
+        A step's global ids are cut into contiguous blocks, one a rank, and a block into its micro-batches, as
+        evenly as can be. Every rank has the same number of micro-batches in a step, none of them empty.
+
+        Args:
+            epoch: from 0.
+            start_step: the first step wanted, 0 … steps_per_epoch; the list begins there.
+
+        Returns:
+            [step][micro-batch] int64 ids.
+        """
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise ValueError(f"start_step {start_step} does not lie in an epoch of {self.steps_per_epoch} steps")
+        order = epoch_order(self.count, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
+        steps = []
+        for step in range(start_step, self.steps_per_epoch):
+            first, global_count = step * self.global_batch_size, self.global_count(step)
+            shard = np.array_split(order[first : first + global_count], self.world_size)[self.rank]
+            micro_count = min(self.accumulation_steps, global_count // self.world_size)
+            steps.append(np.array_split(shard, micro_count))
+        return steps
+
+
+def evaluation_batches(count: int, *, batch_size: int, rank: int, world_size: int) -> list[np.ndarray]:
+    """The batches one rank evaluates: over all ranks each sample exactly once, without padding.
+
+    Args:
+        count: number of samples.
+        batch_size: images a batch of one rank; the last one may be smaller.
+        rank: of this process.
+        world_size: number of processes.
+
+    Returns:
+        int64 id arrays, none of them empty. Ranks may differ in the number of batches; one may have none.
+
+    Raises:
+        HarnessError: batch_size below 1.
+        ValueError: a rank outside 0 … world_size - 1.
+    """
+    if world_size < 1 or not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} does not lie in a world of {world_size}")
+    if batch_size < 1:
+        raise HarnessError(f"the evaluation batch size must be at least 1, it is {batch_size}")
+    shard = np.array_split(np.arange(count, dtype=np.int64), world_size)[rank]
+    return [shard[first : first + batch_size] for first in range(0, len(shard), batch_size)]

@@ -1,0 +1,111 @@
+"""The plain reference: PyTorch's DataLoader over the mapped file, torchvision's functions for each sample.
+
+It is slow and easy to read. The other loaders are right when they give the same pixels as this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional
+
+from harness.data.augment import Augmentation
+from harness.data.loaders import Batch, checked_batches
+
+if TYPE_CHECKING:
+    from harness.data.store import Split
+
+Sample = tuple[torch.Tensor, int]  # image float32 (C, H, W), label
+
+
+class AugmentedImages(Dataset[Sample]):
+    """The samples of a split as one epoch shows them, by id."""
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augmentation: Augmentation,
+        epoch: int,
+    ) -> None:
+        self.split = split
+        self.mean, self.std = list(mean), list(std)
+        self.augmentation, self.epoch = augmentation, epoch
+
+    def __len__(self) -> int:
+        return self.split.count
+
+    def __getitem__(self, sample_id: int) -> Sample:
+        image_CHW = torch.from_numpy(np.array(self.split.images_BHWC[sample_id])).permute(2, 0, 1)
+        height_px, width_px = image_CHW.shape[1:]
+        how = self.augmentation.parameters(self.epoch, np.array([sample_id]), height_px=height_px, width_px=width_px)
+        padding = self.augmentation.crop_padding_px
+        if padding:
+            mode = "constant" if self.augmentation.crop_padding_mode == "zeros" else "reflect"
+            padded_CHW = functional.pad(image_CHW, [padding], fill=0, padding_mode=mode)
+            top, left = int(how.crop_y_B[0]), int(how.crop_x_B[0])
+            image_CHW = functional.crop(padded_CHW, top, left, height_px, width_px)
+        if how.flip_B[0]:
+            image_CHW = functional.horizontal_flip(image_CHW)
+        image_CHW = functional.to_dtype(image_CHW, torch.float32, scale=True)
+        image_CHW = functional.normalize(image_CHW, self.mean, self.std)
+        size = self.augmentation.cutout_size_px
+        if size:
+            top, left = int(how.cutout_y_B[0]), int(how.cutout_x_B[0])
+            bottom, right = min(top + size, height_px), min(left + size, width_px)
+            top, left = max(top, 0), max(left, 0)
+            image_CHW = functional.erase(image_CHW, top, left, bottom - top, right - left, torch.zeros(()))
+        return image_CHW, int(self.split.labels_B[sample_id])
+
+
+class TorchLoader:
+    """See `harness.data.loaders.Loader`. New worker processes are started for each epoch."""
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augmentation: Augmentation,
+        device: torch.device,
+        workers: int,
+    ) -> None:
+        self._split, self._mean, self._std, self._augmentation = split, mean, std, augmentation
+        self._device, self._workers = device, workers
+        self._closed = False
+
+    def batches(self, ids_per_batch: Sequence[np.ndarray], *, epoch: int) -> Iterator[Batch]:
+        """See `harness.data.loaders.Loader.batches`."""
+        if self._closed:
+            raise RuntimeError("this loader is closed")
+        dataset = AugmentedImages(
+            self._split, mean=self._mean, std=self._std, augmentation=self._augmentation, epoch=epoch
+        )
+        batches = checked_batches(ids_per_batch, len(dataset))
+        loader = DataLoader(
+            dataset,
+            batch_sampler=[ids_B.tolist() for ids_B in batches],
+            num_workers=self._workers,
+            pin_memory=self._device.type == "cuda",
+            generator=torch.Generator(),  # else each epoch would take a number from the global generator
+        )
+        return self._yield(loader, batches)
+
+    def _yield(self, loader: DataLoader[Sample], batches: list[np.ndarray]) -> Iterator[Batch]:
+        for (images_BCHW, labels_B), ids_B in zip(loader, batches, strict=True):
+            yield Batch(
+                images_BCHW.to(self._device, memory_format=torch.channels_last, non_blocking=True),
+                labels_B.to(self._device, non_blocking=True),
+                ids_B,
+            )
+
+    def close(self) -> None:
+        """Worker processes end with their epoch's iterator; there is nothing else to release."""
+        self._closed = True

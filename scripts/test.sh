@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Sets up, checks and tests everything, and reports coverage, other processes included.
+#
+#   scripts/test.sh                 all of it; fails below 90 % of the lines of harness/
+#   scripts/test.sh tests/data -x   only these tests, with pytest's options; no checks, no coverage
+#
+# HARNESS_DATA=DIR   a folder with the real CIFAR-10 (else those tests are skipped)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+scripts/setup.sh --dev
+python=${HARNESS_VENV:-.venv}/bin/python
+if [ -n "${HARNESS_DATA:-}" ] && [ -d "$HARNESS_DATA" ]; then # tests run in other folders
+  HARNESS_DATA=$(cd "$HARNESS_DATA" && pwd)
+  export HARNESS_DATA
+fi
+
+if [ $# -gt 0 ]; then
+  exec "$python" -m pytest "$@"
+fi
+
+scripts/check.sh
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+export COVERAGE_FILE=$work/coverage
+failed=0
+"$python" -m coverage run -m pytest || failed=$?
+"$python" -m coverage combine --quiet
+"$python" -m coverage report --fail-under=90 --skip-covered || failed=1
+exit "$failed"

@@ -1,0 +1,165 @@
+"""What all tests stand on: a cache of their own, ranks to start, and a check that no test leaves anything behind.
+
+`$HARNESS_CACHE` is one temporary folder for the whole session, so that data is converted once; a test that must see
+an empty cache takes the fixture `empty_cache`. `$HARNESS_DATA` is passed through as it is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.leaks import Snapshot
+
+ROOT = Path(__file__).resolve().parents[1]
+RANKS_LIMIT_SECONDS = 120.0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set before anything of ours is imported: tests speak to no service and to no hub."""
+    os.environ["WANDB_MODE"] = "disabled"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: more threads only wait for one another
+    os.environ.pop("HARNESS_EXIT_CODE_FILE", None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine lacks, each with its reason."""
+    reasons = {"gpu": _no_gpu, "cifar10": _no_cifar10, "ffcv": _no_ffcv}
+    for name, missing in reasons.items():
+        marked = [item for item in items if item.get_closest_marker(name)]
+        reason = missing() if marked else None
+        for item in marked if reason else []:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _no_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "needs a CUDA device, and torch finds none"
+
+
+def _no_cifar10() -> str | None:
+    folders = [Path(entry) for entry in os.environ.get("HARNESS_DATA", "").split(os.pathsep) if entry]
+    if not folders:
+        return "needs the real CIFAR-10: HARNESS_DATA is not set"
+    known = ("cifar10/*.parquet", "*.parquet", "cifar-10-batches-py", "cifar-10-python.tar.gz")
+    if any(next(folder.glob(pattern), None) for folder in folders for pattern in known):
+        return None
+    return f"needs the real CIFAR-10, and there is none in HARNESS_DATA={os.environ['HARNESS_DATA']}"
+
+
+def _no_ffcv() -> str | None:
+    return None if importlib.util.find_spec("ffcv") else "needs the ffcv extra: scripts/setup.sh tells what is missing"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """`$HARNESS_CACHE` of the whole session: data is converted and machines are measured once."""
+    before = os.environ.get("HARNESS_CACHE")
+    folder = tmp_path_factory.mktemp("harness-cache")
+    os.environ["HARNESS_CACHE"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["HARNESS_CACHE"]
+    else:
+        os.environ["HARNESS_CACHE"] = before
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A `$HARNESS_CACHE` with nothing in it, of this test alone."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("HARNESS_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fail the test that leaves a process, thread, file, setting or process group behind, and clear it away.
+
+    Autouse and without other fixtures, so that it is set up first and looks after all others were torn down.
+    """
+    before = Snapshot.take(ROOT)
+    yield
+    leaks = before.clear_leaks()
+    if leaks:
+        pytest.fail("left behind by this test:\n  " + "\n  ".join(leaks), pytrace=False)
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port that nothing listens on, below the range that outgoing connections take theirs from."""
+    from harness.launching.ranks import free_port
+
+    return free_port()
+
+
+RunRanks = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run_ranks() -> RunRanks:
+    """`run_ranks(n, *arguments, timeout=…, env=…, cwd=…)`: torchrun with n processes on the CPU.
+
+    The arguments are torchrun's: a script and its arguments, or "-m", "harness", "train", …. Returns the finished
+    process with its texts; its code is torchrun's (1 whatever a rank returned). Nothing of it outlives the time
+    limit, which fails the test with what was printed until then.
+    """
+
+    def run(
+        ranks: int,
+        *arguments: str | Path,
+        timeout: float = RANKS_LIMIT_SECONDS,
+        env: dict[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        environment = os.environ | {
+            "ACCELERATE_USE_CPU": "true",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+        }
+        return run_limited([*command, *map(str, arguments)], timeout, environment | (env or {}), cwd or ROOT)
+
+    return run
+
+
+def run_limited(command: list[str], timeout: float, env: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command and end it, with every process it started, when it takes too long."""
+    process = subprocess.Popen(
+        command, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill_tree(process.pid)
+        out, err = process.communicate()
+        pytest.fail(f"took longer than {timeout} s: {' '.join(command)}\n{out}\n{err}", pytrace=False)
+    finally:
+        if process.poll() is None:
+            kill_tree(process.pid)
+            process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL a process and all below it; torchrun's workers have sessions of their own, so the group is not enough."""
+    try:
+        family = [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]
+    except psutil.NoSuchProcess:
+        return
+    for process in family:
+        try:
+            process.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(family, timeout=5)

@@ -1,0 +1,132 @@
+"""Class folders: what they give, and what is said about wrong ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from harness.data.images import fit
+from harness.data.sources import locate
+from harness.errors import HarnessError
+
+
+def save(path: Path, seed: int = 0, height: int = 8, width: int = 8) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for split, count in (("train", 3), ("test", 2)):
+        for label, name in enumerate(["zebra", "ape", "Cat"]):
+            for index in range(count):
+                save(tmp_path / split / name / f"{index}.png", seed=10 * label + index)
+    return tmp_path
+
+
+def load(root: Path, image_size_px: int = 8) -> Any:
+    return locate("imagefolder", path=root, image_size_px=image_size_px).load()
+
+
+@pytest.mark.parametrize("test_folder", ["test", "val", "valid"])
+def test_equals_torchvisions_image_folder(root: Path, test_folder: str) -> None:
+    (root / "test").rename(root / test_folder)
+    sets = load(root)
+    assert sets.classes == ("Cat", "ape", "zebra")
+    for split, folder in ((sets.train, "train"), (sets.test, test_folder)):
+        reference = ImageFolder(root / folder)
+        assert tuple(reference.classes) == sets.classes
+        np.testing.assert_array_equal(split.images_BHWC, np.stack([np.asarray(image) for image, _ in reference]))
+        assert split.labels_B.tolist() == reference.targets
+
+
+def test_other_sizes_are_resized_and_other_formats_read(root: Path) -> None:
+    path = save(root / "train" / "Cat" / "deep" / "wide.JPG", height=20, width=50)
+    wanted_HWC = np.asarray(fit(Image.open(path), 8))
+    sets = load(root)
+    assert sets.train.labels_B.tolist() == [0] * 4 + [1] * 3 + [2] * 3
+    np.testing.assert_array_equal(sets.train.images_BHWC[3], wanted_HWC)
+
+
+def test_hidden_files_and_folders_are_passed_over(root: Path) -> None:
+    (root / "train" / "Cat" / ".DS_Store").write_text("x")
+    (root / "train" / "ape" / "Thumbs.db").write_text("x")
+    (root / "train" / ".cache").mkdir()
+    assert len(load(root).train.labels_B) == 9
+
+
+def no_image(root: Path) -> None:
+    (root / "train" / "ape" / "notes.txt").write_text("these are apes")
+
+
+def broken_image(root: Path) -> None:
+    path = root / "test" / "zebra" / "1.png"
+    path.write_bytes(path.read_bytes()[:90])
+
+
+def extra_test_class(root: Path) -> None:
+    save(root / "test" / "zebr" / "0.png")
+
+
+def missing_test_class(root: Path) -> None:
+    for path in (root / "test" / "ape").iterdir():
+        path.unlink()
+    (root / "test" / "ape").rmdir()
+
+
+def empty_train_class(root: Path) -> None:
+    for path in (root / "train" / "ape").iterdir():
+        path.unlink()
+
+
+def empty_test(root: Path) -> None:
+    for path in root.glob("test/*/*.png"):
+        path.unlink()
+
+
+def no_test(root: Path) -> None:
+    (root / "test").rename(root / "testing")
+
+
+def no_train(root: Path) -> None:
+    (root / "train").rename(root / "training")
+
+
+def no_classes(root: Path) -> None:
+    for split in ("train", "test"):
+        (root / split).rename(root / f"old-{split}")
+        save(root / split / "0.png")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [
+        (no_image, r"train/ape/notes\.txt: not a readable image"),
+        (broken_image, r"test/zebra/1\.png: not a readable image"),
+        (extra_test_class, r'test/zebr: the class "zebr" has no folder in .*train\s+HINT: Did you mean "zebra"'),
+        (missing_test_class, 'test: has no folder for the class "ape"'),
+        (empty_train_class, "train/ape: holds no images"),
+        (empty_test, "test: holds no images"),
+        (no_test, "has no folder test or val or valid"),
+        (no_train, "has no folder train"),
+        (no_classes, "train: has no class folders"),
+    ],
+)
+def test_wrong_folders_are_named(root: Path, break_it: Callable[[Path], None], words: str) -> None:
+    break_it(root)
+    with pytest.raises(HarnessError, match=words):
+        load(root)
+
+
+def test_an_empty_class_folder_stands_for_no_test_images(root: Path) -> None:
+    for path in (root / "test" / "ape").iterdir():
+        path.unlink()
+    assert load(root).test.labels_B.tolist() == [0, 0, 2, 2]

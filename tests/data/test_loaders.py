@@ -1,0 +1,404 @@
+"""All loaders give the same ids and the same pixels, whoever asks and however."""
+
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from harness.data.augment import Augmentation, normalisation_table
+from harness.data.beton import write_beton
+from harness.data.loaders import Batch, Loader, build_loader, ffcv_available
+from harness.data.order import BatchPlan, evaluation_batches
+from harness.data.store import Split
+from harness.errors import HarnessError
+from tests.data.loader_rank_worker import MEAN, STD, load_shares
+
+COUNT, HEIGHT, WIDTH = 75, 20, 28  # not square, so that a mix-up of height and width shows
+CPU = torch.device("cpu")
+FFCV = pytest.param("ffcv", marks=pytest.mark.ffcv)
+KINDS = [FFCV, "device", "torch"]
+AUGMENTATIONS = {
+    "none": None,
+    "crop": Augmentation(seed=1, crop_padding_px=4),
+    "reflected crop": Augmentation(seed=1, crop_padding_px=5, crop_padding_mode="reflect"),
+    "largest reflected crop": Augmentation(seed=1, crop_padding_px=19, crop_padding_mode="reflect", flip="random"),
+    "crop beyond the image": Augmentation(seed=1, crop_padding_px=23, flip="random"),
+    "random flip": Augmentation(seed=1, flip="random"),
+    "alternating flip": Augmentation(seed=1, flip="alternating"),
+    "even cutout": Augmentation(seed=1, cutout_size_px=8),
+    "odd cutout, flip": Augmentation(seed=1, flip="random", cutout_size_px=7),
+    "cutout beyond the image": Augmentation(seed=1, cutout_size_px=60),
+    "all": Augmentation(seed=2, crop_padding_px=4, flip="alternating", cutout_size_px=6),
+}
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    path, generator = tmp_path_factory.mktemp("loaders") / "train.beton", np.random.default_rng(0)
+    images_BHWC = generator.integers(0, 256, (COUNT, HEIGHT, WIDTH, 3), dtype=np.uint8)
+    write_beton(path, images_BHWC, generator.integers(0, 10, COUNT))
+    return Split.open(path)
+
+
+Build = Callable[..., Loader]
+
+
+@pytest.fixture
+def build(split: Split) -> Iterator[Build]:
+    """Loaders that are closed after the test."""
+    with ExitStack() as stack:
+
+        def build(
+            kind: str,
+            augmentation: Augmentation | None = None,
+            workers: int | None = 1,
+            device: torch.device = CPU,
+        ) -> Loader:
+            loader = build_loader(
+                kind, split, mean=MEAN, std=STD, augmentation=augmentation, device=device, workers=workers
+            )
+            stack.callback(loader.close)
+            return loader
+
+        yield build
+
+
+def collect(loader: Loader, ids_per_batch: Sequence[np.ndarray], epoch: int = 0) -> list[Batch]:
+    """Copies: a batch's tensors are only valid until the next is asked for."""
+    return [
+        Batch(batch.images_BCHW.cpu().clone(), batch.labels_B.cpu().clone(), batch.ids_B)
+        for batch in loader.batches(ids_per_batch, epoch=epoch)
+    ]
+
+
+def assert_same(found: Sequence[Batch], expected: Sequence[Batch]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert np.array_equal(one.ids_B, other.ids_B)
+        assert torch.equal(one.labels_B, other.labels_B)
+        assert torch.equal(one.images_BCHW, other.images_BCHW)
+
+
+def epoch_ids(epoch: int, **options: Any) -> list[np.ndarray]:
+    plan = BatchPlan(COUNT, 16, seed=9, **options)
+    return [ids_B for step in plan.micro_batches(epoch) for ids_B in step]
+
+
+def expected_image(image_HWC: np.ndarray, sample_id: int, augmentation: Augmentation, epoch: int) -> np.ndarray:
+    """float32 (C, H, W), put together by hand with numpy."""
+    ids_B = np.array([sample_id])
+    how = augmentation.parameters(epoch, ids_B, height_px=HEIGHT, width_px=WIDTH)
+    padding = augmentation.crop_padding_px
+    around = ((padding, padding), (padding, padding), (0, 0))
+    mode: Any = "reflect" if augmentation.crop_padding_mode == "reflect" else "constant"
+    padded_HWC = np.pad(image_HWC, around, mode=mode)
+    top, left = how.crop_y_B[0], how.crop_x_B[0]
+    image_HWC = padded_HWC[top : top + HEIGHT, left : left + WIDTH]
+    if how.flip_B[0]:
+        image_HWC = image_HWC[:, ::-1]
+    table = normalisation_table(MEAN, STD)
+    image_CHW = np.stack([table[channel][image_HWC[..., channel]] for channel in range(3)])
+    size = augmentation.cutout_size_px
+    for y in range(how.cutout_y_B[0], how.cutout_y_B[0] + size):
+        for x in range(how.cutout_x_B[0], how.cutout_x_B[0] + size):
+            if 0 <= y < HEIGHT and 0 <= x < WIDTH:
+                image_CHW[:, y, x] = 0.0
+    return image_CHW
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_the_reference_is_right(name: str, split: Split, build: Build) -> None:
+    augmentation = AUGMENTATIONS[name] or Augmentation(seed=0)
+    for epoch in (0, 1):
+        for batch in collect(build("torch", AUGMENTATIONS[name], workers=0), epoch_ids(epoch), epoch):
+            assert torch.equal(batch.labels_B, torch.from_numpy(split.labels_B[batch.ids_B]))
+            for image_CHW, sample_id in zip(batch.images_BCHW, batch.ids_B, strict=True):
+                stored_HWC = split.images_BHWC[sample_id]
+                expected_CHW = expected_image(stored_HWC, int(sample_id), augmentation, epoch)
+                assert torch.equal(image_CHW, torch.from_numpy(expected_CHW))
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+@pytest.mark.parametrize("kind", [FFCV, "device"])
+def test_every_loader_gives_the_pixels_of_the_reference(name: str, kind: str, build: Build) -> None:
+    reference, loader = build("torch", AUGMENTATIONS[name], workers=0), build(kind, AUGMENTATIONS[name])
+    for epoch in range(3):
+        ids_per_batch = epoch_ids(epoch)
+        assert_same(collect(loader, ids_per_batch, epoch), collect(reference, ids_per_batch, epoch))
+
+
+@pytest.mark.parametrize("kind", [FFCV, "torch"])
+def test_the_number_of_workers_changes_nothing(kind: str, build: Build) -> None:
+    augmentation = AUGMENTATIONS["all"]
+    loaders = [build(kind, augmentation, workers=workers) for workers in (1, 2, None)]
+    for epoch in range(3):
+        ids_per_batch = epoch_ids(epoch, accumulation_steps=4)
+        one, two, default = (collect(loader, ids_per_batch, epoch) for loader in loaders)
+        assert_same(two, one)
+        assert_same(default, one)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_form_of_a_batch(kind: str, build: Build) -> None:
+    ids_per_batch = [np.array([3, 1, 4, 1]), np.array([5])]
+    for batch, ids_B in zip(build(kind).batches(ids_per_batch, epoch=0), ids_per_batch, strict=True):
+        assert batch.images_BCHW.shape == (len(ids_B), 3, HEIGHT, WIDTH)
+        assert batch.images_BCHW.dtype == torch.float32
+        assert batch.images_BCHW.is_contiguous(memory_format=torch.channels_last)
+        assert batch.labels_B.dtype == torch.int64
+        assert batch.ids_B.dtype == np.int64
+        assert np.array_equal(batch.ids_B, ids_B)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_of_any_length_in_any_order(kind: str, build: Build) -> None:
+    generator = np.random.default_rng(4)
+    ids_per_batch = [generator.integers(0, COUNT, length) for length in (1, 9, 3, 3, 75, 2, 8, 1, 1, 30)]
+    augmentation = AUGMENTATIONS["all"]
+    found = collect(build(kind, augmentation), ids_per_batch, epoch=1)
+    every_id = build("torch", augmentation, workers=0)
+    (whole,) = collect(every_id, [np.arange(COUNT)], epoch=1)
+    for batch, ids_B in zip(found, ids_per_batch, strict=True):
+        assert np.array_equal(batch.ids_B, ids_B)
+        assert torch.equal(batch.images_BCHW, whole.images_BCHW[ids_B])
+        assert torch.equal(batch.labels_B, whole.labels_B[ids_B])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_stays_until_the_next_is_asked_for(kind: str, build: Build) -> None:
+    ids_per_batch = [np.arange(start, start + 5) for start in range(0, COUNT, 5)]
+    loader = build(kind, AUGMENTATIONS["all"])
+    expected = collect(loader, ids_per_batch)
+    for batch, other in zip(loader.batches(ids_per_batch, epoch=0), expected, strict=True):
+        time.sleep(0.005)  # a thread that runs ahead has time to do so
+        assert torch.equal(batch.images_BCHW, other.images_BCHW)
+        assert torch.equal(batch.labels_B, other.labels_B)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_and_evaluation_take_turns(kind: str, build: Build) -> None:
+    training, evaluation = build(kind, AUGMENTATIONS["all"], workers=2), build(kind, workers=2)
+    ids_per_batch = [ids_B for epoch in range(4) for ids_B in epoch_ids(epoch)]
+    expected = collect(training, ids_per_batch), collect(evaluation, ids_per_batch)
+    found: tuple[list[Batch], list[Batch]] = ([], [])
+    both = training.batches(ids_per_batch, epoch=0), evaluation.batches(ids_per_batch, epoch=0)
+    for pair in zip(*both, strict=True):
+        for batches, batch in zip(found, pair, strict=True):
+            batches.append(Batch(batch.images_BCHW.clone(), batch.labels_B.clone(), batch.ids_B))
+    assert_same(found[0], expected[0])
+    assert_same(found[1], expected[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loading_takes_nothing_from_a_generator_and_changes_no_setting(kind: str, build: Build) -> None:
+    def state() -> list[Any]:
+        numpy_state = np.random.get_state(legacy=True)
+        return [
+            torch.random.get_rng_state().tolist(),
+            [part.tolist() if isinstance(part, np.ndarray) else part for part in numpy_state],
+            random.getstate(),
+            torch.get_num_threads(),
+        ]
+
+    before = state()
+    collect(build(kind, AUGMENTATIONS["all"], workers=1), epoch_ids(0))
+    assert state() == before
+
+
+def processes_and_threads() -> list[Any]:
+    return [*psutil.Process().children(), *threading.enumerate()]
+
+
+def new_processes_and_threads(before: list[Any]) -> list[Any]:
+    return [one for one in processes_and_threads() if one not in before]
+
+
+@pytest.mark.parametrize("way", ["break", "close the loader", "next epoch", "forget"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_epoch_left_midway_leaves_nothing_behind(kind: str, way: str, build: Build) -> None:
+    loader = build(kind, AUGMENTATIONS["all"], workers=2)
+    collect(loader, epoch_ids(0)[:1])  # whatever lives as long as the process has been started now
+    before = processes_and_threads()
+    batches = loader.batches([np.arange(8)] * 50, epoch=0)
+    next(batches)
+    if way == "break":
+        batches.close()  # what leaving a for loop and dropping its iterator does
+    elif way == "close the loader":
+        loader.close()
+    elif way == "next epoch":
+        assert len(collect(loader, epoch_ids(1), epoch=1)) == 5
+    del batches
+    deadline = time.monotonic() + 5  # the processes of the torch loader need a moment to be gone
+    while new_processes_and_threads(before) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert new_processes_and_threads(before) == []
+    if way in ("break", "forget"):
+        assert_same(collect(loader, epoch_ids(1), 1), collect(build("torch", AUGMENTATIONS["all"]), epoch_ids(1), 1))
+
+
+@pytest.mark.ffcv
+def test_an_ffcv_epoch_that_was_ended_says_so(build: Build) -> None:
+    loader = build("ffcv")
+    old = loader.batches([np.arange(8)] * 50, epoch=0)
+    next(old)
+    new = loader.batches([np.arange(8)] * 3, epoch=1)
+    next(new)
+    with pytest.raises(RuntimeError, match="began another"):
+        next(old)
+    assert len(list(new)) == 2
+
+
+@pytest.mark.ffcv
+@pytest.mark.timeout(60)
+def test_an_error_in_ffcvs_thread_arrives(build: Build) -> None:
+    loader: Any = build("ffcv")
+    good = loader._fused.table_CV
+    loader._fused.table_CV = "no table"
+    threads = threading.active_count()
+    with pytest.raises(Exception, match=r"(?s)non-precise|Cannot determine|unicode|typing"):
+        list(loader.batches([np.arange(4)] * 9, epoch=0))
+    assert threading.active_count() == threads
+    loader._fused.table_CV = good
+    assert len(list(loader.batches([np.arange(4)] * 9, epoch=0))) == 9
+
+
+@pytest.mark.ffcv
+def test_a_process_may_end_in_the_middle_of_an_epoch(split: Split) -> None:
+    script = f"""
+import numpy as np, torch
+from pathlib import Path
+from harness.data.loaders import build_loader
+from harness.data.store import Split
+loader = build_loader("ffcv", Split.open(Path({str(split.path)!r})), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
+                      augmentation=None, device=torch.device("cpu"), workers=2)
+batches = loader.batches([np.arange({COUNT})] * 100_000, epoch=0)
+print(len(next(batches).ids_B))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(COUNT), "")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrong_batches_and_a_closed_loader(kind: str, build: Build) -> None:
+    loader = build(kind)
+    assert list(loader.batches([], epoch=0)) == []
+    for wrong in (np.array([-1]), np.array([0, COUNT])):
+        with pytest.raises(ValueError, match="batch 1 holds ids outside"):
+            loader.batches([np.array([0]), wrong], epoch=0)
+    with pytest.raises(ValueError, match="batch 0 must be a list of ids that is not empty"):
+        loader.batches([np.array([], dtype=np.int64)], epoch=0)
+    loader.close()
+    loader.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        loader.batches([np.array([0])], epoch=0)
+
+
+def test_mistakes_in_building_are_named(build: Build) -> None:
+    with pytest.raises(HarnessError, match='no data loader "fcv"') as caught:
+        build("fcv")
+    assert 'Did you mean "ffcv"?' in str(caught.value)
+    with pytest.raises(HarnessError, match="workers must not be negative"):
+        build("torch", workers=-1)
+    with pytest.raises(HarnessError, match="cannot be reflected in images of 20×28"):
+        build("device", Augmentation(seed=0, crop_padding_px=20, crop_padding_mode="reflect"))
+
+
+def test_without_ffcv_the_error_says_what_to_install(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    # None in sys.modules is how Python itself marks a module that cannot be imported.
+    monkeypatch.setitem(sys.modules, "ffcv", None)
+    monkeypatch.delitem(sys.modules, "harness.data.ffcv_loader", raising=False)
+    with pytest.raises(HarnessError, match="ffcv cannot be imported") as caught:
+        build("ffcv")
+    for text in ("libopencv-dev libturbojpeg0-dev pkg-config g++", "pip install '.[ffcv]'", "data.loader=device"):
+        assert text in str(caught.value)
+
+
+@pytest.mark.ffcv
+def test_ffcv_is_found_where_it_is_installed() -> None:
+    assert ffcv_available()
+
+
+def images_by_id(shares: Sequence[dict[str, np.ndarray]]) -> dict[int, tuple[bytes, int]]:
+    """Fails where an id is seen twice."""
+    seen = [
+        (int(sample_id), (image_CHW.tobytes(), int(label)))
+        for share in shares
+        for sample_id, image_CHW, label in zip(share["ids"], share["images"], share["labels"], strict=True)
+    ]
+    assert len(dict(seen)) == len(seen)
+    return dict(seen)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_together_see_the_epoch_of_one(kind: str, split: Split) -> None:
+    alone = load_shares(split, kind, rank=0, world_size=1)
+    for world_size in (2, 3):
+        ranks = [load_shares(split, kind, rank=rank, world_size=world_size) for rank in range(world_size)]
+        for epoch in range(2):
+            together = images_by_id([shares[epoch] for shares in ranks])
+            assert sorted(together) == list(range(COUNT))
+            assert together == images_by_id([alone[epoch]])
+
+
+@pytest.mark.parametrize("kind", [FFCV, "device"])
+def test_two_real_processes_see_the_epoch_of_one(
+    kind: str, split: Split, tmp_path: Path, run_ranks: Callable[..., Any]
+) -> None:
+    script = Path(__file__).with_name("loader_rank_worker.py")
+    done = run_ranks(2, script, split.path, kind, tmp_path)
+    assert done.returncode == 0, done.stderr
+    for epoch, alone in enumerate(load_shares(split, "torch", rank=0, world_size=1)):
+        shares = [dict(np.load(tmp_path / f"rank_{rank}_epoch_{epoch}.npz")) for rank in range(2)]
+        assert images_by_id(shares) == images_by_id([alone])
+        evaluated = np.concatenate([share["evaluation_ids"] for share in shares])
+        assert evaluated.tolist() == alone["evaluation_ids"].tolist() == list(range(COUNT))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_counts_each_image_once(world_size: int, split: Split, build: Build) -> None:
+    loader = build("device")
+    total = torch.zeros(10, dtype=torch.int64)
+    for rank in range(world_size):
+        ids_per_batch = evaluation_batches(COUNT, batch_size=8, rank=rank, world_size=world_size)
+        for batch in loader.batches(ids_per_batch, epoch=0):
+            total += torch.bincount(batch.labels_B, minlength=10)
+    assert total.tolist() == np.bincount(split.labels_B, minlength=10).tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_pixels_on_the_gpu_are_those_on_the_cpu(kind: str, build: Build) -> None:
+    cuda = torch.device("cuda")
+    reference = build("torch", AUGMENTATIONS["all"], workers=0)
+    loader = build(kind, AUGMENTATIONS["all"], workers=2, device=cuda)
+    for epoch in range(2):
+        ids_per_batch = epoch_ids(epoch) * 8
+        found = []
+        for batch in loader.batches(ids_per_batch, epoch=epoch):
+            assert batch.images_BCHW.device.type == "cuda"
+            assert batch.images_BCHW.is_contiguous(memory_format=torch.channels_last)
+            torch.cuda._sleep(5_000_000)  # the device falls behind: nothing may be overwritten meanwhile
+            found.append(Batch(batch.images_BCHW.clone(), batch.labels_B.clone(), batch.ids_B))
+        on_cpu = [Batch(batch.images_BCHW.cpu(), batch.labels_B.cpu(), batch.ids_B) for batch in found]
+        assert_same(on_cpu, collect(reference, ids_per_batch, epoch))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [FFCV, "device"])
+def test_nothing_waits_for_the_gpu(kind: str, build: Build) -> None:
+    loader = build(kind, AUGMENTATIONS["all"], device=torch.device("cuda"))
+    collect(loader, epoch_ids(0))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert len(list(loader.batches(epoch_ids(1), epoch=1))) == 5
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,272 @@
+"""Orders, batches and shards."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.data.order import BatchPlan, epoch_order, evaluation_batches, hash64, uniform_below
+from harness.errors import HarnessError
+
+
+def test_hash_is_splitmix64_and_never_changes() -> None:
+    # The first is the first output of Vigna's splitmix64.c with seed 0; the others hold runs together over time.
+    assert int(hash64(0)) == 0xE220A8397B1DCDAF
+    assert int(hash64(1, 2, 3)) == 15020427595393229491
+    assert [int(h) for h in hash64(7, 1, 0, np.arange(3))] == [
+        3642079336031410661,
+        17074719602325123750,
+        10718186259896329565,
+    ]
+    assert epoch_order(8, seed=3, epoch=5, shuffle=True).tolist() == [4, 2, 5, 3, 1, 0, 7, 6]
+
+
+def test_hash_takes_any_whole_numbers_and_their_order_counts() -> None:
+    assert int(hash64(-1, 5)) == int(hash64(2**64 - 1, 5))
+    assert int(hash64(0, -1)) == int(hash64(0, np.array(-1)))
+    assert len({int(hash64(*key)) for key in [(0,), (0, 0), (0, 0, 0), (0, 1), (1, 0), (0, 1, 0), (0, 0, 1)]}) == 7
+    grid = hash64(4, np.arange(3)[:, None], np.arange(5))
+    assert grid.shape == (3, 5)
+    assert grid.dtype == np.uint64
+    assert int(grid[2, 3]) == int(hash64(4, 2, 3))
+    with pytest.raises(TypeError, match="whole numbers"):
+        hash64(0, np.array([0.5]))
+
+
+@pytest.mark.parametrize("vary", ["seed", "stream", "id"])
+def test_every_bit_is_fair_and_independent_of_the_last_key(vary: str) -> None:
+    count = 1 << 16
+    numbers = np.arange(count)
+    hashes = {
+        "seed": lambda: np.array([int(hash64(seed, 1)) for seed in range(count // 16)], dtype=np.uint64),
+        "stream": lambda: hash64(0, numbers, 1),
+        "id": lambda: hash64(0, 1, numbers),
+    }[vary]()
+    bits = ((hashes[:, None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)).astype(np.int64)
+    # Chi-square with one degree of freedom for each bit; 20 is a chance of 1 in 100,000 for one of them.
+    assert _chi_square_of_bits(bits) < 20
+    # Neighbouring keys: a bit and the same bit of the next key differ half the time.
+    assert _chi_square_of_bits(bits[1:] ^ bits[:-1]) < 20
+    # Bytes at either end are uniform: 255 degrees of freedom, mean 255, standard deviation 22.6.
+    for shift in (0, 56):
+        seen = np.bincount(((hashes >> np.uint64(shift)) & np.uint64(255)).astype(np.int64), minlength=256)
+        expected = len(hashes) / 256
+        assert 150 < ((seen - expected) ** 2 / expected).sum() < 380
+
+
+def _chi_square_of_bits(bits: np.ndarray) -> float:
+    ones, expected = bits.sum(axis=0), len(bits) / 2
+    return float((2 * (ones - expected) ** 2 / expected).max())
+
+
+@pytest.mark.parametrize("bound", [1, 2, 9, 32, 1000])
+def test_uniform_below_is_uniform(bound: int) -> None:
+    values = uniform_below(bound, hash64(11, np.arange(200_000)))
+    assert values.dtype == np.int64
+    seen = np.bincount(values, minlength=bound)
+    assert len(seen) == bound
+    expected = len(values) / bound
+    freedom = bound - 1
+    assert ((seen - expected) ** 2 / expected).sum() <= freedom + 5 * np.sqrt(2 * freedom) + 1e-9
+
+
+def test_uniform_below_refuses_a_bound_it_cannot_serve() -> None:
+    for bound in (0, 2**31 + 1):
+        with pytest.raises(ValueError, match="bound"):
+            uniform_below(bound, hash64(0, np.arange(2)))
+    assert int(uniform_below(2**31, np.array([2**64 - 1], dtype=np.uint64))[0]) == 2**31 - 1
+
+
+def test_epoch_order_is_a_permutation_of_its_own_for_each_epoch_and_seed() -> None:
+    orders = [epoch_order(1000, seed=seed, epoch=epoch, shuffle=True) for seed in (0, 1) for epoch in (0, 1, 2)]
+    for order in orders:
+        assert order.dtype == np.int64
+        assert np.array_equal(np.sort(order), np.arange(1000))
+    for first in range(6):
+        for second in range(first):
+            # Two random permutations agree in one place on average.
+            assert (orders[first] == orders[second]).sum() < 10
+    assert epoch_order(5, seed=0, epoch=3, shuffle=False).tolist() == [0, 1, 2, 3, 4]
+    assert epoch_order(0, seed=0, epoch=0, shuffle=True).tolist() == []
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> BatchPlan:
+    """Plans that fit, of rank 0."""
+    world_size, accumulation_steps = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    unit = world_size * accumulation_steps
+    size = unit * draw(st.integers(1, 6))
+    whole = draw(st.integers(1, 6))
+    rest = draw(st.one_of(st.just(0), st.integers(0, size - 1)))
+    drop_last = draw(st.booleans())
+    if not drop_last and 0 < rest < world_size:
+        rest = 0
+    return BatchPlan(
+        size * whole + rest,
+        size,
+        world_size=world_size,
+        accumulation_steps=accumulation_steps,
+        seed=draw(st.integers(0, 3)),
+        shuffle=draw(st.booleans()),
+        drop_last=drop_last,
+    )
+
+
+def on_rank(plan: BatchPlan, rank: int, world_size: int | None = None) -> BatchPlan:
+    return BatchPlan(
+        plan.count,
+        plan.global_batch_size,
+        rank=rank,
+        world_size=plan.world_size if world_size is None else world_size,
+        accumulation_steps=plan.accumulation_steps,
+        seed=plan.seed,
+        shuffle=plan.shuffle,
+        drop_last=plan.drop_last,
+    )
+
+
+def global_steps(plan: BatchPlan, epoch: int) -> list[list[int]]:
+    """Each step's ids over all ranks, in the order of rank and micro-batch."""
+    ranks = [on_rank(plan, rank).micro_batches(epoch) for rank in range(plan.world_size)]
+    return [
+        [int(i) for rank in ranks for micro_batch in rank[step] for i in micro_batch]
+        for step in range(plan.steps_per_epoch)
+    ]
+
+
+@given(plans(), st.integers(0, 3))
+def test_an_epoch_shows_each_image_once(plan: BatchPlan, epoch: int) -> None:
+    steps = global_steps(plan, epoch)
+    assert [len(step) for step in steps] == [plan.global_count(step) for step in range(plan.steps_per_epoch)]
+    shown = [i for step in steps for i in step]
+    assert shown == epoch_order(plan.count, seed=plan.seed, epoch=epoch, shuffle=plan.shuffle)[: len(shown)].tolist()
+    assert len(set(shown)) == len(shown)
+    left_out = plan.count - len(shown)
+    assert left_out == (plan.count % plan.global_batch_size if plan.drop_last else 0)
+
+
+@given(plans(), st.integers(0, 3))
+def test_ranks_go_in_step(plan: BatchPlan, epoch: int) -> None:
+    ranks = [on_rank(plan, rank).micro_batches(epoch) for rank in range(plan.world_size)]
+    for step in range(plan.steps_per_epoch):
+        counts = {len(rank[step]) for rank in ranks}
+        assert len(counts) == 1
+        assert 1 <= counts.pop() <= plan.accumulation_steps
+        sizes = [len(micro_batch) for rank in ranks for micro_batch in rank[step]]
+        assert min(sizes) >= 1
+        assert all(micro_batch.dtype == np.int64 for rank in ranks for micro_batch in rank[step])
+        if plan.global_count(step) == plan.global_batch_size:
+            assert set(sizes) == {plan.global_batch_size // (plan.world_size * plan.accumulation_steps)}
+        per_rank = [sum(len(micro_batch) for micro_batch in rank[step]) for rank in ranks]
+        assert max(per_rank) - min(per_rank) <= 1
+
+
+@given(plans(), st.integers(0, 2))
+def test_the_number_of_ranks_does_not_change_a_global_batch(plan: BatchPlan, epoch: int) -> None:
+    alone = on_rank(plan, 0, world_size=1)
+    assert alone.steps_per_epoch == plan.steps_per_epoch
+    assert global_steps(alone, epoch) == global_steps(plan, epoch)
+
+
+@given(plans(), st.integers(0, 2), st.data())
+def test_a_later_start_gives_the_tail(plan: BatchPlan, epoch: int, data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, plan.steps_per_epoch))
+    plan = on_rank(plan, data.draw(st.integers(0, plan.world_size - 1)))
+    whole, tail = plan.micro_batches(epoch), plan.micro_batches(epoch, start)
+    assert _as_lists(tail) == _as_lists(whole)[start:]
+
+
+def _as_lists(steps: list[list[np.ndarray]]) -> list[list[list[int]]]:
+    return [[micro_batch.tolist() for micro_batch in step] for step in steps]
+
+
+def test_the_seeds_epoch_has_391_steps() -> None:
+    plan = BatchPlan(50_000, 128)
+    assert plan.steps_per_epoch == 391
+    assert plan.global_count(389) == 128
+    assert plan.global_count(390) == 80
+    assert BatchPlan(50_000, 128, drop_last=True).steps_per_epoch == 390
+
+
+def test_a_small_last_batch_has_fewer_micro_batches() -> None:
+    plan = BatchPlan(35, 16, world_size=2, accumulation_steps=4)
+    assert [[len(m) for m in step] for step in plan.micro_batches(0)] == [[2, 2, 2, 2], [2, 2, 2, 2], [2]]
+    other = on_rank(plan, 1)
+    assert [len(m) for m in other.micro_batches(0)[2]] == [1]
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "options", "expected"),
+    [
+        (100, 7, {"world_size": 2}, ["7 is not divisible by 2", "2 ranks × 1 accum", "is 6 or 8"]),
+        (100, 6, {"world_size": 2, "accumulation_steps": 2}, ["6 is not divisible by 4", "is 4 or 8"]),
+        (100, 128, {}, ["128 is larger than the 100 training images", "is 100"]),
+        (100, 128, {"world_size": 3, "drop_last": True}, ["128 is not divisible by 3", "is 99"]),
+        (101, 20, {"world_size": 2}, ["would hold 1 images for 2 ranks", "set drop_last, or: ", "is 18 or 22"]),
+        (3, 4, {"world_size": 4}, ["larger than the 3", "no size fits"]),
+        (0, 4, {}, ["count must be at least 1"]),
+        (10, 0, {}, ["global_batch_size must be at least 1"]),
+        (10, 5, {"accumulation_steps": 0}, ["accumulation_steps must be at least 1"]),
+    ],
+)
+def test_numbers_that_do_not_go_together(count: int, size: int, options: dict[str, int], expected: list[str]) -> None:
+    with pytest.raises(HarnessError) as caught:
+        BatchPlan(count, size, **options)
+    for text in expected:
+        assert text in str(caught.value)
+
+
+@given(st.integers(1, 60), st.integers(1, 80), st.integers(1, 4), st.integers(1, 4))
+def test_the_sizes_a_hint_names_are_valid(count: int, size: int, world_size: int, accumulation: int) -> None:
+    options = {"world_size": world_size, "accumulation_steps": accumulation}
+    try:
+        BatchPlan(count, size, **options)
+    except HarnessError as error:
+        hint = error.hint or ""
+        valid = [s for s in range(1, count + 1) if _is_valid(count, s, options)]
+        named = [int(word) for word in hint.split(" is ")[-1].replace(" or ", " ").split() if word.isdigit()]
+        below, above = [s for s in valid if s <= size], [s for s in valid if s > size]
+        assert named == below[-1:] + above[:1]
+        assert ("no size fits" in hint) == (not valid)
+
+
+def _is_valid(count: int, size: int, options: dict[str, int]) -> bool:
+    try:
+        BatchPlan(count, size, **options)
+    except HarnessError:
+        return False
+    return True
+
+
+def test_a_step_or_rank_that_is_not_there() -> None:
+    plan = BatchPlan(10, 5)
+    with pytest.raises(ValueError, match="start_step 3"):
+        plan.micro_batches(0, 3)
+    with pytest.raises(ValueError, match="step 2 "):
+        plan.global_count(2)
+    with pytest.raises(ValueError, match="rank 2"):
+        BatchPlan(10, 4, rank=2, world_size=2)
+    with pytest.raises(ValueError, match="rank 1"):
+        evaluation_batches(10, batch_size=2, rank=1, world_size=1)
+    with pytest.raises(HarnessError, match="at least 1"):
+        evaluation_batches(10, batch_size=0, rank=0, world_size=1)
+
+
+@given(st.integers(0, 200), st.integers(1, 40), st.integers(1, 7))
+def test_evaluation_shows_each_image_once(count: int, batch_size: int, world_size: int) -> None:
+    ranks = [
+        evaluation_batches(count, batch_size=batch_size, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
+    assert [int(i) for rank in ranks for ids_B in rank for i in ids_B] == list(range(count))
+    assert all(1 <= len(ids_B) <= batch_size for rank in ranks for ids_B in rank)
+    assert all(len(ids_B) == batch_size for rank in ranks for ids_B in rank[:-1])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_of_ten_thousand(world_size: int) -> None:
+    shards = [
+        evaluation_batches(10_000, batch_size=512, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
+    ids = np.concatenate([ids_B for shard in shards for ids_B in shard])
+    assert np.array_equal(ids, np.arange(10_000))
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1

@@ -1,0 +1,244 @@
+"""Recipes: every error at once, with its place; inheritance; overrides; what is written can be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from harness.errors import HarnessError, ManyErrors
+from harness.recipe import Recipe, load
+from harness.recipe import document as yaml_document
+from harness.recipe.loading import differences, fingerprint, json_schema, resolved_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+MINIMAL = "training: {epochs: 1}\n"
+
+
+def write(folder: Path, text: str, name: str = "r.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def errors_of(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(HarnessError) as caught:
+        load(path, overrides)
+    assert caught.value.exit_code == 2
+    error = caught.value
+    return [e.render() for e in error.errors] if isinstance(error, ManyErrors) else [error.render()]
+
+
+def test_the_folder_has_its_recipes() -> None:
+    assert {p.name for p in RECIPES} >= {"debug.yaml", "quickstart.yaml", "seed.yaml"}
+    assert len(RECIPES) == 3  # a new recipe comes with a look at this test
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_each_recipe_loads_and_reads_back(path: Path, tmp_path: Path) -> None:
+    recipe = load(path)
+    assert recipe.name == path.stem
+    again = load(write(tmp_path, resolved_yaml(recipe)))
+    assert again == recipe
+    assert fingerprint(again) == fingerprint(recipe)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_json_schema_agrees_with_the_recipes(path: Path) -> None:
+    jsonschema.validate(yaml_document.read(path).data, json_schema())
+
+
+def test_json_schema_refuses_an_unknown_key() -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"training": {"epcohs": 1}}, json_schema())
+
+
+def test_the_seed_is_the_seed() -> None:
+    recipe = load(ROOT / "recipes" / "seed.yaml")
+    assert (recipe.optimizer.name, recipe.optimizer.lr, recipe.optimizer.momentum) == ("sgd", 0.008, 0.95)
+    assert (recipe.optimizer.nesterov, recipe.optimizer.weight_decay) == (False, 0.0)
+    assert (recipe.training.epochs, recipe.training.global_batch_size, recipe.training.drop_last) == (50, 128, False)
+    assert recipe.schedule.name == "constant"
+    assert recipe.data.mean == recipe.data.std == (0.5, 0.5, 0.5)
+    assert (recipe.data.flip, recipe.data.crop_padding_px, recipe.data.cutout_size_px) == ("none", 0, 0)
+    assert recipe.model.name == "dual_branch_seed"
+    assert recipe.model.args == {}
+    assert recipe.training.label_smoothing == 0
+
+
+def test_all_errors_come_at_once_with_their_places(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "training:\n  epcohs: 3\n  epochs: -2\n  global_batch_size: '128'\n  precision: bf61\n"
+        "optimizer: {lr: 0, momentum: .nan}\noptimizer: 3\n"
+        "model:\n  args: {widhts: [[3]], merge: summ}\n",
+    )
+    found = "\n".join(errors_of(path, "data.flipp=none", "junk"))
+    for line, text in (
+        (2, 'unknown key "training.epcohs"\n  HINT: Did you mean "epochs"?'),
+        (3, "training.epochs: must be ≥ 0, got -2"),
+        (4, "training.global_batch_size: input should be a valid integer, got '128'"),
+        (5, "training.precision: 'bf61' is not one of its values\n  HINT: Did you mean \"bf16\"?"),
+        (6, "optimizer.lr: must be > 0"),
+        (6, "optimizer.momentum: input should be a finite number"),
+        (7, 'duplicate key "optimizer"'),
+        (9, 'unknown key "model.args.widhts"\n  HINT: Did you mean "widths"?'),
+        (9, 'model.args.merge: \'summ\' is not one of its values\n  HINT: Did you mean "sum"?'),
+    ):
+        assert f"{path}:{line}: {text}" in found
+    assert 'override "data.flipp=none": unknown key "data.flipp"\n  HINT: Did you mean "flip"?' in found
+    assert 'override "junk": not of the form key.path=value' in found
+    assert found.count("HINT:") == 11
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("seed: 0\n", "says no length"),
+        ("training: {epochs: 1, steps: 1}\n", "given twice"),
+        ("training: {epochs: 1, global_batch_size: 10, gradient_accumulation_steps: 3}\n", "not divisible"),
+        ("training: {epochs: 1, global_batch_size: 7}\nmix: {mixup_alpha: 0.2}\n", "must be even"),
+        ("training: {epochs: 1}\nschedule: {warmup_epochs: 2}\n", "longer than the training"),
+        ("training: {steps: 1}\nschedule: {warmup_steps: 2}\n", "longer than the training"),
+        ("training: {epochs: 1}\nschedule: {warmup_steps: 1, warmup_epochs: 1}\n", "given twice"),
+        ("training: {epochs: 1}\nschedule: {name: multistep}\n", "needs milestones"),
+        ("training: {epochs: 1}\nschedule: {min_lr: 1.0}\n", "above the peak"),
+        ("training: {epochs: 1}\ndata: {source: parquet}\n", "needs a path"),
+        ("training: {epochs: 1}\ndata: {source: digits, path: x}\n", "reads no files"),
+        ("training: {epochs: 1}\ndata: {std: [0.2, 0.0, 0.2]}\n", "must be > 0"),
+        ("training: {epochs: 1}\ndata: {crop_padding_mode: reflect, crop_padding_px: 32}\n", "smaller than the image"),
+        ("training: {epochs: 1}\ncheckpoint: {best_by: ema}\n", "no averaged weights"),
+        ("training: {epochs: true}\n", "valid integer"),
+        ("training: 3\n", "training"),
+        ("name: ../up\ntraining: {epochs: 1}\n", "name"),
+        ("[1, 2]\n", "mapping"),
+        ("a: b: c\n", "not valid YAML"),
+        ("a: &x 1\nb: *x\n", "anchors and aliases"),
+        ("a: !!python/object/apply:os.system ['true']\n", "tag"),
+        ("? [1, 2]\n: 3\n", "a key must be a word"),
+        ("a: 1\n---\nb: 2\n", "not valid YAML"),
+        ("x: " + "[" * 3000 + "\n", "ested too deeply"),
+        ("seed: " + "9" * 5000 + "\n", "too long"),
+    ],
+)
+def test_bad_recipes_say_what_is_wrong(text: str, expected: str, tmp_path: Path) -> None:
+    assert any(expected in e and "HINT:" in e for e in errors_of(write(tmp_path, text)))
+
+
+def test_missing_file_names_its_neighbour() -> None:
+    assert 'Did you mean "seed.yaml"?' in errors_of(ROOT / "recipes" / "sead.yaml")[0]
+
+
+def test_folder_and_binary_files_are_errors(tmp_path: Path) -> None:
+    assert "cannot be read" in errors_of(tmp_path)[0]
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "UTF-8" in errors_of(tmp_path / "b.yaml")[0]
+
+
+def test_base_is_merged_key_by_key_and_overrides_come_last(tmp_path: Path) -> None:
+    write(tmp_path, "seed: 3\ntraining: {epochs: 5, global_batch_size: 64}\noptimizer: {lr: 0.5}\n", "a.yaml")
+    write(tmp_path, "base: a.yaml\ntraining: {global_batch_size: 32}\n", "b.yaml")
+    path = write(tmp_path, "base: b.yaml\ntraining: {epochs: 7}\n", "c.yaml")
+    recipe = load(path, ["optimizer.lr=1e-3", "tracking.tags=[a, b]", "training.precision=no"])
+    assert recipe.name == "c"
+    assert (recipe.seed, recipe.training.epochs, recipe.training.global_batch_size) == (3, 7, 32)
+    assert recipe.optimizer.lr == 0.001
+    assert recipe.tracking.tags == ("a", "b")
+    assert recipe.training.precision == "no"  # YAML 1.1 would read a boolean here
+
+
+def test_error_in_a_base_is_placed_in_the_base(tmp_path: Path) -> None:
+    write(tmp_path, "training: {epochs: 5,\n  global_batch_size: 0}\n", "a.yaml")
+    path = write(tmp_path, "base: a.yaml\n")
+    assert f"{tmp_path / 'a.yaml'}:2: training.global_batch_size" in errors_of(path)[0]
+
+
+def test_inheritance_cycle_and_missing_base(tmp_path: Path) -> None:
+    write(tmp_path, "base: b.yaml\n", "a.yaml")
+    write(tmp_path, "seed: 1\nbase: a.yaml\n", "b.yaml")
+    message = errors_of(tmp_path / "a.yaml")[0]
+    assert f"{tmp_path / 'b.yaml'}:2: inheritance cycle: a.yaml → b.yaml → a.yaml" in message
+    path = write(tmp_path, "base: nowhere.yaml\n")
+    assert f"{path}:1: base: " in errors_of(path)[0]
+
+
+def test_recipe_is_frozen_and_differences_are_named(tmp_path: Path) -> None:
+    recipe = load(write(tmp_path, MINIMAL))
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 1  # type: ignore[misc]
+    other = load(write(tmp_path, MINIMAL), ["seed=4"])
+    assert differences(recipe, other) == {"seed": (0, 4)}
+    assert fingerprint(recipe) != fingerprint(other)
+
+
+def test_every_key_has_a_description() -> None:
+    def check(schema: dict[str, object]) -> int:
+        count = 0
+        for name, field in schema["properties"].items():  # type: ignore[attr-defined]
+            if "$ref" not in field:
+                assert field.get("description"), name
+                count += 1
+        return count
+
+    whole = Recipe.model_json_schema()
+    assert sum(check(part) for part in [whole, *whole["$defs"].values()]) > 50
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+sections = st.sampled_from([*Recipe.model_fields, "base", "trainign"])
+keys = st.sampled_from(
+    sorted({k for f in Recipe.model_fields.values() for k in getattr(f.annotation, "model_fields", {})})
+)
+
+
+@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(sections, plain | st.dictionaries(keys, plain, max_size=4), max_size=5))
+def test_generated_recipes_load_or_explain(tmp_path: Path, data: dict[str, object]) -> None:
+    data["base"] = None  # files are another test's matter
+    path = write(tmp_path, yaml.safe_dump(data, allow_unicode=True))
+    try:
+        recipe = load(path)
+    except HarnessError as error:
+        assert error.exit_code == 2
+        assert str(error)
+    else:
+        assert load(write(tmp_path, resolved_yaml(recipe), "again.yaml")) == recipe
+
+
+@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(max_size=80) | st.text(alphabet="{}[]:,-&*!?|>'\"%@` \n\tab1.e", max_size=60))
+def test_any_text_loads_or_explains(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(HarnessError):
+        load(path)  # no text this short says how long to train
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.text(max_size=40) | st.builds("{}.{}={}".format, sections, keys, st.text(max_size=10)))
+def test_any_override_loads_or_explains(override: str) -> None:
+    try:
+        recipe = load(ROOT / "recipes" / "debug.yaml", [override])
+    except HarnessError as error:
+        assert error.exit_code == 2
+    else:
+        assert isinstance(recipe, Recipe)
+
+
+@settings(max_examples=500, deadline=None)
+@given(plain)
+def test_dumped_values_are_read_back(value: object) -> None:
+    def same(a: object, b: object) -> bool:
+        return repr(a) == repr(b)
+
+    document = yaml_document.parse(yaml_document.dump({"value": value}), "text")
+    assert same(document.data["value"], value)

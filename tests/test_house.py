@@ -1,0 +1,240 @@
+"""The rules of the house that a machine can hold: who imports whom, sizes, no unsafe loading, nothing left out."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "harness").rglob("*.py"))
+MAX_FILE_LINES = 350
+MAX_FUNCTION_LINES = 60
+
+# Each room and the rooms it may import. A module with its own entry is a room of its own.
+GROUND = {"errors", "machine"}
+WORK = GROUND | {"recipe", "models", "data", "tracking", "runtime", "training", "models.dual_branch_args"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "machine": set(),
+    "models.dual_branch_args": GROUND,  # the schema of the network's settings: recipes are checked with it
+    "recipe": GROUND | {"models.dual_branch_args"},
+    "models": GROUND | {"models.dual_branch_args"},
+    "data": GROUND,
+    "tracking": GROUND,
+    "runtime": GROUND | {"data"},
+    "training": WORK,
+    "launching": WORK,
+    "reporting": WORK,
+    "benchmarks": WORK,
+    "doctor": WORK,
+    "cli": WORK | {"launching", "reporting", "benchmarks", "doctor"},
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+FFCV_FILES = {"harness/data/ffcv_loader.py", "harness/data/augment.py"}
+UNSAFE_CALLS = {
+    "torch.load": "weights are safetensors",
+    "pickle.load": "state is safetensors and JSON",
+    "pickle.loads": "state is safetensors and JSON",
+    "marshal.load": "it runs what it reads",
+    "marshal.loads": "it runs what it reads",
+    "shelve.open": "it is pickle",
+    "joblib.load": "it is pickle",
+    "yaml.full_load": "YAML is safe-loaded",
+    "yaml.unsafe_load": "YAML is safe-loaded",
+    "yaml.load_all": "YAML is safe-loaded",
+    "eval": "it runs what it reads",
+    "exec": "it runs what it reads",
+}
+# torchvision's CIFAR-10 archive is a pickle: it is read by an Unpickler that knows nothing but arrays and text.
+RESTRICTED_UNPICKLERS = {"harness/data/archives.py"}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), filename=str(path))
+
+
+def room_of(module: str) -> str:
+    """The room of a dotted name below harness: the longest entry that it begins with, else its first word."""
+    matching = [room for room in MAY_IMPORT if module == room or module.startswith(f"{room}.")]
+    return max(matching, key=len, default=module.split(".")[0])
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT / "harness").with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def imports_of(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import, wherever it stands; `from a import b` gives both a and a.b."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)}:{node.lineno}: a relative import; write harness.…"
+            assert node.module is not None
+            for alias in node.names:
+                yield node.lineno, f"{node.module}.{alias.name}"
+
+
+def targets_of(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, room) of every import of ours."""
+    for line, name in imports_of(path):
+        if name.startswith("harness.") and name != "harness.__version__":
+            yield line, room_of(name.removeprefix("harness."))
+
+
+def calls_of(path: Path) -> Iterator[tuple[ast.Call, str]]:
+    """Every call with its dotted name as written, import aliases undone."""
+    aliases = {}
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            aliases |= {
+                a.asname or a.name.split(".")[0]: a.name if a.asname else a.name.split(".")[0] for a in node.names
+            }
+        elif isinstance(node, ast.ImportFrom):
+            aliases |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Call):
+            head, _, tail = ast.unparse(node.func).partition(".")
+            yield node, ".".join(filter(None, (aliases.get(head, head), tail)))
+
+
+def test_there_is_a_house_to_look_at() -> None:
+    """The other tests loop over files; a wrong folder would let them all pass."""
+    assert {"harness/errors.py", "harness/data/order.py", "harness/launching/local.py"} <= set(map(name_of, FILES))
+    unknown = {name_of(path): room_of(module_of(path)) for path in FILES if room_of(module_of(path)) not in MAY_IMPORT}
+    assert not unknown, f"rooms without rules, add them to MAY_IMPORT: {unknown}"
+
+
+def test_every_folder_is_a_package() -> None:
+    assert [name_of(path.parent) for path in FILES if not (path.parent / "__init__.py").exists()] == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_go_one_way(path: Path) -> None:
+    room = room_of(module_of(path))
+    wrong = [f"line {line}: {room} imports {target}" for line, target in targets_of(path)
+             if target != room and target not in MAY_IMPORT[room]]  # fmt: skip
+    assert wrong == []
+
+
+def test_the_direction_test_sees_a_wrong_import(tmp_path: Path) -> None:
+    file = tmp_path / "wrong.py"
+    file.write_text(
+        "def f():\n    from harness.cli import main\nfrom harness import recipe\nimport harness.data.order\n"
+    )
+    assert sorted(targets_of(file)) == [(2, "cli"), (3, "recipe"), (4, "data")]
+
+
+@pytest.mark.parametrize(("package", "allowed"), [("ffcv", FFCV_FILES), ("wandb", "harness/tracking/")])
+def test_a_package_has_one_door(package: str, allowed: set[str] | str) -> None:
+    users = {name_of(path) for path in FILES for _, name in imports_of(path) if name.split(".")[0] == package}
+    if isinstance(allowed, str):
+        assert users
+        assert {user for user in users if not user.startswith(allowed)} == set()
+    else:
+        assert users
+        assert users <= allowed
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_sizes(path: Path) -> None:
+    lines = len(path.read_text().splitlines())
+    assert lines <= MAX_FILE_LINES, f"{lines} lines: find the missing room"
+    functions = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    long = {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno is not None}
+    assert {name: length for name, length in long.items() if length > MAX_FUNCTION_LINES} == {}
+
+
+def unsafe_loads(path: Path) -> list[str]:
+    """Calls that could run what they read."""
+    safe_loaders = {"yaml.SafeLoader", "yaml.CSafeLoader"}
+    unpicklers = set()
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.ClassDef):
+            bases = {ast.unparse(base) for base in node.bases}
+            if bases & safe_loaders:
+                safe_loaders.add(node.name)
+            if "pickle.Unpickler" in bases:
+                unpicklers.add(node.name)
+    found = [f"line {n}: {name}" for n, name in imports_of(path) if name.split(".")[0] in ("dill", "cloudpickle")]
+    for call, name in calls_of(path):
+        words = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        why = UNSAFE_CALLS.get(name)
+        if name == "yaml.load":
+            loader = words.get("Loader") or (ast.unparse(call.args[1]) if len(call.args) > 1 else "none")
+            why = None if loader in safe_loaders else "YAML is safe-loaded"
+        elif name.split(".")[-1] == "load" and words.get("allow_pickle") == "True":
+            why = "no pickle in arrays"
+        elif name == "pickle.Unpickler":
+            why = "only a subclass that refuses every class"
+        if why:
+            found.append(f"line {call.lineno}: {name}: {why}")
+    if unpicklers and name_of_or_path(path) not in RESTRICTED_UNPICKLERS:
+        found.append(f"Unpickler subclass outside {RESTRICTED_UNPICKLERS}: {unpicklers}")
+    return found
+
+
+def name_of_or_path(path: Path) -> str:
+    return name_of(path) if path.is_relative_to(ROOT) else str(path)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_nothing_loads_what_could_run_code(path: Path) -> None:
+    assert unsafe_loads(path) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import torch\ntorch.load('x')",
+        "from torch import load\nload('x')",
+        "import pickle as p\np.loads(b'')",
+        "import yaml\nyaml.load('x', Loader=yaml.Loader)",
+        "import yaml\nyaml.load('x', yaml.UnsafeLoader)",
+        "import numpy as np\nnp.load('x', allow_pickle=True)",
+        "import pickle\nclass U(pickle.Unpickler): pass",
+        "eval('1')",
+        "import dill",
+    ],
+)
+def test_the_loading_test_sees_unsafe_code(tmp_path: Path, code: str) -> None:
+    file = tmp_path / "unsafe.py"
+    file.write_text(code + "\n")
+    assert len(unsafe_loads(file)) == 1
+
+
+def test_a_safe_loader_is_not_reported(tmp_path: Path) -> None:
+    file = tmp_path / "safe.py"
+    file.write_text("import yaml\nclass L(yaml.SafeLoader): pass\nyaml.load('x', Loader=L)\nyaml.safe_load('x')\n")
+    assert unsafe_loads(file) == []
+
+
+@pytest.mark.parametrize(
+    "script", ["launch.sh", ".ci/run", *(f"scripts/{p.name}" for p in (ROOT / "scripts").glob("*.sh"))]
+)
+def test_scripts_are_executable_and_stop_at_the_first_error(script: str) -> None:
+    path = ROOT / script
+    assert os.access(path, os.X_OK)
+    text = path.read_text()
+    assert text.startswith("#!/usr/bin/env bash\n")
+    assert "\nset -euo pipefail\n" in text
+
+
+@pytest.mark.parametrize("module", ["harness.recipe", "harness.launching.local", "harness.launching.ranks"])
+def test_what_runs_before_training_does_not_import_torch(module: str) -> None:
+    """Recipes are checked and remembered splits are read in milliseconds, torch takes a second or more."""
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False)
+    assert done.returncode == 0

@@ -1,0 +1,69 @@
+"""How much of the machine is ours: affinity, hardware threads, quotas of control groups."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from harness.machine import available_memory_gib, cpu_name, cpu_quota, usable_cores
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("files", "quota"),
+    [
+        ({}, None),
+        ({"sys/fs/cgroup/cpu.max": "max 100000\n"}, None),
+        ({"sys/fs/cgroup/cpu.max": "150000 100000\n"}, 1.5),
+        # The limit of a parent holds for its children.
+        (
+            {
+                "proc/self/cgroup": "0::/job/step\n",
+                "sys/fs/cgroup/job/cpu.max": "200000 100000\n",
+                "sys/fs/cgroup/job/step/cpu.max": "max 100000\n",
+            },
+            2.0,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:memory:/m\n3:cpu,cpuacct:/box\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+                "sys/fs/cgroup/cpu/box/cpu.cfs_quota_us": "50000\n",
+                "sys/fs/cgroup/cpu/box/cpu.cfs_period_us": "100000\n",
+            },
+            0.5,
+        ),
+        ({"sys/fs/cgroup/cpu.max": "what\n"}, None),
+    ],
+)
+def test_quota(tmp_path: Path, files: dict[str, str], quota: float | None) -> None:
+    assert cpu_quota(write(tmp_path, files)) == quota
+
+
+def test_two_threads_of_a_core_count_once(tmp_path: Path) -> None:
+    mask = os.sched_getaffinity(0)
+    one_core = {f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list": "0-7\n" for cpu in mask}
+    assert usable_cores(tmp_path / "tells nothing") == len(mask)
+    assert usable_cores(write(tmp_path, one_core)) == 1
+
+
+def test_a_quota_below_one_cpu_still_gives_one_core(tmp_path: Path) -> None:
+    assert usable_cores(write(tmp_path, {"sys/fs/cgroup/cpu.max": "20000 100000\n"})) == 1
+
+
+def test_this_machine() -> None:
+    assert cpu_name()
+    assert 1 <= usable_cores() <= len(os.sched_getaffinity(0))
+    memory = available_memory_gib()
+    assert memory is not None
+    assert 0 < memory < 1e5
