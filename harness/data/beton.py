@@ -148,9 +148,7 @@ def _check_arrays(path: Path, images_BHWC: np.ndarray, labels_B: np.ndarray) -> 
     if not (1 <= height <= 65535 and 1 <= width <= 65535):
         raise HarnessError(f"image sides must be 1 to 65,535 pixels, not {height}×{width}", where=where)
     if labels_B.shape != (count,) or labels_B.dtype.kind not in "iu":
-        raise HarnessError(
-            f"labels must be {count} integers, not {labels_B.dtype} {labels_B.shape}", where=where
-        )
+        raise HarnessError(f"labels must be {count} integers, not {labels_B.dtype} {labels_B.shape}", where=where)
     if int(labels_B.min()) < 0 or int(labels_B.max()) > np.iinfo(np.int64).max:
         raise HarnessError(f"labels run from {labels_B.min()} to {labels_B.max()}", where=where)
 

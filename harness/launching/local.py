@@ -32,6 +32,9 @@ MAX_CANDIDATES = 6
 RANK_MEMORY_GIB = 1.5  # a process with torch, a small network and its activations
 MORE_RANKS_MUST_GAIN = 1.03  # below this, noise: fewer processes are simpler
 PROBE_LIMIT_SECONDS = 240
+WORTH_MEASURING_IMAGES = 4_000  # a training of fewer images ends before the measurement would
+# Images in the training split of sources whose size is known without opening them.
+KNOWN_IMAGES = {"cifar10": 50_000, "digits": 1_437}
 CACHE_FORMAT = 1
 
 
@@ -131,6 +134,8 @@ def choose_split(
     splits = _splits(recipe, cores)
     if len(splits) == 1:
         return Choice(splits[0], {})
+    if _is_short(recipe):
+        return Choice(splits[0], {}, note="the training is too short to try others")
     key = _key(recipe, splits)
     remembered = _cache_file(key)
     speeds = _recall(remembered, key)
@@ -204,17 +209,25 @@ def _splits(recipe: Recipe, cores: int) -> list[Split]:
     )
 
 
+def _known_images(recipe: Recipe) -> int | None:
+    """Images in the training split where they are known without opening the data, else None."""
+    data = recipe.data
+    return data.synthetic.train_images if data.source == "synthetic" else KNOWN_IMAGES.get(data.source)
+
+
 def _smallest_batch(recipe: Recipe) -> int | None:
-    """Images in the last batch of an epoch where the recipe tells it, else None."""
-    known = {
-        "cifar10": 50_000,
-        "digits": 1_437,
-        "synthetic": recipe.data.synthetic.train_images,
-    }
-    count = known.get(recipe.data.source)
+    """Images in the last batch of an epoch where that is known to be a smaller one, else None."""
+    count = _known_images(recipe)
     if recipe.training.drop_last or count is None:
         return None
     return count % recipe.training.global_batch_size or None
+
+
+def _is_short(recipe: Recipe) -> bool:
+    training, count = recipe.training, _known_images(recipe)
+    if training.steps is not None:
+        return training.steps * training.global_batch_size < WORTH_MEASURING_IMAGES
+    return count is not None and (training.epochs or 0) * count < WORTH_MEASURING_IMAGES
 
 
 def _key(recipe: Recipe, splits: Sequence[Split]) -> dict[str, Any]:

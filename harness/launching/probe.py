@@ -28,6 +28,7 @@ from harness.errors import HarnessError
 from harness.launching.local import PROBE_LIMIT_SECONDS, Split
 from harness.models.build import build_model
 from harness.models.numerics import check_and_repair
+from harness.models.sync_batch_norm import convert_sync_batch_norm
 from harness.recipe import Recipe, load
 
 MEASURE_SECONDS = 2.5  # of each split
@@ -82,6 +83,8 @@ def run_split(
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=split.ranks, timeout=timeout)
     try:
         share = _agree(share)
+        if recipe.training.sync_batch_norm:
+            model = convert_sync_batch_norm(model, "cpu")
         return _measure(DistributedDataParallel(model), recipe, split, share), share
     finally:
         dist.destroy_process_group()

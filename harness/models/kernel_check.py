@@ -1,10 +1,7 @@
 """Is the library's kernel for one layer right? Forward and backward against float64, on the device at hand.
 
-The layer runs at the shape it will be trained at, since the library picks its kernel by the shape; on a CPU, where
-time counts, large layers run with a part of the batch. The float64 reference would take far longer there, so the
-batch is a few base images repeated, a tile after a tile: a layer treats its images alike, so the reference for the
-base images is the reference for all. The output gradients of the tiles have signs that do not cancel, so that a
-kernel that leaves out or repeats some images gives another weight gradient.
+Output, input gradient and the gradients of the parameters are compared within a tolerance that follows from the
+precision and the length of the sums. `kernel_data` says what the layer is run with.
 """
 
 from __future__ import annotations
@@ -20,7 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-REDUCED_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from harness.models.kernel_data import (
+    COUPLED,
+    REDUCED_DTYPES,
+    Call,
+    Tiling,
+    base_count,
+    column,
+    empty_input,
+    random_input,
+    round_to,
+)
+
 # Half the distance from 1 to the next number (Higham 2002, section 2.1). float32 has a floor well above its
 # own 2^-24, since fast convolutions (Winograd) lose some digits by design.
 UNIT_ROUNDOFF = {"no": 2.0**-20, "bf16": 2.0**-8, "fp16": 2.0**-11}
@@ -28,36 +36,7 @@ TENSOR_FLOAT_32 = 2.0**-11  # what CUDA libraries may use in place of float32 in
 ACCUMULATOR = 2.0**-24  # sums are kept in float32
 MARGIN = 8.0
 ELEMENT_MARGIN = 4.0
-BASE_IMAGES = 3  # odd: a kernel that mixes up images by a power of two meets other images
-BASE_POSITIONS = 256  # images of few positions: more base images, so that sums are not over a handful of terms
-CPU_VALUES = 1 << 21  # of input or output, above which a part of the batch must do on a CPU …
-CPU_IMAGES = 16  # … but at least so many images
 LARGEST_POISON_BYTES = 1 << 20
-_COUPLED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # images of a batch see each other
-
-
-@dataclass(frozen=True)
-class Call:
-    """One way in which a layer is called.
-
-    Args:
-        shape: of its input at the training batch size.
-        dtype: of its input.
-        dim_order: dimensions from the largest stride to the smallest: (0, 2, 3, 1) is channels_last.
-        input_gradient: whether training asks for the gradient of the input.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    dim_order: tuple[int, ...]
-    input_gradient: bool
-
-    def render(self) -> str:
-        """Such as `128×64×32×32 bfloat16 channels_last`."""
-        orders = {tuple(range(len(self.shape))): "contiguous", (0, 2, 3, 1): "channels_last"}
-        order = orders.get(self.dim_order, f"strides in order {self.dim_order}")
-        gradient = "" if self.input_gradient else ", no input gradient"
-        return f"{'×'.join(map(str, self.shape))} {str(self.dtype).removeprefix('torch.')} {order}{gradient}"
 
 
 @dataclass(frozen=True)
@@ -88,9 +67,7 @@ def tolerance(precision: str, device: torch.device, reduction_length: int) -> fl
     return MARGIN * (roundoff + math.sqrt(reduction_length) * ACCUMULATOR)
 
 
-def check_kernel(
-    layer: nn.Module, call: Call, *, precision: str, device: torch.device, seed_text: str
-) -> list[Fault]:
+def check_kernel(layer: nn.Module, call: Call, *, precision: str, device: torch.device, seed_text: str) -> list[Fault]:
     """The faults of a layer's forward and backward pass at one call; an empty list when it is right.
 
     The layer itself is not run: a copy with fixed random parameters is. No generator of torch is used.
@@ -104,18 +81,18 @@ def check_kernel(
     """
     generator = torch.Generator().manual_seed(zlib.crc32(seed_text.encode()))
     probe = _probe(layer, precision, generator)
-    tiling = Tiling(call.shape[0], _base_count(layer, call), signed=not isinstance(layer, _COUPLED))
-    x = _random_input(layer, call, tiling.base, precision, generator)
+    tiling = Tiling(call.shape[0], base_count(layer, call), signed=not isinstance(layer, COUPLED))
+    x = random_input(layer, call, tiling.base, precision, generator)
     reference, gradient = _reference(probe, x, tiling, precision, generator, device)
-    x_tiled = tiling.fill(_empty(call, device), x.to(device), signed=False)
+    x_tiled = tiling.fill(empty_input(call, device), x.to(device), signed=False)
     probe.to(device)
     _poison(probe, device)
     try:
         results = _run(probe, x_tiled, gradient.to(device), tiling, precision, call.input_gradient)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
-        return [Fault(f"kernel raised {str(error).splitlines()[0]}", math.inf)]
+    except RuntimeError as raised:
+        return [Fault(f"kernel raised {str(raised).splitlines()[0]}", math.inf)]
     faults = []
     lengths = _reduction_lengths(layer, x_tiled, results["output"])
     for what, result in results.items():
@@ -129,34 +106,6 @@ def check_kernel(
     return faults + _wrong_derivatives(probe, x, generator)
 
 
-class Tiling:
-    """A batch of `count` images made of `base` different ones, repeated.
-
-    The k tiles' signs sum to about √k, as a sum of k random signs would; the last one is positive, so that a last
-    tile that is not whole leaves no image with a sum of zero. All are 1 when not `signed`.
-    """
-
-    def __init__(self, count: int, base: int, *, signed: bool) -> None:
-        self.count, self.base = count, base
-        tiles = math.ceil(count / base)
-        root = math.isqrt(tiles) + 1
-        negative = (tiles - root) // 2 if signed and tiles > root else 0
-        self.signs = [-1] * negative + [1] * (tiles - negative)
-
-    def weights(self) -> Tensor:
-        """(base,): the sum of the signs with which each base image stands in the batch."""
-        each = torch.tensor(self.signs, dtype=torch.float64).repeat_interleave(self.base)[: self.count]
-        return torch.zeros(self.base, dtype=torch.float64).index_add_(
-            0, torch.arange(self.count) % self.base, each
-        )
-
-    def fill(self, whole: Tensor, tile: Tensor, *, signed: bool) -> Tensor:
-        """Write `tile` (base, …) over and over into `whole` (count, …)."""
-        for part, sign in zip(whole.split(self.base), self.signs, strict=True):
-            torch.mul(tile[: len(part)], sign if signed else 1, out=part)
-        return whole
-
-
 def _probe(layer: nn.Module, precision: str, generator: torch.Generator) -> nn.Module:
     """A copy on the CPU, in training mode, without activation (its kink would magnify roundings)."""
     probe = copy.deepcopy(layer).cpu().train()
@@ -168,56 +117,8 @@ def _probe(layer: nn.Module, precision: str, generator: torch.Generator) -> nn.M
             value = torch.randn(parameter.shape, generator=generator)
             fan_in = math.prod(parameter.shape[1:])
             value = value / math.sqrt(max(fan_in, 1)) if parameter.dim() > 1 else 1 + 0.25 * value
-            parameter.copy_(_exact(value, precision))
+            parameter.copy_(round_to(value, precision))
     return probe
-
-
-def _exact(value: Tensor, precision: str) -> Tensor:
-    """Rounded to what the precision can hold, so that casting it is no error."""
-    reduced = REDUCED_DTYPES.get(precision)
-    return value if reduced is None else value.to(reduced).to(value.dtype)
-
-
-def probe_images(count: int, values_per_image: int, device: torch.device) -> int:
-    """How many of `count` images a check runs with."""
-    if device.type != "cpu":
-        return count
-    return min(count, max(CPU_IMAGES, math.ceil(CPU_VALUES / values_per_image)))
-
-
-def _base_count(layer: nn.Module, call: Call) -> int:
-    """How many different images the batch is made of."""
-    count, positions = call.shape[0], math.prod(call.shape[2:])
-    wanted = min(count, max(BASE_IMAGES, math.ceil(BASE_POSITIONS / max(positions, 1))))
-    if isinstance(layer, _COUPLED):  # statistics of the copies equal those of the base images only if all are whole
-        return next(base for base in range(wanted, count + 1) if count % base == 0)
-    return wanted
-
-
-def _empty(call: Call, device: torch.device) -> Tensor:
-    """A tensor for the call's input, with its strides in the order of the call."""
-    inverse = sorted(range(len(call.dim_order)), key=call.dim_order.__getitem__)
-    shape = [call.shape[dim] for dim in call.dim_order]
-    return torch.empty(shape, dtype=call.dtype, device=device).permute(inverse)
-
-
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    return values.to(device=like.device, dtype=like.dtype).view(-1, *[1] * (like.dim() - 1))
-
-
-def _random_input(
-    layer: nn.Module, call: Call, base: int, precision: str, generator: torch.Generator
-) -> Tensor:
-    """(base, …) normal numbers; for maximum pooling all different, as ties may go either way."""
-    shape = (base, *call.shape[1:])
-    if not isinstance(layer, nn.MaxPool1d | nn.MaxPool2d | nn.AdaptiveMaxPool2d):
-        return _exact(torch.randn(shape, generator=generator), precision).to(call.dtype)
-    planes, positions = math.prod(shape[:2]), math.prod(shape[2:])
-    shifts = torch.randint(positions, (planes, 1), generator=generator)
-    ranks = (torch.randperm(positions, generator=generator) + shifts).remainder(positions).reshape(shape)
-    steps = round(1 / torch.finfo(REDUCED_DTYPES.get(precision, call.dtype)).eps)
-    octaves = ranks.div(steps, rounding_mode="floor") - positions // (2 * steps)
-    return ((1 + (ranks % steps) / steps) * torch.exp2(octaves)).to(call.dtype)
 
 
 def _reference(
@@ -237,12 +138,12 @@ def _reference(
     x = x.double().to(device).contiguous()
     with torch.no_grad():
         shape = exact(x).shape
-    gradient = _exact(torch.randn(shape, generator=generator), precision)
+    gradient = round_to(torch.randn(shape, generator=generator), precision)
     weighted = gradient.double().to(device)
-    weighted *= _column(tiling.weights(), weighted)
+    weighted *= column(tiling.weights(), weighted)
     whole = Tiling(tiling.base, tiling.base, signed=False)
     results = _run(exact, x, weighted, whole, "no", input_gradient=True)
-    results["input gradient"] /= _column(tiling.weights(), x)
+    results["input gradient"] /= column(tiling.weights(), x)
     return results, gradient
 
 

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from harness.errors import HarnessError
-from harness.models.kernel_check import Call, Fault, autocast, check_kernel, probe_images
+from harness.models.kernel_check import Fault, autocast, check_kernel
+from harness.models.kernel_data import Call, probe_images
 from harness.models.numerics_memory import Memory
 from harness.models.safe_conv import adopt_path, candidate_paths
 
@@ -143,34 +144,22 @@ def check_and_repair(
     """
     started = time.perf_counter()
     device = torch.device(device)
-    layout: Any = MEMORY_FORMATS[memory_format]
-    model.to(device=device, memory_format=layout)
+    layout = MEMORY_FORMATS[memory_format]
+    model.to(device=device).to(memory_format=layout)
     images = torch.zeros(OBSERVED_IMAGES, channels, image_size_px, image_size_px, device=device)
     calls = _observe(model, images.contiguous(memory_format=layout), batch_size, precision)
     memory = Memory(cache_directory, device=device, precision=precision, memory_format=memory_format)
     checker = _Checker(memory, precision, device)
-
-    faults = {layer: _worst(checker, layer, layer_calls) for layer, layer_calls in calls.items()}
+    verdicts = {layer: checker.first_fault(layer, layer_calls) for layer, layer_calls in calls.items()}
     checked = len(checker.signatures)
-    names = _names(model)
-    wrong: dict[tuple[str, str], WrongKernel] = {}
-    for layer, (signature, found) in faults.items():
-        if not found:
-            continue
-        path = _repair(layer, calls[layer], checker, signature, found, names[layer])
-        known = wrong.get((signature, path))
-        wrong[signature, path] = WrongKernel(
-            layers=(*(known.layers if known else ()), *names[layer]),
-            signature=signature,
-            what=tuple(fault.what for fault in found),
-            relative_error=max(fault.relative_error for fault in found),
-            path=path,
-        )
-    memory.save()
+    try:
+        wrong = _repair_all(model, calls, verdicts, checker)
+    finally:
+        memory.save()
     return NumericsReport(
         checked=checked,
         layers=len(calls),
-        wrong=tuple(wrong.values()),
+        wrong=wrong,
         seconds=time.perf_counter() - started,
         remembered=checker.fresh == 0,
         device=str(device),
@@ -203,15 +192,38 @@ class _Checker:
             self.signatures[signature] = remembered
         return signature, self.signatures[signature]
 
+    def first_fault(self, layer: nn.Module, calls: list[Call]) -> tuple[str, list[Fault]]:
+        """Signature and faults of the first call at which the layer is wrong; of the last one if it is right."""
+        verdict: tuple[str, list[Fault]] = ("", [])
+        for call in calls:
+            verdict = self.faults(layer, call)
+            if verdict[1]:
+                break
+        return verdict
 
-def _worst(checker: _Checker, layer: nn.Module, calls: list[Call]) -> tuple[str, list[Fault]]:
-    """The first call at which the layer is wrong, or its last one."""
-    verdict: tuple[str, list[Fault]] = ("", [])
-    for call in calls:
-        verdict = checker.faults(layer, call)
-        if verdict[1]:
-            break
-    return verdict
+
+def _repair_all(
+    model: nn.Module,
+    calls: dict[nn.Module, list[Call]],
+    verdicts: dict[nn.Module, tuple[str, list[Fault]]],
+    checker: _Checker,
+) -> tuple[WrongKernel, ...]:
+    """Send every wrong layer down another path; one entry for each layer shape and path."""
+    names = _names(model)
+    wrong: dict[tuple[str, str], WrongKernel] = {}
+    for layer, (signature, faults) in verdicts.items():
+        if not faults:
+            continue
+        path = _repair(layer, calls[layer], checker, signature, faults, names[layer])
+        known = wrong.get((signature, path))
+        wrong[signature, path] = WrongKernel(
+            layers=(*(known.layers if known else ()), *names[layer]),
+            signature=signature,
+            what=tuple(fault.what for fault in faults),
+            relative_error=max(fault.relative_error for fault in faults),
+            path=path,
+        )
+    return tuple(wrong.values())
 
 
 def _repair(
@@ -219,21 +231,21 @@ def _repair(
     calls: list[Call],
     checker: _Checker,
     signature: str,
-    found: list[Fault],
+    faults: list[Fault],
     names: tuple[str, ...],
 ) -> str:
     """Send the layer down the first path that is right at all its calls; returns the path."""
-    original = type(layer), getattr(layer, "path", None)
+    original, attributes = type(layer), dict(layer.__dict__)
     tried = []
     for path in candidate_paths(layer, checker.precision):
         adopt_path(layer, path)
-        if not _worst(checker, layer, calls)[1]:
+        if not checker.first_fault(layer, calls)[1]:
             return path
         tried.append(path)
-    layer.__class__ = original[0]
-    if original[1] is not None:
-        layer.path = original[1]
-    what = " and ".join(f"{fault.what} (relative error {fault.relative_error:.2g})" for fault in found)
+    layer.__class__ = original
+    layer.__dict__.clear()
+    layer.__dict__.update(attributes)
+    what = " and ".join(f"{fault.what} (relative error {fault.relative_error:.2g})" for fault in faults)
     raise HarnessError(
         f"wrong kernel on {checker.device}: {what} of {signature}, and no other path is right"
         + (f" (tried {', '.join(tried)})" if tried else ""),
@@ -262,9 +274,7 @@ def _code_is_versioned(layer: nn.Module) -> bool:
     return package in ("torch", "timm", "harness") and not parametrize.is_parametrized(layer)
 
 
-def _observe(
-    model: nn.Module, images_BCHW: Tensor, batch_size: int, precision: str
-) -> dict[nn.Module, list[Call]]:
+def _observe(model: nn.Module, images_BCHW: Tensor, batch_size: int, precision: str) -> dict[nn.Module, list[Call]]:
     """How each layer is called, by one forward pass in evaluation mode; shapes scaled to the batch size."""
     calls: dict[nn.Module, list[Call]] = {}
 
@@ -276,12 +286,13 @@ def _observe(
             return
         count, rest = divmod(x.shape[0], len(images_BCHW))
         largest = max(x[0].numel(), output[0].numel()) * count
+        strides = x.stride()
         images = probe_images(batch_size, largest, x.device)
         first = x.shape[0] if rest else count * images
         call = Call(
             shape=(first, *x.shape[1:]),
             dtype=x.dtype,
-            dim_order=tuple(sorted(range(x.dim()), key=lambda dim: -x.stride(dim))),
+            dim_order=tuple(sorted(range(x.dim()), key=strides.__getitem__, reverse=True)),
             input_gradient=x is not images_BCHW,
         )
         known = calls.setdefault(layer, [])

@@ -44,9 +44,7 @@ def space_to_batch_conv2d(
     channels_last = _is_channels_last(x_BCHW)
     grids = _to_sub_grids(x_BCHW, dilation, channels_last)
     padding = ((weight.shape[-2] - 1) // 2, (weight.shape[-1] - 1) // 2)
-    y_BCHW = _from_sub_grids(
-        F.conv2d(grids, weight, bias, padding=padding, groups=groups), dilation, channels_last
-    )
+    y_BCHW = _from_sub_grids(F.conv2d(grids, weight, bias, padding=padding, groups=groups), dilation, channels_last)
     if below or right:
         cropped = y_BCHW[..., :height, :width]
         y_BCHW = cropped.contiguous(memory_format=_format(channels_last))
@@ -130,9 +128,7 @@ class SafeConv2d(nn.Conv2d):
         """(B, C, H, W) -> (B, channels out, H', W'), as `nn.Conv2d`."""
         if self.path == "space_to_batch":
             height, width = self.dilation
-            return space_to_batch_conv2d(
-                input, self.weight, self.bias, dilation=(height, width), groups=self.groups
-            )
+            return space_to_batch_conv2d(input, self.weight, self.bias, dilation=(height, width), groups=self.groups)
         if self.path == "other_memory_format":
             return self._in_other_memory_format(input)
         if self.path == "float32":
@@ -162,6 +158,7 @@ class Float32Layer(nn.Module):
         if not isinstance(layer, Float32Layer):
             cls = type(layer)
             layer.__class__ = type(f"Float32{cls.__name__}", (Float32Layer, cls), {"__module__": cls.__module__})
+        assert isinstance(layer, Float32Layer)
         layer.path = "float32"
         return layer
 
@@ -170,11 +167,18 @@ class Float32Layer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.path == "direct":
-            return super().forward(input)  # type: ignore[misc, no-any-return]
+            return super().forward(input)
         reduced = isinstance(self, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.Linear)
         dtype = _compute_dtype(input) if reduced else input.dtype
         with torch.autocast(input.device.type, enabled=False):
-            return super().forward(input.float()).to(dtype)  # type: ignore[misc, no-any-return]
+            return super().forward(input.float()).to(dtype)
+
+
+def original_class(layer: nn.Module) -> type[nn.Module]:
+    """The class that a layer had before it was sent down another path."""
+    if isinstance(layer, Float32Layer):
+        return type(layer).__mro__[2]
+    return nn.Conv2d if type(layer) is SafeConv2d else type(layer)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

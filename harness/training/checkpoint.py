@@ -188,22 +188,28 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: Path) -
 def join_optimizer(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> dict[str, Any]:
     """The optimizer's `state_dict` back from its tensors and JSON part."""
     per_parameter: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in state["scalars"].items()}
+    groups: list[dict[str, Any]] = [dict(group) for group in state["groups"]]
     for name, tensor in tensors.items():
-        index, key = name.split(".", 1)
-        per_parameter.setdefault(int(index), {})[key] = tensor
-    groups = [
-        {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in g.items()} for g in state["groups"]
-    ]
+        kind, index, key = name.split(".", 2)
+        owner = groups[int(index)] if kind == "group" else per_parameter.setdefault(int(index), {})
+        owner[key] = tensor
+    for group in groups:  # JSON knows no tuples; betas and the like are tuples
+        group.update({k: tuple(v) for k, v in group.items() if isinstance(v, list) and k != "params"})
     return {"state": per_parameter, "param_groups": groups}
 
 
 def _split_optimizer(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by name, and all the rest as JSON."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
+    groups: list[dict[str, Any]] = []
     for index, entries in optimizer["state"].items():
+        tensors |= {f"parameter.{index}.{k}": v for k, v in entries.items() if isinstance(v, Tensor)}
         scalars[str(index)] = {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
-        tensors |= {f"{index}.{k}": v for k, v in entries.items() if isinstance(v, Tensor)}
-    return tensors, {"scalars": scalars, "groups": optimizer["param_groups"]}
+    for index, group in enumerate(optimizer["param_groups"]):
+        tensors |= {f"group.{index}.{k}": v for k, v in group.items() if isinstance(v, Tensor)}
+        groups.append({k: v for k, v in group.items() if not isinstance(v, Tensor)})
+    return tensors, {"scalars": scalars, "groups": groups}
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -105,7 +105,8 @@ def build_schedule(
         sched=name,
         num_epochs=max(1, total_steps),
         decay_epochs=max(1, round(decay_epochs * steps_per_epoch)),
-        decay_milestones=[m * steps_per_epoch for m in milestones_epochs],
+        # timm's multistep looks one step ahead; a milestone means the first step with the new rate
+        decay_milestones=[m * steps_per_epoch + 1 for m in milestones_epochs],
         decay_rate=decay_rate,
         min_lr=min_lr,
         warmup_lr=warmup_lr,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,6 @@ _MAY_CHANGE = (
 )
 
 
-@dataclass(frozen=True)
-class RunDirectory:
-    """Where a run writes, and what it goes on from."""
-
-    path: Path
-    resume_from: checkpoint.Saved | None
-
-
 def train(recipe: Recipe, *, run_directory: Path | None, resume: str) -> dict[str, Any]:
     """Train a recipe and return its result (also written as `result.json`).
 
@@ -56,47 +49,50 @@ def train(recipe: Recipe, *, run_directory: Path | None, resume: str) -> dict[st
     """
     runtime = runtime_module.start(precision=recipe.training.precision, seed=recipe.seed)
     path = Path(broadcast_text(str(_choose_directory(recipe, run_directory, resume)), runtime))
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
-    if runtime.is_main:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise HarnessError(
-                "another process is training in this run directory",
-                where=str(path),
-                hint="Give another --run-dir.",
-            ) from None
+    with ExitStack() as stack:
+        stack.callback(runtime_module.finish, runtime)
+        saved = _checkpoint_to_resume(path, resume)
+        if saved is not None:
+            _check_same_training(recipe, saved)
+        parts = assemble(recipe, runtime, path / "checkpoints")
+        stack.callback(parts.close)
+        progress = parts.restore(saved) if saved is not None else Progress()
+        if runtime.is_main:
+            stack.enter_context(_only_writer(path))
+            _describe_run(path, recipe, runtime)
+        return _train(recipe, parts, path, progress)
+
+
+def _train(recipe: Recipe, parts: Parts, path: Path, progress: Progress) -> dict[str, Any]:
+    steps = total_steps(recipe, parts.plan)
+    parts.tracker = _trackers(path, recipe, parts, progress, steps)
+    _announce(parts, recipe, path, progress, steps)
+    result = None
     try:
-        return _train_in(path, recipe, runtime, resume)
+        fit(parts, _cadence(recipe, parts, steps), progress)
+        result = _result(recipe, parts, progress)
+        if parts.runtime.is_main:
+            write_json(path / "result.json", result)
+    finally:
+        parts.tracker.finish(result)
+    return {**result, "run_directory": str(path)}
+
+
+@contextmanager
+def _only_writer(path: Path) -> Iterator[None]:
+    """Make the run directory and hold it against any other process."""
+    path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise HarnessError(
+            "another process is training in this run directory", where=str(path), hint="Give another --run-dir."
+        ) from None
+    try:
+        yield
     finally:
         lock.release()
-        runtime_module.finish(runtime)
-
-
-def _train_in(path: Path, recipe: Recipe, runtime: Runtime, resume: str) -> dict[str, Any]:
-    saved = _checkpoint_to_resume(path, resume)
-    if saved is not None:
-        _check_same_training(recipe, saved)
-    parts = assemble(recipe, runtime, path / "checkpoints")
-    try:
-        progress = parts.restore(saved) if saved is not None else Progress()
-        steps = total_steps(recipe, parts.plan)
-        if runtime.is_main:
-            _describe_run(path, recipe, runtime)
-        parts.tracker = _trackers(path, recipe, runtime, parts, progress, steps)
-        _announce(parts, recipe, path, progress, steps)
-        result = None
-        try:
-            fit(parts, _cadence(recipe, parts, steps), progress)
-            result = _result(recipe, parts, progress)
-            if runtime.is_main:
-                write_json(path / "result.json", result)
-        finally:
-            parts.tracker.finish(result)
-        return {**result, "run_directory": str(path)}
-    finally:
-        parts.close()
 
 
 def _choose_directory(recipe: Recipe, given: Path | None, resume: str) -> Path:
@@ -131,7 +127,7 @@ def _newest_unfinished(recipe: Recipe) -> Path | None:
 
 def _checkpoint_to_resume(path: Path, resume: str) -> checkpoint.Saved | None:
     if resume == "never":
-        if path.exists() and any(path.iterdir()):
+        if path.exists() and any(p.name != ".lock" for p in path.iterdir()):
             raise HarnessError(
                 "the run directory is not empty",
                 where=str(path),
@@ -192,8 +188,8 @@ def _describe_run(path: Path, recipe: Recipe, runtime: Runtime) -> None:
     write_json(path / "provenance.json", {**provenance(runtime.world_size), "recipe_sha256": fingerprint(recipe)})
 
 
-def _trackers(path: Path, recipe: Recipe, runtime: Runtime, parts: Parts, progress: Progress, steps: int) -> Tracker:
-    if not runtime.is_main:
+def _trackers(path: Path, recipe: Recipe, parts: Parts, progress: Progress, steps: int) -> Tracker:
+    if not parts.runtime.is_main:
         return NullTracker()
     per_epoch = parts.plan.steps_per_epoch
     console = ConsoleTracker(

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = """
 data: {source: synthetic, synthetic: {train_images: 256, test_images: 32, num_classes: 4}, loader: torch}
 model: {name: dual_branch, args: {widths: [[8, 8], [8, 8]], transition_widths: [8], head_width: 8}}
-training: {epochs: 1, global_batch_size: 32}
+training: {epochs: 100, global_batch_size: 32}
 """
 
 
@@ -126,6 +126,14 @@ def test_only_splits_that_training_accepts(
     monkeypatch.setattr(local, "measure", lambda path, overrides, splits: dict.fromkeys(splits, 1.0))
     speeds = choose_split(recipe, overrides, cores=4).images_per_second
     assert [split.ranks for split in speeds] == (ranks if len(ranks) > 1 else [])
+
+
+@pytest.mark.parametrize("override", ["training.epochs=2", "training={epochs: null, steps: 9}"])
+def test_a_short_training_is_not_worth_a_measurement(recipe: Path, empty_cache: Path, override: str) -> None:
+    choice = choose_split(recipe, [override], cores=4)
+    assert choice.split == Split(1, 4)
+    assert "too short" in choice.explain()
+    assert not empty_cache.exists()
 
 
 def test_a_wrong_recipe_is_told_before_anything_starts(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -88,7 +88,7 @@ def test_all_errors_come_at_once_with_their_places(tmp_path: Path) -> None:
         (6, "optimizer.momentum: input should be a finite number"),
         (7, 'duplicate key "optimizer"'),
         (9, 'unknown key "model.args.widhts"\n  HINT: Did you mean "widths"?'),
-        (9, 'model.args.merge: \'summ\' is not one of its values\n  HINT: Did you mean "sum"?'),
+        (9, "model.args.merge: 'summ' is not one of its values\n  HINT: Did you mean \"sum\"?"),
     ):
         assert f"{path}:{line}: {text}" in found
     assert 'override "data.flipp=none": unknown key "data.flipp"\n  HINT: Did you mean "flip"?' in found
