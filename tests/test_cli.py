@@ -51,7 +51,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("train nowhere.yaml", "cannot be read"),
         (f"train {SEED} optimizer.lr=0", "optimizer.lr: must be > 0"),
         (f"train {SEED} training.epochs=-1", "training.epochs: must be ≥ 0"),
-        (f"train {SEED} model.name=resnet81", 'HINT: Did you mean "resnet'),
+        (f"train {DEBUG} model.name=resnet81", 'HINT: Did you mean "resnet'),
         (f"train {DEBUG} model.args.dropout=2", "model.args.dropout: must be < 1"),
         (f"train {DEBUG} training.global_batch_size=1000", "larger than the 256 training images"),
         (f"train {DEBUG} data.num_classes=7", "the data has 4 classes, not 7"),

@@ -56,6 +56,7 @@ _PER_BATCH = 10_000
 _PIXELS = 3 * 32 * 32
 _TIMEOUT_SECONDS = 30
 _BROKEN_HINT = "remove it, so that it is looked for elsewhere or downloaded again"
+_DOWNLOAD_HINT = "check the network and run it again"
 
 
 def read_cifar10_folder(folder: Path) -> list[LabelledImages]:
@@ -193,7 +194,9 @@ def download(url: str, target: Path, *, md5: str) -> None:
         with answer, replacing(target) as file:
             found = _copy(answer, file, url)
             if found != md5:
-                raise HarnessError(f"the download is damaged: its MD5 is {found}, published is {md5}", where=url)
+                raise HarnessError(
+                    f"the download is damaged: its MD5 is {found}, published is {md5}", where=url, hint=_DOWNLOAD_HINT
+                )
 
 
 def _copy(answer: http.client.HTTPResponse, file: BinaryIO, url: str) -> str:
@@ -217,4 +220,4 @@ def _copy(answer: http.client.HTTPResponse, file: BinaryIO, url: str) -> str:
 
 
 def _download_failed(url: str, error: Exception) -> HarnessError:
-    return HarnessError(f"the download failed: {error}", where=url)
+    return HarnessError(f"the download failed: {error}", where=url, hint=_DOWNLOAD_HINT)

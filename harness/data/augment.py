@@ -9,6 +9,7 @@ Shapes: B samples, H height, W width, C = 3 channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -20,6 +21,8 @@ from harness.errors import HarnessError, nearest
 
 CropPaddingMode = Literal["zeros", "reflect"]
 Flip = Literal["none", "random", "alternating"]
+CHANNELS = ("red", "green", "blue")
+_SMALLEST_STD = float(np.finfo(np.float32).tiny)  # float32 divides by smaller ones as if they were 0
 
 
 class SampleParameters(NamedTuple):
@@ -77,7 +80,10 @@ class Augmentation:
                 raise HarnessError(f'there is no {name} "{value}"', hint=nearest(value, valid))
         for name in ("crop_padding_px", "cutout_size_px"):
             if getattr(self, name) < 0:
-                raise HarnessError(f"{name} must not be negative, it is {getattr(self, name)}")
+                raise HarnessError(
+                    f"{name} must not be negative, it is {getattr(self, name)}",
+                    hint=f"set data.{name} to 0 for none, or to a number of pixels",
+                )
 
     def check_image_size(self, height_px: int, width_px: int) -> None:
         """See that images of this size can be padded.
@@ -128,6 +134,32 @@ class Augmentation:
         return np.zeros(len(ids_B), dtype=bool)
 
 
+def check_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
+    """See that images can be normalised with these: the deviation is divided by, in float32.
+
+    Args:
+        mean: of each channel, on the scale [0, 1].
+        std: of each channel, on the scale [0, 1].
+
+    Raises:
+        HarnessError: not three values each, or a standard deviation that is 0 (the channel is constant), below 0
+            or no finite number.
+    """
+    if len(mean) != 3 or len(std) != 3:
+        raise HarnessError(
+            f"normalisation needs three means and deviations, not {len(mean)} and {len(std)}",
+            hint="give one for each of red, green and blue, for example data.std=[0.25, 0.25, 0.25]",
+        )
+    for channel, value in zip(CHANNELS, std, strict=True):
+        if _SMALLEST_STD <= value < math.inf:
+            continue
+        reason = ": all pixels of that channel have one value" if value == 0 else ""
+        raise HarnessError(
+            f"the standard deviation of each channel must be positive, that of {channel} is {value:g}{reason}",
+            hint="set data.std in the recipe, for example data.std=[0.25, 0.25, 0.25], or check the images",
+        )
+
+
 def normalisation_table(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """What each of the 256 pixel values becomes in each channel.
 
@@ -142,12 +174,9 @@ def normalisation_table(mean: Sequence[float], std: Sequence[float]) -> np.ndarr
         float32 (3, 256).
 
     Raises:
-        HarnessError: not three values each, or a standard deviation that is not positive.
+        HarnessError: as `check_normalisation`.
     """
-    if len(mean) != 3 or len(std) != 3:
-        raise HarnessError(f"normalisation needs three means and deviations, not {len(mean)} and {len(std)}")
-    if not all(value > 0 for value in std):
-        raise HarnessError(f"the standard deviation of each channel must be positive, they are {list(std)}")
+    check_normalisation(mean, std)
     import torch
     from torchvision.transforms.v2 import functional
 

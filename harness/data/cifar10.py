@@ -35,6 +35,9 @@ _HINT = (
     "of them extracted, train-*.parquet and test-*.parquet, or train/CLASS/*.png and test/CLASS/*.png; "
     f"or run once where there is a network, with the same {CACHE_VARIABLE}"
 )
+_OTHER_HINT = (
+    "get a whole copy of CIFAR-10; another data set is read with data.source=parquet or imagefolder and data.path"
+)
 
 
 def is_cifar10_name(name: str) -> bool:
@@ -67,17 +70,17 @@ def locate_cifar10(path: Path | None, *, image_size_px: int, download: bool) -> 
         looked.append(f"${DATA_VARIABLE}, which is not set")
     archive = cache_directory(_DOWNLOADS) / archives.BINARY_ARCHIVE
     looked.append(str(archive))
-    reason = "Downloading was not allowed."
+    reason, hint = "Downloading was not allowed.", _HINT
     if not archive.is_file() and download:
         try:
             writable_cache_directory(_DOWNLOADS)
             archives.download(archives.DOWNLOAD_URL, archive, md5=archives.ARCHIVE_MD5[archive.name])
         except HarnessError as error:
-            reason = error.render()
+            reason, hint = f"{error.where}: {error.what}", f"{_HINT}; or {error.hint}"
     if archive.is_file():
         return _archive(archive, image_size_px)
     places = "".join(f"\n    {place}" for place in looked)
-    raise HarnessError(f"CIFAR-10 was not found. Looked in{places}\n  {reason}", hint=_HINT)
+    raise HarnessError(f"CIFAR-10 was not found. Looked in{places}\n  {reason}", hint=hint)
 
 
 def _at(place: Path, image_size_px: int, *, sure: bool) -> Located | None:
@@ -157,17 +160,22 @@ def checked(sets: ImageSets, place: Path) -> ImageSets:
         HarnessError: there are not 10 classes with 5,000 training and 1,000 test images each.
     """
     if len(sets.classes) != len(CIFAR10_CLASSES):
-        raise HarnessError(f"has {len(sets.classes)} classes, CIFAR-10 has 10", where=str(place))
+        raise HarnessError(f"has {len(sets.classes)} classes, CIFAR-10 has 10", where=str(place), hint=_OTHER_HINT)
     for split, labelled in (("train", sets.train), ("test", sets.test)):
         wanted = _PER_CLASS[split] * len(CIFAR10_CLASSES)
         found = len(labelled.labels_B)
         if found != wanted:
-            raise HarnessError(f"has {found:,} images in its {split} split, CIFAR-10 has {wanted:,}", where=str(place))
+            raise HarnessError(
+                f"has {found:,} images in its {split} split, CIFAR-10 has {wanted:,}",
+                where=str(place),
+                hint=_OTHER_HINT,
+            )
         for label, count in enumerate(np.bincount(labelled.labels_B, minlength=len(CIFAR10_CLASSES))):
             if count != _PER_CLASS[split]:
                 raise HarnessError(
                     f'has {count:,} images of the class "{sets.classes[label]}" in its {split} split, '
                     f"CIFAR-10 has {_PER_CLASS[split]:,}",
                     where=str(place),
+                    hint=_OTHER_HINT,
                 )
     return dataclasses.replace(sets, classes=CIFAR10_CLASSES) if sets.classes == NUMBERED_CLASSES else sets

@@ -36,7 +36,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             raise
         fsync_directory(path.parent)
     except OSError as error:
-        raise HarnessError(f"cannot be written: {error.strerror or error}", where=str(path)) from error
+        raise HarnessError(
+            f"cannot be written: {error.strerror or error}",
+            where=str(path),
+            hint="see that the disk has free space and that you may write to the folder",
+        ) from error
 
 
 def fsync_directory(directory: str | Path) -> None:

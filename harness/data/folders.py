@@ -74,11 +74,19 @@ def list_images(root: Path) -> FolderListing:
         )
     listing = FolderListing(root, classes, tuple(_files(train, classes)), tuple(_files(test, classes)))
     if not listing.test:
-        raise HarnessError("holds no images", where=str(test))
+        raise HarnessError(
+            "holds no images",
+            where=str(test),
+            hint=f"put images in its class folders, for example {test.name}/{classes[0]}/IMAGE.png",
+        )
     filled = {label for _, label in listing.train}
     for label, name in enumerate(classes):
         if label not in filled:
-            raise HarnessError("holds no images", where=str(train / name))
+            raise HarnessError(
+                "holds no images",
+                where=str(train / name),
+                hint=f"put images there, or remove this folder and {test / name}",
+            )
     return listing
 
 

@@ -11,15 +11,37 @@ import numba
 import numpy as np
 
 
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+def _compiled(*, parallel: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Compiled by numba, and kept for later processes: beside this file or, else, in the user's cache."""
-    try:
-        return numba.njit(parallel=True, nogil=True, cache=True)(function)
-    except RuntimeError:  # no place for a cache
-        return numba.njit(parallel=True, nogil=True)(function)
+
+    def compiled(function: Callable[..., None]) -> Callable[..., None]:
+        try:
+            return numba.njit(parallel=parallel, nogil=True, cache=True)(function)
+        except RuntimeError:  # no place for a cache
+            return numba.njit(parallel=parallel, nogil=True)(function)
+
+    return compiled
 
 
-@_compiled
+@_compiled(parallel=False)
+def _fill_black(out_WC: np.ndarray, start: int, stop: int, table_CV: np.ndarray) -> None:
+    for x in range(start, stop):
+        for channel in range(3):
+            out_WC[x, channel] = table_CV[channel, 0]
+
+
+@_compiled(parallel=False)
+def _fill_mirrored(
+    out_WC: np.ndarray, start: int, stop: int, row_WC: np.ndarray, first: int, step: int, table_CV: np.ndarray
+) -> None:
+    last = len(row_WC) - 1
+    for x in range(start, stop):
+        column = last - abs(last - abs(first + step * x))
+        for channel in range(3):
+            out_WC[x, channel] = table_CV[channel, row_WC[column, channel]]
+
+
+@_compiled(parallel=True)
 def fuse_batch(
     images_BHWC: np.ndarray,
     ids_B: np.ndarray,
@@ -44,19 +66,32 @@ def fuse_batch(
     height, width = images_BHWC.shape[1], images_BHWC.shape[2]
     for index in numba.prange(len(ids_B)):
         shift_y, shift_x, flip, cut_y, cut_x = how_NF[ids_B[index]]
+        # The flip comes after the crop, so a flipped image is read from the crop's right end. What stands at x is
+        # read at first + step * x, which lies in the image from `start` to before `stop`.
+        if flip:
+            first, step, start, stop = width - 1 + shift_x, -1, shift_x, width + shift_x
+        else:
+            first, step, start, stop = shift_x, 1, -shift_x, width - shift_x
+        start, stop = min(max(start, 0), width), max(min(stop, width), 0)
         for y in range(height):
             row = y + shift_y
             if reflect:
                 row = height - 1 - abs(height - 1 - abs(row))
-            for x in range(width):
-                # The flip comes after the crop, so a flipped image is read from the crop's right end.
-                column = (width - 1 - x if flip else x) + shift_x
-                if reflect:
-                    column = width - 1 - abs(width - 1 - abs(column))
-                inside = 0 <= row < height and 0 <= column < width
+            out_WC = out_BHWC[index, y]
+            if not 0 <= row < height:
+                _fill_black(out_WC, 0, width, table_CV)
+                continue
+            row_WC = images_BHWC[index, row]
+            for x in range(start, stop):
+                column = first + step * x
                 for channel in range(3):
-                    pixel = images_BHWC[index, row, column, channel] if inside else 0
-                    out_BHWC[index, y, x, channel] = table_CV[channel, pixel]
+                    out_WC[x, channel] = table_CV[channel, row_WC[column, channel]]
+            if reflect:
+                _fill_mirrored(out_WC, 0, start, row_WC, first, step, table_CV)
+                _fill_mirrored(out_WC, stop, width, row_WC, first, step, table_CV)
+            else:
+                _fill_black(out_WC, 0, start, table_CV)
+                _fill_black(out_WC, stop, width, table_CV)
         for y in range(max(cut_y, 0), min(cut_y + cutout_size, height)):
             for x in range(max(cut_x, 0), min(cut_x + cutout_size, width)):
                 for channel in range(3):

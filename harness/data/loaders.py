@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from harness.data.augment import Augmentation
+from harness.data.augment import Augmentation, check_normalisation
 from harness.errors import HarnessError, nearest
 
 if TYPE_CHECKING:
@@ -84,12 +84,17 @@ def build_loader(
             this process may use. The device loader needs none.
 
     Raises:
-        HarnessError: an unknown kind, ffcv not installed, an augmentation that does not fit the image size.
+        HarnessError: an unknown kind, ffcv not installed, a deviation of 0, or an augmentation that does not fit
+            the image size.
     """
     if kind not in LOADER_KINDS:
         raise HarnessError(f'there is no data loader "{kind}"', hint=nearest(kind, LOADER_KINDS))
     if workers is not None and workers < 0:
-        raise HarnessError(f"the number of workers must not be negative, it is {workers}")
+        raise HarnessError(
+            f"the number of workers must not be negative, it is {workers}",
+            hint="set data.workers to 0 or more, or to null for one for each CPU",
+        )
+    check_normalisation(mean, std)
     augmentation = augmentation or Augmentation(seed=0)
     augmentation.check_image_size(*split.images_BHWC.shape[1:3])
     count = len(os.sched_getaffinity(0)) if workers is None else workers

@@ -18,6 +18,12 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
 
+_POSITIVE = {  # numbers of a plan that must be at least 1, and what to do when they are not
+    "count": "check that the training split holds images",
+    "global_batch_size": "set training.global_batch_size to 1 or more",
+    "accumulation_steps": "set training.gradient_accumulation_steps to 1 or more",
+}
+
 
 class Stream(IntEnum):
     """What a hash is for. A number once given stays for ever: another one would change every run."""
@@ -138,9 +144,9 @@ class BatchPlan:
     def __post_init__(self) -> None:
         if self.world_size < 1 or not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank {self.rank} does not lie in a world of {self.world_size}")
-        for name in ("count", "global_batch_size", "accumulation_steps"):
+        for name, hint in _POSITIVE.items():
             if getattr(self, name) < 1:
-                raise HarnessError(f"{name} must be at least 1, it is {getattr(self, name)}")
+                raise HarnessError(f"{name} must be at least 1, it is {getattr(self, name)}", hint=hint)
         size, unit = self.global_batch_size, self._unit
         if size % unit:
             raise HarnessError(
@@ -196,8 +202,9 @@ class BatchPlan:
     def micro_batches(self, epoch: int, start_step: int = 0) -> list[list[np.ndarray]]:
         """The sample ids of this rank in one epoch.
 
-        A step's global ids are cut into contiguous blocks, one a rank, and a block into its micro-batches, as
-        evenly as can be. Every rank has the same number of micro-batches in a step, none of them empty.
+        A step's global ids are cut into micro-batches, and each of these into one block a rank, as evenly as can
+        be. So the micro-batches of all ranks together hold the same images whatever the number of ranks, and with
+        them the statistics of synchronised BatchNorm. No block is empty.
 
         Args:
             epoch: from 0.
@@ -212,9 +219,9 @@ class BatchPlan:
         steps = []
         for step in range(start_step, self.steps_per_epoch):
             first, global_count = step * self.global_batch_size, self.global_count(step)
-            shard = np.array_split(order[first : first + global_count], self.world_size)[self.rank]
             micro_count = min(self.accumulation_steps, global_count // self.world_size)
-            steps.append(np.array_split(shard, micro_count))
+            micros = np.array_split(order[first : first + global_count], micro_count)
+            steps.append([np.array_split(micro, self.world_size)[self.rank] for micro in micros])
         return steps
 
 
@@ -237,6 +244,9 @@ def evaluation_batches(count: int, *, batch_size: int, rank: int, world_size: in
     if world_size < 1 or not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} does not lie in a world of {world_size}")
     if batch_size < 1:
-        raise HarnessError(f"the evaluation batch size must be at least 1, it is {batch_size}")
+        raise HarnessError(
+            f"the evaluation batch size must be at least 1, it is {batch_size}",
+            hint="set evaluation.per_device_batch_size to 1 or more",
+        )
     shard = np.array_split(np.arange(count, dtype=np.int64), world_size)[rank]
     return [shard[first : first + batch_size] for first in range(0, len(shard), batch_size)]

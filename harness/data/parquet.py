@@ -21,6 +21,7 @@ SPLITS = ("train", "test")
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMN = "label"
 _SUBFOLDERS = (".", "plain_text", "data")  # where Hugging Face repositories keep the files
+_BROKEN_HINT = "fetch the file again; one of a few hundred bytes is a Git LFS pointer and not the data"
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
 
 
@@ -72,6 +73,7 @@ def read_parquet(
                 raise HarnessError(
                     f"the label {labels_B[wrong[0]]} is out of range: there are {len(classes)} classes",
                     where=_row(path, int(wrong[0])),
+                    hint=f"labels run from 0 to {len(classes) - 1}; mend the label or the class names in the schema",
                 )
     first_path, first_images, _ = next(column for column in columns["train"] if len(column[1]))
     size_px = required_size_px or image_size(first_images[0], where=_row(first_path, 0))
@@ -112,7 +114,9 @@ def _check_shards(paths: list[Path]) -> None:
     if missing:
         path, match = numbered[0]
         name = f"{path.name[: match.start()]}-{missing[0]:0{len(match[1])}}-of-{match[2]}.parquet"
-        raise HarnessError(f"the file {name} is missing", where=str(path.parent))
+        raise HarnessError(
+            f"the file {name} is missing", where=str(path.parent), hint="fetch that file too, or all of them again"
+        )
 
 
 def _open(path: Path) -> Any:
@@ -122,14 +126,18 @@ def _open(path: Path) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
     except (OSError, pyarrow.ArrowException) as error:
-        raise HarnessError(f"not a readable Parquet file ({error})", where=str(path)) from error
+        raise HarnessError(f"not a readable Parquet file ({error})", where=str(path), hint=_BROKEN_HINT) from error
 
 
 def _read_columns(paths: list[Path]) -> list[tuple[Path, list[bytes], np.ndarray]]:
     """(file, encoded images, int64 labels) of each file of a split."""
     columns = [(path, *_read_file(path)) for path in paths]
     if not any(len(labels_B) for _, _, labels_B in columns):
-        raise HarnessError("holds no images", where=", ".join(str(path) for path in paths))
+        raise HarnessError(
+            "holds no images",
+            where=", ".join(str(path) for path in paths),
+            hint="fetch the files again, or give files that have rows",
+        )
     return columns
 
 
@@ -154,16 +162,26 @@ def _read_file(path: Path) -> tuple[list[bytes], np.ndarray]:
         if pyarrow.types.is_struct(images.type):
             images = images.field("bytes")
         if not pyarrow.types.is_binary(images.type) and not pyarrow.types.is_large_binary(images.type):
-            raise HarnessError(f"the column {image_column} holds {images.type}, not image bytes", where=str(path))
+            raise HarnessError(
+                f"the column {image_column} holds {images.type}, not image bytes",
+                where=str(path),
+                hint="store each image as the bytes of a PNG or JPEG file, or as {bytes, path}",
+            )
         if not pyarrow.types.is_integer(labels.type):
-            raise HarnessError(f"the column label holds {labels.type}, not whole numbers", where=str(path))
+            raise HarnessError(
+                f"the column label holds {labels.type}, not whole numbers",
+                where=str(path),
+                hint="number the classes from 0 and store these numbers",
+            )
         for name, column in ((image_column, images), (LABEL_COLUMN, labels)):
             if column.null_count:
                 row = column.is_null().to_pylist().index(True)
-                raise HarnessError(f"the column {name} is empty", where=_row(path, row))
+                raise HarnessError(
+                    f"the column {name} is empty", where=_row(path, row), hint="fill it in or remove the row"
+                )
         return images.to_pylist(), labels.to_numpy(zero_copy_only=False).astype(np.int64)
     except (OSError, KeyError, pyarrow.ArrowException) as error:
-        raise HarnessError(f"not a readable Parquet file ({error})", where=str(path)) from error
+        raise HarnessError(f"not a readable Parquet file ({error})", where=str(path), hint=_BROKEN_HINT) from error
 
 
 def _class_names(path: Path) -> tuple[str, ...] | None:

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from harness.data.beton import write_beton
 from harness.data.files import fsync_directory, hex_digest
 from harness.data.imagesets import ImageSets, Located
-from harness.data.paths import cache_directory, writable_cache_directory
+from harness.data.paths import CACHE_VARIABLE, cache_directory, writable_cache_directory
 from harness.data.sources import locate
 from harness.data.store import (
     BETON_FILES,
@@ -136,7 +136,11 @@ def _exists(directory: Path) -> bool:
     try:
         return directory.exists()
     except OSError as error:
-        raise HarnessError(f"cannot be read: {error.strerror or error}", where=str(directory)) from error
+        raise HarnessError(
+            f"cannot be read: {error.strerror or error}",
+            where=str(directory),
+            hint=f"see that you may read that folder, or set {CACHE_VARIABLE} to another",
+        ) from error
 
 
 def _fingerprint(located: Located, image_size_px: int) -> str:
@@ -148,7 +152,11 @@ def _fingerprint(located: Located, image_size_px: int) -> str:
         try:
             status = file.stat()
         except OSError as error:
-            raise HarnessError(f"cannot be read: {error.strerror or error}", where=str(file)) from error
+            raise HarnessError(
+                f"cannot be read: {error.strerror or error}",
+                where=str(file),
+                hint="see that the file is there and that you may read it",
+            ) from error
         identity = [str(file), status.st_size, status.st_mtime_ns]
         digest.update(json.dumps(identity).encode())
     return digest.hexdigest()[:16]
@@ -165,7 +173,11 @@ def _locked(path: Path) -> Iterator[None]:
             _log.warning("another process is converting this data; waiting for it (lock %s)", path)
             lock.acquire()
     except (OSError, NotImplementedError) as error:
-        raise HarnessError(f"the file cannot be locked: {error}", where=str(path)) from error
+        raise HarnessError(
+            f"the file cannot be locked: {error}",
+            where=str(path),
+            hint=f"set {CACHE_VARIABLE} to a folder on a disk that has file locks",
+        ) from error
     try:
         yield
     finally:
@@ -190,7 +202,11 @@ def _convert(located: Located, directory: Path, image_size_px: int, fingerprint:
         building.rename(directory)
         fsync_directory(directory.parent)
     except OSError as error:
-        raise HarnessError(f"cannot be written: {error.strerror or error}", where=str(directory)) from error
+        raise HarnessError(
+            f"cannot be written: {error.strerror or error}",
+            where=str(directory),
+            hint=f"see that the disk has free space, or set {CACHE_VARIABLE} to a folder on another",
+        ) from error
     finally:
         _remove_leftovers(directory.parent, directory.name)
 

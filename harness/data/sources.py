@@ -12,7 +12,7 @@ from pathlib import Path
 
 from harness.data import cifar10, embedded, folders, parquet
 from harness.data.imagesets import ImageSets, Located
-from harness.data.paths import data_directories
+from harness.data.paths import DATA_VARIABLE, data_directories
 from harness.errors import HarnessError, nearest
 
 SOURCES = ("cifar10", "parquet", "imagefolder", "digits", "synthetic")
@@ -42,7 +42,10 @@ def locate(
     if source not in SOURCES:
         raise HarnessError(f'unknown data source "{source}"', hint=nearest(source, SOURCES))
     if isinstance(image_size_px, bool) or not isinstance(image_size_px, int) or image_size_px < 1:
-        raise HarnessError(f"image_size_px must be a whole number from 1, not {image_size_px!r}")
+        raise HarnessError(
+            f"image_size_px must be a whole number from 1, not {image_size_px!r}",
+            hint="set data.image_size_px, for example to 32",
+        )
     if source in ("digits", "synthetic"):
         if path is not None:
             raise HarnessError(f"the source {source} reads no files", hint="leave the path out")
@@ -57,7 +60,11 @@ def locate(
         return find(resolved, image_size_px)
     except OSError as error:
         where = str(error.filename) if error.filename else None
-        raise HarnessError(f"cannot be read: {error.strerror or error}", where=where) from error
+        raise HarnessError(
+            f"cannot be read: {error.strerror or error}",
+            where=where,
+            hint="see that it is there and that you may read it",
+        ) from error
 
 
 def _resolve(path: str | Path) -> Path:
@@ -68,7 +75,11 @@ def _resolve(path: str | Path) -> Path:
     found = next((candidate for candidate in candidates if candidate.exists()), None)
     if found is None:
         looked = ", ".join(str(candidate) for candidate in candidates)
-        raise HarnessError(f"there is no such file or folder (looked for {looked})", where=str(path))
+        raise HarnessError(
+            f"there is no such file or folder (looked for {looked})",
+            where=str(path),
+            hint=f"mend data.path; a relative one is looked for here and in each folder of {DATA_VARIABLE}",
+        )
     return found.resolve()
 
 

@@ -27,6 +27,7 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 BETON_FILES: Mapping[str, str] = {"train": "train.beton", "test": "test.beton"}  # by split
 _SELF_DIGEST = "manifest_sha256"
+_AGAIN_HINT = "make the data again: harness data prepare --force RECIPE"
 
 SplitName = Literal["train", "test"]
 
@@ -148,11 +149,11 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         return Manifest.from_json(path.read_bytes().decode())
     except FileNotFoundError as error:
-        raise HarnessError("is missing", where=str(path)) from error
+        raise HarnessError("is missing", where=str(path), hint=_AGAIN_HINT) from error
     except OSError as error:
-        raise HarnessError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
+        raise HarnessError(f"cannot be read: {error.strerror or error}", where=str(path), hint=_AGAIN_HINT) from error
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or not as written
-        raise HarnessError(f"damaged: {error}", where=str(path)) from error
+        raise HarnessError(f"damaged: {error}", where=str(path), hint=_AGAIN_HINT) from error
 
 
 def verify(directory: str | Path) -> list[str]:
@@ -164,7 +165,7 @@ def verify(directory: str | Path) -> list[str]:
     try:
         manifest = read_manifest(directory)
     except HarnessError as error:
-        return [error.render()]
+        return [f"{error.where}: {error.what}"]
     problems = []
     if not directory.name.endswith(f"-{manifest.fingerprint}"):
         problems.append(f"{directory}: holds the data set {manifest.source}-{manifest.fingerprint}")

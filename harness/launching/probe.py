@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,7 +33,7 @@ from harness.models.sync_batch_norm import convert_sync_batch_norm
 from harness.recipe import Recipe, load
 
 MEASURE_SECONDS = 2.5  # of each split
-STEP_SECONDS = 1.5  # a larger batch is cut, in all splits alike, until a step takes about this long
+STEP_SECONDS = 1.0  # a larger batch is cut, in all splits alike, until a step takes about this long
 PILOT_IMAGES = 8
 MAX_STEPS = 50
 
@@ -44,7 +45,8 @@ def main(arguments: Sequence[str]) -> int:
     rank = int(os.environ["RANK"])
     try:
         recipe = load(recipe_path, overrides)
-        model = _model(recipe)
+        with FileLock(Path(folder, "numerics.lock")):  # one process checks the kernels, the others read its findings
+            model = _model(recipe)
         share, speeds = 1.0, []
         for index, split in enumerate(splits):
             if rank < split.ranks:
@@ -127,11 +129,13 @@ def _measure(model: nn.Module, recipe: Recipe, split: Split, share: float) -> fl
     images = _micro_batch(recipe, ranks=split.ranks, share=share)
     step = _step(model, recipe, images)
     step()
-    steps = round(_agree(min(MAX_STEPS, max(3.0, MEASURE_SECONDS // _timed(step)))))
+    seconds = [_timed(step)]
+    steps = round(_agree(min(MAX_STEPS, max(1.0, MEASURE_SECONDS // seconds[0]))))
     if dist.is_initialized():
         dist.barrier()
-    # The median: other programs on the machine slow a step now and then, not the half of them.
-    return images * split.ranks / statistics.median(_timed(step) for _ in range(steps))
+    seconds += [_timed(step) for _ in range(steps)]
+    # The median: other programs on the machine slow a step now and then, not half of them.
+    return images * split.ranks / statistics.median(seconds)
 
 
 def _step(model: nn.Module, recipe: Recipe, images: int) -> Callable[[], None]:

@@ -51,7 +51,9 @@ def build_model(name: str, *, num_classes: int, image_size_px: int, args: Mappin
             built or cannot take such images.
     """
     if num_classes < 1:
-        raise HarnessError(f"a classifier needs at least one class, got {num_classes}")
+        raise HarnessError(
+            f"a classifier needs at least one class, got {num_classes}", hint="Set data.num_classes to 1 or more."
+        )
     if not isinstance(name, str) or ":" in name or not timm.is_model(name):
         hint = nearest(str(name), [*timm.list_models(), *FAMILY])
         raise HarnessError(f'there is no model "{name}"', where="model.name", hint=hint)

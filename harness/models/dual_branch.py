@@ -21,14 +21,15 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from harness.errors import HarnessError
-from harness.recipe.dual_branch_args import DualBranchArgs, parse_settings
 from harness.models.units import branch_unit, conv_stem
+from harness.recipe.dual_branch_args import DualBranchArgs, parse_settings
 
 __all__ = ["DualBranchArgs", "DualBranchNet"]
 
 # Of CIFAR-10's training pixels in [0, 1]; they describe what the networks are made for and change no weight.
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
+_EXAMPLES = {"num_classes": 10, "in_chans": 3, "img_size": 32}
 FIRST_CONVS = ("depthwise_branches.0.0.conv.depthwise", "dilated_branches.0.0.conv.depthwise")
 
 
@@ -154,7 +155,10 @@ def _transition(channels: int, next_width: int | None) -> nn.Sequential:
 
 def _count(name: str, value: int, *, at_least: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise HarnessError(f"{name}: must be a whole number ≥ {at_least}, got {value!r}")
+        raise HarnessError(
+            f"{name}: must be a whole number ≥ {at_least}, got {value!r}",
+            hint=f"Set {name} to a number such as {_EXAMPLES[name]}.",
+        )
     return value
 
 
@@ -162,7 +166,10 @@ def _final_size(img_size: int | tuple[int, int], *, transitions: int) -> tuple[i
     """Height and width of the last features: each transition halves, rounding down."""
     sizes = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if len(sizes) != 2:
-        raise HarnessError(f"img_size: must be one number or (height, width), got {img_size!r}")
+        raise HarnessError(
+            f"img_size: must be one number or (height, width), got {img_size!r}",
+            hint="Give the images' size in pixels, as img_size=32 or img_size=(32, 48).",
+        )
     height, width = (_count("img_size", size, at_least=1) // 2**transitions for size in sizes)
     if min(height, width) < 1:
         raise HarnessError(

@@ -134,7 +134,10 @@ def summarise(model: nn.Module, input_CHW: tuple[int, int, int] = (3, 32, 32)) -
         with torch.random.fork_rng(devices=[]):
             probe(torch.zeros(1, *input_CHW))
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise HarnessError(f"the network cannot take an image of {input_CHW} (C, H, W): {error}") from error
+        raise HarnessError(
+            f"the network cannot take an image of {input_CHW} (C, H, W): {error}",
+            hint="Give the image size that the network was built for, or build it anew for this one.",
+        ) from error
     parameters = [(p.numel(), p.requires_grad) for p in model.parameters()]
     total = sum(count for count, _ in parameters)
     # Each output is counted twice, for itself and for its gradient.

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -30,7 +30,7 @@ from harness.errors import HarnessError
 from harness.models.kernel_check import Fault, autocast, check_kernel
 from harness.models.kernel_data import Call, probe_images
 from harness.models.numerics_memory import Memory
-from harness.models.safe_conv import adopt_path, candidate_paths
+from harness.models.safe_conv import Path, adopt_path, candidate_paths
 
 CHECKED = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Linear),
@@ -120,7 +120,7 @@ def check_and_repair(
     device: torch.device | str,
     precision: Literal["no", "bf16", "fp16"],
     memory_format: Literal["channels_last", "contiguous"],
-    cache_directory: Path | None,
+    cache_directory: pathlib.Path | None,
     channels: int = 3,
 ) -> NumericsReport:
     """Check each distinct layer shape of `model` at its training size; replace the kernels that are wrong.
@@ -235,16 +235,14 @@ def _repair(
     names: tuple[str, ...],
 ) -> str:
     """Send the layer down the first path that is right at all its calls; returns the path."""
-    original, attributes = type(layer), dict(layer.__dict__)
-    tried = []
+    original_path: Path = getattr(layer, "path", "direct")
+    tried: list[Path] = []
     for path in candidate_paths(layer, checker.precision):
         adopt_path(layer, path)
         if not checker.first_fault(layer, calls)[1]:
             return path
         tried.append(path)
-    layer.__class__ = original
-    layer.__dict__.clear()
-    layer.__dict__.update(attributes)
+    adopt_path(layer, original_path)
     what = " and ".join(f"{fault.what} (relative error {fault.relative_error:.2g})" for fault in faults)
     raise HarnessError(
         f"wrong kernel on {checker.device}: {what} of {signature}, and no other path is right"

@@ -122,7 +122,10 @@ def measured_receptive_field(model: DualBranchNet, layer: str) -> MeasuredField:
         if min(top, left) > 0 and max(bottom, right) < units * jump - 1:
             return MeasuredField((bottom - top + 1, right - left + 1), int(support_HW.sum()), units * jump)
         units = (units + units // 2) | 1
-    raise HarnessError(f"the field of {layer} is too large to be measured ({LARGEST_PROBE_PX} px and more)")
+    raise HarnessError(
+        f"the field of {layer} is too large to be measured ({LARGEST_PROBE_PX} px and more)",
+        hint="Measure an earlier layer, or use smaller dilations or fewer blocks.",
+    )
 
 
 def _along(
@@ -212,5 +215,5 @@ def _support(wiring: DualBranchNet, layer: str, side_px: int) -> Tensor:
     return gradient_BCHW[0].abs().sum(0) > 0
 
 
-class _Reached(Exception):  # noqa: N818 - no error: the layer's output is there and the rest need not be run
+class _Reached(Exception):  # no error: the layer's output is there and the rest need not be run
     pass

@@ -45,10 +45,7 @@ def space_to_batch_conv2d(
     grids = _to_sub_grids(x_BCHW, dilation, channels_last)
     padding = ((weight.shape[-2] - 1) // 2, (weight.shape[-1] - 1) // 2)
     y_BCHW = _from_sub_grids(F.conv2d(grids, weight, bias, padding=padding, groups=groups), dilation, channels_last)
-    if below or right:
-        cropped = y_BCHW[..., :height, :width]
-        y_BCHW = cropped.contiguous(memory_format=_format(channels_last))
-    return y_BCHW
+    return y_BCHW[..., :height, :width].contiguous(memory_format=_format(channels_last))
 
 
 def _is_channels_last(x_BCHW: Tensor) -> bool:
@@ -153,13 +150,19 @@ class Float32Layer(nn.Module):
     path: Path = "direct"
 
     @staticmethod
-    def adopt(layer: nn.Module) -> nn.Module:
-        """Let a layer of one tensor in, one tensor out compute in float32, in place; returns the same object."""
+    def adopt(layer: nn.Module, path: Path) -> nn.Module:
+        """Send a layer of one tensor in, one tensor out down `float32` or `direct`, in place; the same object.
+
+        Raises:
+            ValueError: another path.
+        """
+        if path not in ("direct", "float32"):
+            raise ValueError(f"{type(layer).__name__} has no path {path}")
         if not isinstance(layer, Float32Layer):
             cls = type(layer)
             layer.__class__ = type(f"Float32{cls.__name__}", (Float32Layer, cls), {"__module__": cls.__module__})
         assert isinstance(layer, Float32Layer)
-        layer.path = "float32"
+        layer.path = path
         return layer
 
     def extra_repr(self) -> str:
@@ -218,8 +221,8 @@ def prefer_space_to_batch(model: nn.Module) -> list[str]:
 
 
 def adopt_path(layer: nn.Module, path: Path) -> Any:
-    """Send a layer down one of its `candidate_paths`, in place; returns the same object."""
+    """Send a layer down one of its `candidate_paths` or back to `direct`, in place; returns the same object."""
     if type(layer) in (nn.Conv2d, SafeConv2d):
         assert isinstance(layer, nn.Conv2d)
         return SafeConv2d.adopt(layer, path)
-    return Float32Layer.adopt(layer)
+    return Float32Layer.adopt(layer, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import netrc
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -98,9 +99,12 @@ class WandbTracker(NullTracker):
         def end() -> None:
             if result is not None:
                 self._run.summary["result"] = {k: v for k, v in result.items() if v is not None}
-            self._run.finish(exit_code=0 if result is not None else 1, quiet=True)
+            self._run.finish(exit_code=0 if result is not None else 1)
 
         self._guard(end)
+        client = sys.modules.get("wandb")
+        self._active = client is not None  # whatever happened before, its service process must not outlive the run
+        self._guard(lambda: client.teardown())  # type: ignore[union-attr]
         self._active = False
 
     def _guard(self, action: Callable[[], Any]) -> None:

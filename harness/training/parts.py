@@ -21,6 +21,7 @@ from harness.data.prepare import DataStore, prepare
 from harness.errors import HarnessError
 from harness.models.build import build_model
 from harness.models.numerics import NumericsReport, check_and_repair
+from harness.models.sync_batch_norm import convert_sync_batch_norm
 from harness.recipe import Recipe
 from harness.runtime import Runtime
 from harness.tracking import NullTracker, Tracker
@@ -170,7 +171,6 @@ def open_model(recipe: Recipe, store: DataStore, runtime: Runtime) -> tuple[nn.M
             cache_directory=cache_directory(),
         )
     if training.sync_batch_norm and runtime.world_size > 1:
-        from harness.models.sync_batch_norm import convert_sync_batch_norm
 
         model = convert_sync_batch_norm(model, runtime.device.type)
     return model, report

@@ -1,5 +1,6 @@
 """Augmentation parameters and the normalisation table."""
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torchvision.transforms.v2 import functional
 
 from harness.data.augment import Augmentation, SampleParameters, normalisation_table
+from harness.data.prepare import channel_statistics
 from harness.errors import HarnessError
 
 IDS = np.arange(20_000)
@@ -116,10 +118,32 @@ def test_the_table_is_what_torchvision_computes() -> None:
     assert np.abs(table - exact).max() < 1e-6
 
 
-def test_a_table_needs_three_positive_deviations() -> None:
-    with pytest.raises(HarnessError, match="positive"):
-        normalisation_table((0.5, 0.5, 0.5), (0.5, 0.0, 0.5))
-    with pytest.raises(HarnessError, match="positive"):
-        normalisation_table((0.5, 0.5, 0.5), (0.5, float("nan"), 0.5))
+@pytest.mark.parametrize("std", [0.0, -0.1, 1e-50, 1e-42, math.nan, math.inf])
+@pytest.mark.parametrize(("index", "channel"), enumerate(["red", "green", "blue"]))
+def test_a_deviation_that_cannot_be_divided_by_is_refused(std: float, index: int, channel: str) -> None:
+    deviations = [0.5, 0.5, 0.5]
+    deviations[index] = std
+    with pytest.raises(HarnessError, match=rf"must be positive.* that of {channel} is {std:g}") as caught:
+        normalisation_table((0.5, 0.5, 0.5), deviations)
+    assert "data.std=[0.25, 0.25, 0.25]" in str(caught.value.hint)
+    assert ("one value" in str(caught.value)) == (std == 0)
+
+
+def test_a_channel_that_is_constant_in_all_images_is_refused() -> None:
+    images_BHWC = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    images_BHWC[..., 1] = 77
+    mean, std = channel_statistics(images_BHWC)
+    with pytest.raises(HarnessError, match="that of green is 0: all pixels of that channel have one value"):
+        normalisation_table(mean, std)
+    table = normalisation_table(mean, (std[0], 1e-3, std[2]))  # what the hint says to do
+    assert np.isfinite(table).all()
+
+
+def test_a_table_is_finite_for_the_smallest_deviation() -> None:
+    smallest = float(np.finfo(np.float32).tiny)
+    assert np.isfinite(normalisation_table((0.5,) * 3, (smallest,) * 3)).all()
+
+
+def test_a_table_needs_three_channels() -> None:
     with pytest.raises(HarnessError, match="three"):
         normalisation_table((0.5,), (0.5, 0.5, 0.5))

@@ -32,7 +32,7 @@ AUGMENTATIONS = {
     "crop": Augmentation(seed=1, crop_padding_px=4),
     "reflected crop": Augmentation(seed=1, crop_padding_px=5, crop_padding_mode="reflect"),
     "largest reflected crop": Augmentation(seed=1, crop_padding_px=19, crop_padding_mode="reflect", flip="random"),
-    "crop beyond the image": Augmentation(seed=1, crop_padding_px=23, flip="random"),
+    "crop beyond the image": Augmentation(seed=1, crop_padding_px=40, flip="random"),
     "random flip": Augmentation(seed=1, flip="random"),
     "alternating flip": Augmentation(seed=1, flip="alternating"),
     "even cutout": Augmentation(seed=1, cutout_size_px=8),
@@ -63,9 +63,10 @@ def build(split: Split) -> Iterator[Build]:
             augmentation: Augmentation | None = None,
             workers: int | None = 1,
             device: torch.device = CPU,
+            std: Sequence[float] = STD,
         ) -> Loader:
             loader = build_loader(
-                kind, split, mean=MEAN, std=STD, augmentation=augmentation, device=device, workers=workers
+                kind, split, mean=MEAN, std=std, augmentation=augmentation, device=device, workers=workers
             )
             stack.callback(loader.close)
             return loader
@@ -308,6 +309,9 @@ def test_mistakes_in_building_are_named(build: Build) -> None:
     assert 'Did you mean "ffcv"?' in str(caught.value)
     with pytest.raises(HarnessError, match="workers must not be negative"):
         build("torch", workers=-1)
+    for kind in KINDS:
+        with pytest.raises(HarnessError, match="that of blue is 0: all pixels of that channel have one value"):
+            build(kind, std=(*STD[:2], 0.0))
     with pytest.raises(HarnessError, match="cannot be reflected in images of 20×28"):
         build("device", Augmentation(seed=0, crop_padding_px=20, crop_padding_mode="reflect"))
 

@@ -126,10 +126,15 @@ def on_rank(plan: BatchPlan, rank: int, world_size: int | None = None) -> BatchP
 
 
 def global_steps(plan: BatchPlan, epoch: int) -> list[list[int]]:
-    """Each step's ids over all ranks, in the order of rank and micro-batch."""
+    """Each step's ids over all ranks, in the order of micro-batch and rank."""
+    return [[i for micro in step for i in micro] for step in global_micro_batches(plan, epoch)]
+
+
+def global_micro_batches(plan: BatchPlan, epoch: int) -> list[list[list[int]]]:
+    """[step][micro-batch] ids over all ranks."""
     ranks = [on_rank(plan, rank).micro_batches(epoch) for rank in range(plan.world_size)]
     return [
-        [int(i) for rank in ranks for micro_batch in rank[step] for i in micro_batch]
+        [[int(i) for rank in ranks for i in rank[step][micro]] for micro in range(len(ranks[0][step]))]
         for step in range(plan.steps_per_epoch)
     ]
 
@@ -157,8 +162,9 @@ def test_ranks_go_in_step(plan: BatchPlan, epoch: int) -> None:
         assert all(micro_batch.dtype == np.int64 for rank in ranks for micro_batch in rank[step])
         if plan.global_count(step) == plan.global_batch_size:
             assert set(sizes) == {plan.global_batch_size // (plan.world_size * plan.accumulation_steps)}
-        per_rank = [sum(len(micro_batch) for micro_batch in rank[step]) for rank in ranks]
-        assert max(per_rank) - min(per_rank) <= 1
+        for micro in range(len(ranks[0][step])):
+            shares = [len(rank[step][micro]) for rank in ranks]
+            assert max(shares) - min(shares) <= 1
 
 
 @given(plans(), st.integers(0, 2))
@@ -166,6 +172,12 @@ def test_the_number_of_ranks_does_not_change_a_global_batch(plan: BatchPlan, epo
     alone = on_rank(plan, 0, world_size=1)
     assert alone.steps_per_epoch == plan.steps_per_epoch
     assert global_steps(alone, epoch) == global_steps(plan, epoch)
+    # Nor a micro-batch, unless a small last one has too few images to give each rank one.
+    for step, (one, many) in enumerate(
+        zip(global_micro_batches(alone, epoch), global_micro_batches(plan, epoch), strict=True)
+    ):
+        if plan.global_count(step) >= plan.world_size * plan.accumulation_steps:
+            assert one == many
 
 
 @given(plans(), st.integers(0, 2), st.data())

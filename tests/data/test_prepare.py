@@ -187,6 +187,7 @@ def test_a_damaged_store_is_named_and_not_used(damage: Callable[[Path], Any], wo
             use()
         assert "--force" in str(caught.value.hint)
         assert str(store) in str(caught.value)
+        assert str(caught.value).count("HINT") == 1
     assert verify(store) != []
     assert small(force=True).directory == store
     assert verify(store) == []

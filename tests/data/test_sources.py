@@ -132,6 +132,7 @@ def test_no_data_and_no_network(data: Path, empty_cache: Path, download: bool) -
     for place in (data, data / "CIFAR-10", empty_cache / "downloads" / archives.BINARY_ARCHIVE):
         assert f"\n    {place}\n" in text
     assert "HINT: set HARNESS_DATA" in text
+    assert text.count("HINT") == 1
     assert ("the download failed" in text) == download
     if not download:
         assert not empty_cache.exists()

@@ -198,6 +198,7 @@ def test_eval_and_predict_agree_with_the_run(train: Train, tmp_path: Path, capsy
 def test_two_and_three_ranks_train_as_one(train: Train, tiny: Path, tmp_path: Path, run_ranks: RunRanks) -> None:
     # No dropout and no mixing: their draws belong to a rank. What is left must agree up to rounding.
     overrides = ["model.args.dropout=0.0", "training.global_batch_size=12", "training.gradient_accumulation_steps=2"]
+    overrides += ["data.synthetic.train_images=102"]  # a last batch of 6: one image for each of 3 ranks, twice
     one = train("one", *overrides)
     for ranks in (2, 3):
         run = tmp_path / f"ranks{ranks}"
