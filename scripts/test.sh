@@ -18,12 +18,12 @@ if [ $# -gt 0 ]; then
   exec "$python" -m pytest "$@"
 fi
 
-scripts/check.sh
+failed=0
+scripts/check.sh || failed=1
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export COVERAGE_FILE=$work/coverage
-failed=0
-"$python" -m coverage run -m pytest || failed=$?
+"$python" -m coverage run -m pytest || failed=1
 "$python" -m coverage combine --quiet
 "$python" -m coverage report --fail-under=90 --skip-covered || failed=1
 exit "$failed"

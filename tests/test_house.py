@@ -92,7 +92,7 @@ def targets_of(path: Path) -> Iterator[tuple[int, str]]:
 
 def calls_of(path: Path) -> Iterator[tuple[ast.Call, str]]:
     """Every call with its dotted name as written, import aliases undone."""
-    aliases = {}
+    aliases: dict[str, str] = {}
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             aliases |= {

@@ -27,12 +27,12 @@ def bench_loader_here(*, rounds: int, workers: int | None) -> dict[str, Any]:
 
 def render(result: dict[str, Any]) -> str:
     """A table of images a second (median, lowest, highest round) and of the ratios."""
-    lines = [f"{'loader':<16}{'images/s':>12}{'lowest':>12}{'highest':>12}"]
+    lines = [f"{'loader':<18}{'images/s':>12}{'lowest':>12}{'highest':>12}"]
     for name, figures in result["contestants"].items():
         if figures is None:
-            lines.append(f"{name:<16}{'not installed':>24}")
+            lines.append(f"{name:<18}{'not installed':>24}")
             continue
-        speed = figures["images_per_second"]
-        lines.append(f"{name:<16}{speed['median']:>12,.0f}{speed['min']:>12,.0f}{speed['max']:>12,.0f}")
+        median, lowest, highest = (figures[f"images_per_second_{x}"] for x in ("median", "min", "max"))
+        lines.append(f"{name:<18}{median:>12,.0f}{lowest:>12,.0f}{highest:>12,.0f}")
     lines += [f"{name}: {ratio:.1f}" for name, ratio in result["ratios"].items()]
     return "\n".join([*lines, *(f"{k}: {v}" for k, v in {**result["settings"], **result["machine"]}.items())])

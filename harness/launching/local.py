@@ -12,9 +12,11 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -171,16 +173,14 @@ def measure(recipe_path: str | Path, overrides: Sequence[str], splits: Sequence[
         command = [sys.executable, "-m", "harness.launching.probe", plan, folder, str(recipe_path), *overrides]
         processes = [_start_probe(command, rank, world, folder) for rank in range(world)]
         try:
-            for process in processes:
-                process.wait(timeout=PROBE_LIMIT_SECONDS)
+            _wait(processes)
         finally:
             for process in processes:
                 process.kill()
                 process.wait()
         result_file = Path(folder, "result.json")
         if not result_file.exists():
-            log = Path(folder, "rank0.log").read_text(errors="replace").strip().splitlines()
-            raise subprocess.SubprocessError(log[-1] if log else f"exit code {processes[0].returncode}")
+            raise subprocess.SubprocessError(_last_words(folder) or f"exit code {processes[0].returncode}")
         result = json.loads(result_file.read_text())
     if "error" in result:
         raise HarnessError(**result["error"])
@@ -193,6 +193,23 @@ def _start_probe(command: list[str], rank: int, world: int, folder: str) -> subp
     }  # fmt: skip
     with Path(folder, f"rank{rank}.log").open("wb") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Until all have ended, or one has failed: the others would wait for it."""
+    deadline = time.monotonic() + PROBE_LIMIT_SECONDS
+    while any(process.poll() is None for process in processes):
+        if any(process.returncode for process in processes):
+            return
+        if time.monotonic() > deadline:
+            raise subprocess.SubprocessError(f"it took longer than {PROBE_LIMIT_SECONDS} s")
+        time.sleep(0.02)
+
+
+def _last_words(folder: str) -> str:
+    """The last line that a process printed, which names the exception it died of."""
+    logs = (path.read_text(errors="replace").strip() for path in sorted(Path(folder).glob("rank*.log")))
+    return next((text.splitlines()[-1] for text in logs if text), "")
 
 
 def _splits(recipe: Recipe, cores: int) -> list[Split]:
@@ -301,6 +318,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HarnessError as error:
         print(error.render(), file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     print(split.ranks, split.threads, recipe.data.loader)
     return 0
 

@@ -92,7 +92,7 @@ def check_kernel(layer: nn.Module, call: Call, *, precision: str, device: torch.
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as raised:
-        return [Fault(f"kernel raised {str(raised).splitlines()[0]}", math.inf)]
+        return [Fault(f"kernel raised {(str(raised) or type(raised).__name__).splitlines()[0]}", math.inf)]
     faults = []
     lengths = _reduction_lengths(layer, x_tiled, results["output"])
     for what, result in results.items():
@@ -148,7 +148,7 @@ def _reference(
 
 
 def _in_float64(probe: nn.Module, device: torch.device) -> Any:
-    exact: Any = copy.deepcopy(probe).double().to(device)
+    exact: Any = copy.deepcopy(probe).double().to(device).to(memory_format=torch.contiguous_format)
     if hasattr(exact, "path"):
         exact.path = "direct"
     return exact

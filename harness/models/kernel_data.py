@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 REDUCED_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-BASE_IMAGES = 3  # odd: a kernel that mixes up images by a power of two meets other images
+BASE_IMAGES = 3
 BASE_POSITIONS = 256  # images of few positions: more base images, so that sums are not over a handful of terms
 CPU_VALUES = 1 << 21  # of input or output, above which a part of the batch must do on a CPU …
 CPU_IMAGES = 16  # … but at least so many images
@@ -83,7 +83,8 @@ def probe_images(count: int, values_per_image: int, device: torch.device) -> int
 def base_count(layer: nn.Module, call: Call) -> int:
     """How many different images the batch is made of."""
     count, positions = call.shape[0], math.prod(call.shape[2:])
-    wanted = min(count, max(BASE_IMAGES, math.ceil(BASE_POSITIONS / max(positions, 1))))
+    # An odd number: a kernel that mixes up images by a power of two then meets other images.
+    wanted = min(count, max(BASE_IMAGES, math.ceil(BASE_POSITIONS / max(positions, 1))) | 1)
     if isinstance(layer, COUPLED):  # statistics of the copies equal those of the base images only if all are whole
         return next(base for base in range(wanted, count + 1) if count % base == 0)
     return wanted

@@ -119,7 +119,7 @@ def test_the_table_is_what_torchvision_computes() -> None:
 
 
 @pytest.mark.parametrize("std", [0.0, -0.1, 1e-50, 1e-42, math.nan, math.inf])
-@pytest.mark.parametrize(("index", "channel"), enumerate(["red", "green", "blue"]))
+@pytest.mark.parametrize(("index", "channel"), [(0, "red"), (1, "green"), (2, "blue")])
 def test_a_deviation_that_cannot_be_divided_by_is_refused(std: float, index: int, channel: str) -> None:
     deviations = [0.5, 0.5, 0.5]
     deviations[index] = std

@@ -17,7 +17,7 @@ import torch
 
 from harness.data.augment import Augmentation, normalisation_table
 from harness.data.beton import write_beton
-from harness.data.loaders import Batch, Loader, build_loader, ffcv_available
+from harness.data.loaders import LOADER_KINDS, Batch, Loader, build_loader, ffcv_available
 from harness.data.order import BatchPlan, evaluation_batches
 from harness.data.store import Split
 from harness.errors import HarnessError
@@ -277,7 +277,7 @@ def test_a_process_may_end_in_the_middle_of_an_epoch(split: Split) -> None:
     script = f"""
 import numpy as np, torch
 from pathlib import Path
-from harness.data.loaders import build_loader
+from harness.data.loaders import LOADER_KINDS, build_loader
 from harness.data.store import Split
 loader = build_loader("ffcv", Split.open(Path({str(split.path)!r})), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
                       augmentation=None, device=torch.device("cpu"), workers=2)
@@ -309,7 +309,7 @@ def test_mistakes_in_building_are_named(build: Build) -> None:
     assert 'Did you mean "ffcv"?' in str(caught.value)
     with pytest.raises(HarnessError, match="workers must not be negative"):
         build("torch", workers=-1)
-    for kind in KINDS:
+    for kind in LOADER_KINDS:
         with pytest.raises(HarnessError, match="that of blue is 0: all pixels of that channel have one value"):
             build(kind, std=(*STD[:2], 0.0))
     with pytest.raises(HarnessError, match="cannot be reflected in images of 20×28"):

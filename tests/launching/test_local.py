@@ -71,6 +71,7 @@ def test_more_ranks_must_gain_more_than_noise() -> None:
     assert best({four: 130.0, two: 110.0, one: 100.0}) == four
 
 
+@pytest.mark.slow
 def test_a_split_is_measured_once_and_then_remembered(recipe: Path, empty_cache: Path) -> None:
     first = choose_split(recipe, cores=2)
     assert set(first.images_per_second) == {Split(1, 2), Split(2, 1)}
@@ -144,6 +145,7 @@ def test_a_wrong_recipe_is_told_before_anything_starts(recipe: Path, capfd: pyte
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_network_that_cannot_be_built_is_told_by_the_processes(recipe: Path, empty_cache: Path) -> None:
     with pytest.raises(HarnessError, match="resnet_of_dreams") as caught:
         choose_split(recipe, ["model={name: resnet_of_dreams, args: {}}"], cores=2)
