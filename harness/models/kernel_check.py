@@ -82,28 +82,53 @@ def check_kernel(layer: nn.Module, call: Call, *, precision: str, device: torch.
     generator = torch.Generator().manual_seed(zlib.crc32(seed_text.encode()))
     probe = _probe(layer, precision, generator)
     tiling = Tiling(call.shape[0], base_count(layer, call), signed=not isinstance(layer, COUPLED))
-    x = random_input(layer, call, tiling.base, precision, generator)
-    reference, gradient = _reference(probe, x, tiling, precision, generator, device)
-    x_tiled = tiling.fill(empty_input(call, device), x.to(device), signed=False)
-    probe.to(device)
-    _poison(probe, device)
+    with _one_thread():
+        x = random_input(layer, call, tiling.base, precision, generator)
+        reference, gradient = _reference(probe, x, tiling, precision, generator, device)
+        x_tiled = tiling.fill(empty_input(call, device), x.to(device), signed=False)
+        probe.to(device)
+        _poison(probe, device)
     try:
         results = _run(probe, x_tiled, gradient.to(device), tiling, precision, call.input_gradient)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as raised:
         return [Fault(f"kernel raised {(str(raised) or type(raised).__name__).splitlines()[0]}", math.inf)]
+    with _one_thread():
+        lengths = _reduction_lengths(layer, x_tiled, results["output"])
+        faults = _compare(results, reference, tiling, lengths, precision, device)
+        if type(layer).__module__.startswith(("torch.nn.", "harness.models.")):
+            return faults
+        return faults + _wrong_derivatives(probe, x, generator)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """For our own many small steps: beside other work on the cores, two threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _compare(
+    results: dict[str, Tensor],
+    reference: dict[str, Tensor],
+    tiling: Tiling,
+    lengths: dict[str, int],
+    precision: str,
+    device: torch.device,
+) -> list[Fault]:
     faults = []
-    lengths = _reduction_lengths(layer, x_tiled, results["output"])
     for what, result in results.items():
         bound = tolerance(precision, device, lengths.get(what, lengths["weight gradient"]))
         signs = {"output": [1] * len(tiling.signs), "input gradient": tiling.signs}.get(what)
         error = _relative_error(result, reference[what], bound, signs)
         if not error <= bound:
             faults.append(Fault(what, error if math.isfinite(error) else math.inf))
-    if type(layer).__module__.startswith(("torch.nn.", "harness.models.")):
-        return faults
-    return faults + _wrong_derivatives(probe, x, generator)
+    return faults
 
 
 def _probe(layer: nn.Module, precision: str, generator: torch.Generator) -> nn.Module:
@@ -163,7 +188,9 @@ def _run(
     with autocast(x.device, precision):
         y = layer(x)
     if y.requires_grad:
-        y.backward(tiling.fill(torch.empty_like(y), gradient.to(y.dtype), signed=True))
+        with _one_thread():
+            gradient = tiling.fill(torch.empty_like(y), gradient.to(y.dtype), signed=True)
+        y.backward(gradient)
     results = {"output": y.detach()}
     if x.grad is not None:
         results["input gradient"] = x.grad
@@ -221,7 +248,8 @@ def _relative_error(result: Tensor, reference: Tensor, bound: float, signs: list
         bound: the tolerance of the norm.
         signs: for each tile, the factor between its result and the reference.
     """
-    reference = reference.to(device=result.device, dtype=torch.float32)
+    like = result[: len(reference)]  # in the result's memory format: another one would make each step far slower
+    reference = torch.empty_like(like, dtype=torch.float32).copy_(reference)
     size = reference.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     tiles = [result] if signs is None else result.split(len(reference))
     squares, largest = [], []

@@ -68,6 +68,7 @@ class Tiling:
 
     def fill(self, whole: Tensor, tile: Tensor, *, signed: bool) -> Tensor:
         """Write `tile` (base, …) over and over into `whole` (count, …)."""
+        tile = torch.empty_like(whole[: len(tile)]).copy_(tile)  # in the memory format of `whole`
         for part, sign in zip(whole.split(self.base), self.signs, strict=True):
             torch.mul(tile[: len(part)], sign if signed else 1, out=part)
         return whole

@@ -46,7 +46,7 @@ def evaluate_run(path: Path, *, which: str) -> dict[str, Any]:
     """
     saved, recipe = _open(path, which)
     runtime = runtime_module.start(precision=recipe.training.precision, seed=recipe.seed)
-    store = open_data(recipe, runtime)
+    store = open_data(recipe)
     model, _ = open_model(recipe, store, runtime)
     loader = open_loader(recipe, store, "test", runtime.device)
     result: dict[str, Any] = {

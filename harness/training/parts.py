@@ -10,16 +10,18 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from filelock import FileLock
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from harness.data.augment import Augmentation
 from harness.data.loaders import Loader, build_loader
 from harness.data.order import BatchPlan, evaluation_batches
-from harness.data.paths import cache_directory
+from harness.data.paths import writable_cache_directory
 from harness.data.prepare import DataStore, prepare
 from harness.errors import HarnessError
 from harness.models.build import build_model
+from harness.models.mask_dropout import adopt_mask_dropout
 from harness.models.numerics import NumericsReport, check_and_repair
 from harness.models.sync_batch_norm import convert_sync_batch_norm
 from harness.recipe import Recipe
@@ -125,20 +127,16 @@ class Parts:
         self.test_loader.close()
 
 
-def open_data(recipe: Recipe, runtime: Runtime) -> DataStore:
-    """The recipe's data, converted and verified; the first process of each machine does it before the others.
+def open_data(recipe: Recipe) -> DataStore:
+    """The recipe's data, converted once (ranks wait for one another by a file lock) and verified by each rank.
 
     Raises:
         HarnessError: no data, broken data, or another number of classes than the recipe says.
     """
     data = recipe.data
-    with runtime.accelerator.local_main_process_first():
-        store = prepare(
-            data.source,
-            path=data.path,
-            image_size_px=data.image_size_px,
-            synthetic=data.synthetic.model_dump(),
-        )
+    store = prepare(
+        data.source, path=data.path, image_size_px=data.image_size_px, synthetic=data.synthetic.model_dump()
+    )
     found = len(store.manifest.classes)
     if data.num_classes is not None and data.num_classes != found:
         raise HarnessError(
@@ -160,7 +158,10 @@ def open_model(recipe: Recipe, store: DataStore, runtime: Runtime) -> tuple[nn.M
     )
     model = model.to(runtime.device).to(memory_format=MEMORY_FORMATS[training.memory_format])
     micro_batch = training.global_batch_size // training.gradient_accumulation_steps // runtime.world_size
-    with runtime.accelerator.local_main_process_first():
+    if runtime.device.type == "cpu":
+        adopt_mask_dropout(model)
+    cache = writable_cache_directory()
+    with FileLock(cache / "numerics.lock"):  # one rank of a machine checks, the others find its verdict
         report = check_and_repair(
             model,
             batch_size=max(1, micro_batch),
@@ -168,10 +169,9 @@ def open_model(recipe: Recipe, store: DataStore, runtime: Runtime) -> tuple[nn.M
             device=runtime.device,
             precision=training.precision,
             memory_format=training.memory_format,
-            cache_directory=cache_directory(),
+            cache_directory=cache,
         )
     if training.sync_batch_norm and runtime.world_size > 1:
-
         model = convert_sync_batch_norm(model, runtime.device.type)
     return model, report
 
@@ -203,7 +203,7 @@ def assemble(recipe: Recipe, runtime: Runtime, checkpoint_directory: Path) -> Pa
     Raises:
         HarnessError: something in the recipe does not go with the data, the machine or the ranks.
     """
-    store = open_data(recipe, runtime)
+    store = open_data(recipe)
     plan = _plan(recipe, store, runtime)
     bare_model, numerics = open_model(recipe, store, runtime)
     ema = None

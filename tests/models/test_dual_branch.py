@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from harness.errors import HarnessError
 from harness.models.dual_branch import DualBranchNet
-from harness.recipe.dual_branch_args import DualBranchArgs, parse_settings
 from harness.models.units import DepthwiseConv2d, branch_unit
+from harness.recipe.dual_branch_args import DualBranchArgs, parse_settings
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL = {"widths": [[6, 8], [12]], "transition_widths": [10], "head_width": 7}

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 import harness.models.dual_branch  # noqa: F401  registers the networks
@@ -447,6 +448,7 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "group norm": (nn.GroupNorm(2, 8), (7, 8, 9, 9)),
     "batch norm of features": (nn.BatchNorm1d(8), (32, 8)),
     "batch norm of a prime batch": (nn.BatchNorm2d(8), (7, 8, 6, 6)),
+    "batch norm with activation": (BatchNormAct2d(8, act_layer=nn.SiLU), (6, 8, 6, 6)),
     "instance norm": (nn.InstanceNorm2d(8, affine=True), (5, 8, 6, 6)),
     "rms norm": (nn.RMSNorm(16), (40, 16)),
     "strided": (nn.Conv2d(8, 16, 3, stride=2, padding=1), (23, 8, 9, 9)),

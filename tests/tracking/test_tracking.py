@@ -1,4 +1,4 @@
-"""metrics.jsonl, the console and the real W&B client (offline): what they write, and that nothing they do stops a run."""
+"""metrics.jsonl, the console and the real W&B client (offline): what they write; none of them stops a run."""
 
 from __future__ import annotations
 

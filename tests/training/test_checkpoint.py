@@ -106,7 +106,7 @@ def test_missing_file_and_missing_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(HarnessError, match='Did you mean "step_7"'):
         checkpoint.load(path.with_name("step_8"))
     (path / "optimizer.safetensors").unlink()
-    with pytest.raises(HarnessError, match="optimizer.safetensors is missing"):
+    with pytest.raises(HarnessError, match=r"optimizer\.safetensors is missing"):
         checkpoint.load(path)
 
 

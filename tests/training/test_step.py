@@ -81,8 +81,8 @@ def test_accumulation_is_one_large_batch(runtime: runtime_module.Runtime, sizes:
     loss.backward()
     model = network()
     pieces = [
-        Batch(i.clone(), l, np.arange(len(l)))
-        for i, l in zip(whole.images_BCHW.split(sizes), whole.labels_B.split(sizes), strict=True)
+        Batch(images.clone(), labels, np.arange(len(labels)))
+        for images, labels in zip(whole.images_BCHW.split(sizes), whole.labels_B.split(sizes), strict=True)
     ]
     score = perform(training_step(runtime, model), pieces)
     assert score.loss == pytest.approx(loss.item(), rel=1e-6)
