@@ -1,6 +1,6 @@
 """The numerics check before training: no layer trains on a kernel that is wrong on this machine.
 
-Why: in torch 2.14 and 2.15 on x86 CPUs with bfloat16 units, the weight gradient of a dilated depthwise
+Why: in torch 2.14 and 2.15 on x86 CPUs with AVX-512, the weight gradient of a dilated depthwise
 convolution in bfloat16 and channels_last is garbage for inputs wider than 28 pixels, and LayerNorm's in bfloat16
 is summed in bfloat16. Nothing fails; the network merely learns badly, or not at all.
 

@@ -277,7 +277,7 @@ def test_a_process_may_end_in_the_middle_of_an_epoch(split: Split) -> None:
     script = f"""
 import numpy as np, torch
 from pathlib import Path
-from harness.data.loaders import LOADER_KINDS, build_loader
+from harness.data.loaders import build_loader
 from harness.data.store import Split
 loader = build_loader("ffcv", Split.open(Path({str(split.path)!r})), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
                       augmentation=None, device=torch.device("cpu"), workers=2)
