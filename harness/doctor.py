@@ -8,12 +8,11 @@ from harness import runtime as runtime_module
 from harness.data.loaders import ffcv_available
 from harness.data.paths import cache_directory, data_directories
 from harness.errors import HarnessError
-from harness.models.build import build_model
-from harness.models.numerics import NumericsReport, check_and_repair
+from harness.models.numerics import NumericsReport
 from harness.recipe import Recipe
 from harness.runtime import provenance
 from harness.tracking.wandb_tracker import resolve_mode
-from harness.training.evaluate import MEMORY_FORMATS
+from harness.training.network import open_network
 
 
 def examine() -> dict[str, Any]:
@@ -36,22 +35,11 @@ def examine() -> dict[str, Any]:
 def examine_numerics(recipe: Recipe) -> NumericsReport:
     """Check every distinct layer shape of the recipe's network on this machine, remembering nothing."""
     runtime = runtime_module.start(precision=recipe.training.precision, seed=recipe.seed)
-    model = build_model(
-        recipe.model.name,
-        num_classes=recipe.data.num_classes or 10,
-        image_size_px=recipe.data.image_size_px,
-        args=recipe.model.args,
-    )
-    model = model.to(runtime.device).to(memory_format=MEMORY_FORMATS[recipe.training.memory_format])
-    return check_and_repair(
-        model,
-        batch_size=recipe.training.global_batch_size // recipe.training.gradient_accumulation_steps,
-        image_size_px=recipe.data.image_size_px,
-        device=runtime.device,
-        precision=recipe.training.precision,
-        memory_format=recipe.training.memory_format,
-        cache_directory=None,
-    )
+    try:
+        classes = recipe.data.num_classes or 10
+        return open_network(recipe, num_classes=classes, device=runtime.device, world_size=1, remember=False)[1]
+    finally:
+        runtime_module.finish(runtime)
 
 
 def render(facts: dict[str, Any]) -> str:

@@ -100,7 +100,15 @@ def test_mistakes_are_told_and_nothing_starts(env: dict[str, str], arguments: li
 def test_a_dry_run_needs_no_environment_and_makes_none(env: dict[str, str]) -> None:
     del env["HARNESS_SKIP_SETUP"]
     python = f"{env['HARNESS_VENV']}/bin/python"
-    assert dry_run(env, SEED) == ["ACCELERATE_USE_CPU=true", python, "-m", "harness", "train", SEED]
+    assert dry_run(env, SEED) == [
+        "ACCELERATE_USE_CPU=true",
+        "GOMP_SPINCOUNT=100",
+        python,
+        "-m",
+        "harness",
+        "train",
+        SEED,
+    ]
     assert not Path(env["HARNESS_VENV"]).exists()
     assert "no such recipe" in launch(env | {"DRY_RUN": "0"}, "absent.yaml").stderr
 

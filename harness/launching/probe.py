@@ -20,17 +20,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from harness.data.paths import cache_directory
 from harness.errors import HarnessError
 from harness.launching.local import PROBE_LIMIT_SECONDS, Split
-from harness.models.build import build_model
-from harness.models.numerics import check_and_repair
 from harness.models.sync_batch_norm import convert_sync_batch_norm
 from harness.recipe import Recipe, load
+from harness.training.network import MEMORY_FORMATS, open_network
 
 MEASURE_SECONDS = 2.5  # of each split
 STEP_SECONDS = 1.0  # a larger batch is cut, in all splits alike, until a step takes about this long
@@ -45,8 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     rank = int(os.environ["RANK"])
     try:
         recipe = load(recipe_path, overrides)
-        with FileLock(Path(folder, "numerics.lock")):  # one process checks the kernels, the others read its findings
-            model = _model(recipe)
+        model = _model(recipe)
         share, speeds = 1.0, []
         for index, split in enumerate(splits):
             if rank < split.ranks:
@@ -93,25 +89,10 @@ def run_split(
 
 
 def _model(recipe: Recipe) -> nn.Module:
-    """The recipe's network as training has it on this processor, wrong kernels replaced."""
-    size, training = recipe.data.image_size_px, recipe.training
+    """The recipe's network as training has it on this processor."""
     torch.manual_seed(recipe.seed)
-    model = build_model(
-        recipe.model.name,
-        num_classes=recipe.data.num_classes or 10,
-        image_size_px=size,
-        args=recipe.model.args,
-    )
-    check_and_repair(
-        model,
-        batch_size=min(PILOT_IMAGES, training.global_batch_size),
-        image_size_px=size,
-        device=torch.device("cpu"),
-        precision=training.precision,
-        memory_format=training.memory_format,
-        cache_directory=cache_directory(),
-    )
-    return model.to(memory_format=_memory_format(recipe))
+    classes = recipe.data.num_classes or 10
+    return open_network(recipe, num_classes=classes, device=torch.device("cpu"), world_size=1)[0]
 
 
 def _affordable_share(model: nn.Module, recipe: Recipe) -> float:
@@ -141,7 +122,9 @@ def _measure(model: nn.Module, recipe: Recipe, split: Split, share: float) -> fl
 def _step(model: nn.Module, recipe: Recipe, images: int) -> Callable[[], None]:
     """A training step on fixed random images: forward, backward with gradient exchange, SGD with momentum."""
     size = recipe.data.image_size_px
-    images_BCHW = torch.randn(images, 3, size, size).contiguous(memory_format=_memory_format(recipe))
+    images_BCHW = torch.randn(images, 3, size, size).contiguous(
+        memory_format=MEMORY_FORMATS[recipe.training.memory_format]
+    )
     labels_B = torch.arange(images) % (recipe.data.num_classes or 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     autocast: Any = nullcontext()
@@ -163,12 +146,6 @@ def _micro_batch(recipe: Recipe, *, ranks: int, share: float) -> int:
     training = recipe.training
     whole = training.global_batch_size / (ranks * training.gradient_accumulation_steps)
     return max(2, round(whole * share))
-
-
-def _memory_format(recipe: Recipe) -> torch.memory_format:
-    if recipe.training.memory_format == "channels_last":
-        return torch.channels_last
-    return torch.contiguous_format
 
 
 def _timed(step: Callable[[], None]) -> float:

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from harness.data.loaders import Batch, Loader
 from harness.errors import HarnessError
+from harness.training.network import MEMORY_FORMATS
 from harness.training.state import Meter, Score
-
-MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 @torch.no_grad()

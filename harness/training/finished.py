@@ -17,8 +17,9 @@ from harness.errors import HarnessError, ManyErrors
 from harness.models.build import build_model
 from harness.recipe import Recipe, load_resolved
 from harness.training import checkpoint
-from harness.training.evaluate import MEMORY_FORMATS, evaluate
-from harness.training.parts import open_data, open_loader, open_model, share_of_test
+from harness.training.evaluate import evaluate
+from harness.training.network import MEMORY_FORMATS, open_network
+from harness.training.parts import open_data, open_loader, share_of_test
 from harness.training.run import find_checkpoint
 
 
@@ -47,7 +48,9 @@ def evaluate_run(path: Path, *, which: str) -> dict[str, Any]:
     saved, recipe = _open(path, which)
     runtime = runtime_module.start(precision=recipe.training.precision, seed=recipe.seed)
     store = open_data(recipe)
-    model, _ = open_model(recipe, store, runtime)
+    model, _ = open_network(
+        recipe, num_classes=len(store.manifest.classes), device=runtime.device, world_size=runtime.world_size
+    )
     loader = open_loader(recipe, store, "test", runtime.device)
     result: dict[str, Any] = {
         "checkpoint": str(saved.path),

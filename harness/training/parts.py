@@ -10,25 +10,21 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from filelock import FileLock
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from harness.data.augment import Augmentation
 from harness.data.loaders import Loader, build_loader
 from harness.data.order import BatchPlan, evaluation_batches
-from harness.data.paths import writable_cache_directory
 from harness.data.prepare import DataStore, prepare
 from harness.errors import HarnessError
-from harness.models.build import build_model
-from harness.models.mask_dropout import adopt_mask_dropout
-from harness.models.numerics import NumericsReport, check_and_repair
+from harness.models.numerics import NumericsReport
 from harness.models.sync_batch_norm import convert_sync_batch_norm
 from harness.recipe import Recipe
 from harness.runtime import Runtime
 from harness.tracking import NullTracker, Tracker
 from harness.training import checkpoint
-from harness.training.evaluate import MEMORY_FORMATS
+from harness.training.network import open_network
 from harness.training.optim import Mix, Schedule, build_optimizer, build_schedule
 from harness.training.state import Progress
 from harness.training.step import TrainingStep
@@ -147,35 +143,6 @@ def open_data(recipe: Recipe) -> DataStore:
     return store
 
 
-def open_model(recipe: Recipe, store: DataStore, runtime: Runtime) -> tuple[nn.Module, NumericsReport]:
-    """The recipe's network on the device, each of its layers checked there (and mended where a kernel is wrong)."""
-    training = recipe.training
-    model = build_model(
-        recipe.model.name,
-        num_classes=len(store.manifest.classes),
-        image_size_px=recipe.data.image_size_px,
-        args=recipe.model.args,
-    )
-    model = model.to(runtime.device).to(memory_format=MEMORY_FORMATS[training.memory_format])
-    micro_batch = training.global_batch_size // training.gradient_accumulation_steps // runtime.world_size
-    if runtime.device.type == "cpu":
-        adopt_mask_dropout(model)
-    cache = writable_cache_directory()
-    with FileLock(cache / "numerics.lock"):  # one rank of a machine checks, the others find its verdict
-        report = check_and_repair(
-            model,
-            batch_size=max(1, micro_batch),
-            image_size_px=recipe.data.image_size_px,
-            device=runtime.device,
-            precision=training.precision,
-            memory_format=training.memory_format,
-            cache_directory=cache,
-        )
-    if training.sync_batch_norm and runtime.world_size > 1:
-        model = convert_sync_batch_norm(model, runtime.device.type)
-    return model, report
-
-
 def open_loader(recipe: Recipe, store: DataStore, split: Literal["train", "test"], device: torch.device) -> Loader:
     """A loader of one split; training images are augmented, test images only normalised."""
     data = recipe.data
@@ -205,7 +172,12 @@ def assemble(recipe: Recipe, runtime: Runtime, checkpoint_directory: Path) -> Pa
     """
     store = open_data(recipe)
     plan = _plan(recipe, store, runtime)
-    bare_model, numerics = open_model(recipe, store, runtime)
+    num_classes = len(store.manifest.classes)
+    bare_model, numerics = open_network(
+        recipe, num_classes=num_classes, device=runtime.device, world_size=runtime.world_size
+    )
+    if recipe.training.sync_batch_norm and runtime.world_size > 1:
+        bare_model = convert_sync_batch_norm(bare_model, runtime.device.type)
     ema = None
     if recipe.ema.decay is not None:  # copied before anything wraps the forward pass
         ema = ModelEmaV3(copy.deepcopy(bare_model), decay=recipe.ema.decay, use_warmup=recipe.ema.warmup)
@@ -214,7 +186,6 @@ def assemble(recipe: Recipe, runtime: Runtime, checkpoint_directory: Path) -> Pa
     model, optimizer = runtime.accelerator.prepare(bare_model, raw_optimizer)
     if recipe.training.compile:
         bare_model.compile()
-    num_classes = len(store.manifest.classes)
     step = TrainingStep(
         runtime,
         model=model,

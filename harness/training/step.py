@@ -14,7 +14,7 @@ from harness.data.loaders import Batch
 from harness.errors import Diverged
 from harness.runtime import Runtime, seed_step
 from harness.training.diagnosis import first_bad_layer
-from harness.training.evaluate import MEMORY_FORMATS
+from harness.training.network import MEMORY_FORMATS
 from harness.training.optim import Mix, Schedule
 from harness.training.state import Meter
 
