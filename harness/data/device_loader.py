@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from harness.data.augment import Augmentation, normalisation_table
-from harness.data.loaders import Batch, checked_batches, to_device
+from harness.data.batches import Batch, checked_batches, to_device
 
 if TYPE_CHECKING:
     from harness.data.store import Split

@@ -29,7 +29,7 @@ import torch
 from torchvision.transforms import Normalize
 
 from harness.data.augment import Augmentation, normalisation_table
-from harness.data.loaders import Batch, checked_batches, to_device
+from harness.data.batches import Batch, checked_batches, to_device
 from harness.errors import HarnessError
 
 if TYPE_CHECKING:

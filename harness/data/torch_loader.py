@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional
 
 from harness.data.augment import Augmentation
-from harness.data.loaders import Batch, checked_batches
+from harness.data.batches import Batch, checked_batches
 
 if TYPE_CHECKING:
     from harness.data.store import Split

@@ -14,7 +14,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from harness.data.augment import Augmentation
-from harness.data.loaders import Loader, build_loader
+from harness.data.batches import Loader
+from harness.data.loaders import build_loader
 from harness.data.order import BatchPlan, evaluation_batches
 from harness.data.prepare import DataStore, prepare
 from harness.errors import HarnessError

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from harness.data.augment import Augmentation, normalisation_table
+from harness.data.batches import Batch, Loader
 from harness.data.beton import write_beton
-from harness.data.loaders import LOADER_KINDS, Batch, Loader, build_loader, ffcv_available
+from harness.data.loaders import LOADER_KINDS, build_loader, ffcv_available
 from harness.data.order import BatchPlan, evaluation_batches
 from harness.data.store import Split
 from harness.errors import HarnessError
