@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_error(error)
         code = error.exit_code
     except KeyboardInterrupt:
-        print("interrupted; --resume auto goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from harness import signals
 from harness.errors import EXIT_BAD_INPUT, EXIT_DONE, HarnessError, print_error
 
 
@@ -56,9 +57,10 @@ def _train(arguments: argparse.Namespace) -> int:
     from harness.recipe import load
 
     recipe = load(arguments.recipe, arguments.overrides)
-    from harness.training.run import train
+    with signals.noticed():  # from here on, before torch is imported
+        from harness.training.run import train
 
-    result = train(recipe, run_directory=arguments.run_dir, resume=arguments.resume)
+        result = train(recipe, run_directory=arguments.run_dir, resume=arguments.resume)
     if os.environ.get("RANK", "0") == "0":
         print(
             f"test accuracy {result['correct']}/{result['total']} ({result['accuracy']:.2%}), "

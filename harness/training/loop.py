@@ -13,6 +13,7 @@ from torch import nn
 from harness.training.evaluate import evaluate, recalibrate_batch_norm
 from harness.training.parts import Parts
 from harness.training.state import Meter, Progress, Score
+from harness.training.stopping import Stopped
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def fit(parts: Parts, cadence: Cadence, progress: Progress) -> None:
 
     Raises:
         Diverged: a loss or gradient is not finite.
+        Stopped: a signal asked for it; a checkpoint is written.
     """
     if progress.step >= cadence.total_steps and progress.last is None:
         evaluate_all(parts, progress)  # a length of 0: the weights as they are
@@ -63,6 +65,8 @@ def _epoch(parts: Parts, cadence: Cadence, progress: Progress) -> None:
     window = _Window(parts, progress)
     parts.model.train()
     for ids_per_micro in micro_batches:
+        if parts.stop.agreed():
+            _stop(parts, progress, window)
         count = plan.global_count(progress.step_in_epoch)
         logs = cadence.logs(progress.step + 1)
         parts.step(
@@ -90,6 +94,13 @@ def _epoch(parts: Parts, cadence: Cadence, progress: Progress) -> None:
             parts.save(progress)
         if evaluates or saves:
             window.restart_clock()
+
+
+def _stop(parts: Parts, progress: Progress, window: _Window) -> None:
+    """Write a checkpoint of this very step and leave."""
+    window.close(log=False)
+    parts.save(progress)
+    raise Stopped(progress.step)
 
 
 class _Window:

@@ -29,6 +29,7 @@ from harness.training.network import open_network
 from harness.training.optim import Mix, Schedule, build_optimizer, build_schedule
 from harness.training.state import Progress
 from harness.training.step import TrainingStep
+from harness.training.stopping import StopVote
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Parts:
     ema: ModelEmaV3 | None
     optimizer: Any
     step: TrainingStep
+    stop: StopVote
     memory_format: str
     recalibration_batches: int
     best_by: str
@@ -212,6 +214,7 @@ def assemble(recipe: Recipe, runtime: Runtime, checkpoint_directory: Path) -> Pa
         ema=ema,
         optimizer=optimizer,
         step=step,
+        stop=StopVote(runtime),
         memory_format=recipe.training.memory_format,
         recalibration_batches=recipe.evaluation.recalibrate_batch_norm_batches,
         best_by="test_ema" if recipe.checkpoint.best_by == "ema" else "test",

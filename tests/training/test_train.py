@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +17,8 @@ from safetensors.torch import load_file
 
 from harness.cli import main
 from harness.recipe import load
-from tests.conftest import RunRanks
+from harness.tracking.jsonl import read
+from tests.conftest import ROOT, RunRanks
 from tests.training.conftest import Train, metrics, result
 
 EVERYTHING = (
@@ -229,3 +235,53 @@ def test_ranks_fail_with_the_reason_and_the_code(tiny: Path, tmp_path: Path, run
     assert "Traceback (most recent call last)" not in done.stderr.split("ChildFailedError")[0].split("torch/distrib")[0]
     assert set(codes.read_text().split()) == {"2"}
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_stops_with_a_checkpoint_and_nothing_is_lost(
+    train: Train, tiny: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    whole = train("whole", "training.epochs=40")
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "harness", "train", str(tiny), "training.epochs=40", "--run-dir", str(run)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    wait_for_step(run, 5)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 75, error
+    assert f"stopped by {number.name} after step" in error
+    train("run", "training.epochs=40", resume="auto")
+    assert_equal(weights(whole, 280), weights(run, 280))
+    assert [r["step"] for r in metrics(run)] == list(range(1, 281))
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(tiny: Path, tmp_path: Path, free_port: int) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "harness", "train", str(tiny), "training.epochs=1000", "--run-dir", str(run)]
+    common = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=os.environ | common | {"RANK": str(r), "LOCAL_RANK": str(r), "MASTER_PORT": str(free_port)},
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for r in range(2)
+    ]
+    wait_for_step(run, 5)
+    ranks[1].send_signal(signal.SIGUSR1)
+    errors = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [75, 75], errors
+    steps = [int(e.split("after step ")[1].split(";")[0]) for e in errors]
+    assert steps[0] == steps[1]
+    assert (run / "checkpoints" / f"step_{steps[0]}").is_dir()
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and any(r["step"] >= step for r in read(run / "metrics.jsonl")):
+            return
+        time.sleep(0.02)
+    pytest.fail(f"no step {step} in {run} within a minute")

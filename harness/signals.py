@@ -1,0 +1,40 @@
+"""Signals that ask a training to stop: noticed at once, acted on between two steps. Imports nothing heavy.
+
+Schedulers announce the end of a job by SIGTERM, SIGUSR1 or SIGUSR2; people press Ctrl-C (SIGINT). The first of them is
+remembered; a second Ctrl-C ends the process at once, a second of the others changes nothing.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+_received: list[signal.Signals] = []
+
+
+@contextmanager
+def noticed() -> Iterator[None]:
+    """Notice stop signals inside the block instead of dying of them; the former handlers come back behind it."""
+    _received.clear()
+    before = {number: signal.signal(number, _notice) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _received.clear()
+
+
+def received() -> str | None:
+    """The name of the first stop signal that came, or None."""
+    return _received[0].name if _received else None
+
+
+def _notice(number: int, frame: FrameType | None) -> None:
+    if number == signal.SIGINT and _received:
+        raise KeyboardInterrupt
+    _received.append(signal.Signals(number))
