@@ -34,6 +34,16 @@ def _add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def _at_least_one(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f'must be a whole number of at least 1, not "{text}"')
+    return number
+
+
 def _print_json(data: Any) -> None:
     print(json.dumps(data, indent=2))
 
@@ -100,7 +110,7 @@ def build_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="image files")
     _add_checkpoint_option(parser)
     parser.add_argument("--weights", choices=("raw", "ema"), default="raw", help="which weights (default raw)")
-    parser.add_argument("--top", type=int, default=3, metavar="K", help="classes to name (default 3)")
+    parser.add_argument("--top", type=_at_least_one, default=3, metavar="K", help="classes to name (default 3)")
     _add_json_option(parser)
     parser.set_defaults(run=_predict)
 

@@ -76,5 +76,6 @@ def print_error(error: HarnessError) -> None:
     """Print an error to stderr as the user sees it."""
     rank = os.environ.get("RANK", "0")
     # Ranks that fail alike say it once: the others in one line.
-    text = f"ERROR {error}" if rank == "0" else f"ERROR (rank {rank}) {str(error).splitlines()[0]}"
+    word = "STOPPED" if error.exit_code == EXIT_REQUEUE else "ERROR"
+    text = f"{word} {error}" if rank == "0" else f"{word} (rank {rank}) {str(error).splitlines()[0]}"
     print(text, file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ remembered; a second Ctrl-C ends the process at once, a second of the others cha
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,4 +38,6 @@ def received() -> str | None:
 def _notice(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT and _received:
         raise KeyboardInterrupt
+    if not _received:
+        os.write(2, f"{signal.Signals(number).name}: stopping after this step, with a checkpoint\n".encode())
     _received.append(signal.Signals(number))

@@ -62,6 +62,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (f"train {DEBUG} data.source=imagefolder data.path=/nowhere", "/nowhere"),
         ("eval nowhere", "no run with checkpoints here"),
         ("predict nowhere image.png", "no run with checkpoints here"),
+        ("predict nowhere image.png --top 0", 'argument --top: must be a whole number of at least 1, not "0"'),
+        ("predict nowhere image.png --top x", 'argument --top: must be a whole number of at least 1, not "x"'),
         ("summary nowhere.yaml", "cannot be read"),
         ("doctor --numerics", "--numerics needs a recipe"),
         ("recipe", "the following arguments are required: ACTION"),

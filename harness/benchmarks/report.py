@@ -4,25 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from harness.benchmarks.loader import bench_loader
 from harness.data.prepare import prepare
 from harness.errors import HarnessError
 
 
 def bench_loader_here(*, rounds: int, workers: int | None) -> dict[str, Any]:
-    """`bench_loader` on CIFAR-10 if it lies under $HARNESS_DATA or in the cache, on random images otherwise."""
+    """`bench_loader` on CIFAR-10 if it lies under $HARNESS_DATA or in the cache, on random images otherwise.
+
+    Where there is a GPU, batches are wanted there, and "settings" says so; stock FFCV's stay on the CPU.
+    """
+    how: dict[str, Any] = {"rounds": rounds, "workers": workers}
+    if torch.cuda.is_available():
+        how["device"] = torch.device("cuda")
     try:
         store = prepare("cifar10", download=False)
     except HarnessError:
-        return bench_loader(rounds=rounds, workers=workers)
-    return bench_loader(
-        store.split("train"),
-        data="cifar10",
-        mean=store.manifest.mean,
-        std=store.manifest.std,
-        rounds=rounds,
-        workers=workers,
-    )
+        result = bench_loader(**how)
+    else:
+        result = bench_loader(
+            store.split("train"), data="cifar10", mean=store.manifest.mean, std=store.manifest.std, **how
+        )
+    result["settings"]["batches_on"] = "cuda (stock_ffcv: cpu)" if "device" in how else "cpu"
+    return result
 
 
 def render(result: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ import torch
 from harness.data.augment import Augmentation, check_normalisation
 from harness.data.batches import Loader
 from harness.errors import HarnessError, nearest
+from harness.machine import usable_cores
 
 if TYPE_CHECKING:
     from harness.data.store import Split
@@ -45,8 +46,8 @@ def build_loader(
         std: of each channel, on the scale [0, 1].
         augmentation: of the training images; None only normalises.
         device: where the batches are wanted.
-        workers: threads (ffcv) or processes (torch; 0 loads in this process); None is one for each CPU that
-            this process may use. The device loader needs none.
+        workers: threads (ffcv) or processes (torch; 0 loads in this process); None is one for each core of this
+            rank. The device loader needs none.
 
     Raises:
         HarnessError: an unknown kind, ffcv not installed, a deviation of 0, or an augmentation that does not fit
@@ -57,12 +58,12 @@ def build_loader(
     if workers is not None and workers < 0:
         raise HarnessError(
             f"the number of workers must not be negative, it is {workers}",
-            hint="set data.workers to 0 or more, or to null for one for each CPU",
+            hint="set data.workers to 0 or more, or to null for one for each core",
         )
     check_normalisation(mean, std)
     augmentation = augmentation or Augmentation(seed=0)
     augmentation.check_image_size(*split.images_BHWC.shape[1:3])
-    count = len(os.sched_getaffinity(0)) if workers is None else workers
+    count = _cores_of_this_rank() if workers is None else workers
     # Imported here: one loader must not need, or wait for, what another one needs.
     if kind == "ffcv":
         from harness.data.ffcv_loader import FfcvLoader
@@ -75,6 +76,11 @@ def build_loader(
     from harness.data.torch_loader import TorchLoader
 
     return TorchLoader(split, mean=mean, std=std, augmentation=augmentation, device=device, workers=count)
+
+
+def _cores_of_this_rank() -> int:
+    """The machine's usable cores shared out among the ranks on it, at least 1."""
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def ffcv_available() -> bool:

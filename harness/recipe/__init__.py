@@ -1,6 +1,6 @@
 """Recipes: what to train, as YAML with a frozen typed schema. `load` is the door."""
 
-from harness.recipe.loading import load, load_resolved
+from harness.recipe.loading import load
 from harness.recipe.schema import Recipe
 
-__all__ = ["Recipe", "load", "load_resolved"]
+__all__ = ["Recipe", "load"]

@@ -30,18 +30,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     document = _read_with_bases(path)
     document.data.setdefault("name", path.stem)
+    changes = Document()
     for text in overrides:
-        _apply_override(document, text)
+        _apply_override(changes, text)
+    _lay_over(document, changes)
     recipe = _validate(document, str(path))
     if document.errors:
         raise ManyErrors(str(path), document.errors)
     assert recipe is not None
     return recipe
-
-
-def load_resolved(path: str | Path) -> Recipe:
-    """Read the `recipe.yaml` of a run directory (already resolved: nothing is inherited)."""
-    return load(path)
 
 
 def resolved_yaml(recipe: Recipe) -> str:
@@ -107,10 +104,25 @@ def _read_with_bases(path: Path) -> Document:
         current = _base_of(document, current)
     merged = Document()
     for document in reversed(documents):
-        _merge(merged.data, document.data)
-        merged.places |= document.places
-        merged.errors += document.errors
+        _lay_over(merged, document)
     return merged
+
+
+class _Whole(dict[str, Any]):
+    """A mapping that replaces an inherited one instead of being merged into it."""
+
+
+def _lay_over(document: Document, new: Document) -> None:
+    """Merge `new` over what is inherited; `args` go when the model or optimizer they belong to is another one."""
+    for section in ("model", "optimizer"):
+        inherited, changed = document.data.get(section), new.data.get(section)
+        if isinstance(inherited, dict) and isinstance(changed, dict) and "name" in changed:
+            name = inherited.get("name", Recipe.model_fields[section].default.name)
+            if changed["name"] != name:
+                inherited.pop("args", None)
+    _merge(document.data, new.data)
+    document.places |= new.places
+    document.errors += new.errors
 
 
 def _base_of(document: Document, path: Path) -> Path | None:
@@ -127,7 +139,7 @@ def _base_of(document: Document, path: Path) -> Path | None:
 
 def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
     for key, value in new.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
+        if isinstance(value, dict) and not isinstance(value, _Whole) and isinstance(into.get(key), dict):
             _merge(into[key], value)
         else:
             into[key] = value
@@ -147,6 +159,8 @@ def _apply_override(document: Document, text: str) -> None:
     except HarnessError as error:
         document.errors.append(error)
         return
+    if isinstance(value, dict) and parts[1:] == ["args"]:
+        value = _Whole(value)
     target = document.data
     for i, part in enumerate(parts[:-1]):
         if not isinstance(target.setdefault(part, {}), dict):
@@ -159,10 +173,7 @@ def _apply_override(document: Document, text: str) -> None:
             )
             return
         target = target[part]
-    if isinstance(value, dict) and isinstance(target.get(parts[-1]), dict):
-        _merge(target[parts[-1]], value)
-    else:
-        target[parts[-1]] = value
+    _merge(target, {parts[-1]: value})
     for i in range(1, len(parts) + 1):
         document.places[tuple(parts[:i])] = where
 

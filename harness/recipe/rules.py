@@ -60,13 +60,6 @@ def _batch(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
             f"{training.gradient_accumulation_steps}",
             "Choose a multiple.",
         )
-    mixing = recipe.mix.mixup_alpha > 0 or recipe.mix.cutmix_alpha > 0
-    if mixing and (training.global_batch_size // training.gradient_accumulation_steps) % 2:
-        yield (
-            "training.global_batch_size",
-            "mixing pairs images, so micro-batches must be even",
-            "Choose an even one.",
-        )
 
 
 def _schedule(recipe: Recipe) -> Iterator[tuple[str, str, str]]:

@@ -20,6 +20,11 @@ PerChannel = Annotated[tuple[float, float, float], Field(strict=False)]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
 Counts = Annotated[tuple[Count, ...], Field(strict=False)]
 
+# Of `args`, which belong to the thing that `name` names.
+INHERITED_ARGS = (
+    "inherited ones are merged key by key, dropped with another name, and replaced by an override that gives a mapping"
+)
+
 
 class Section(BaseModel):
     """Base of all sections: frozen, strict about types, unknown keys refused."""
@@ -75,7 +80,9 @@ class Model(Section):
     name: Annotated[str, Field(min_length=1, max_length=200)] = Field(
         "dual_branch_seed", description="dual_branch, dual_branch_seed, or any timm model"
     )
-    args: dict[str, Any] = Field(default_factory=dict, description="arguments of the model's constructor")
+    args: dict[str, Any] = Field(
+        default_factory=dict, description=f"arguments of the model's constructor; {INHERITED_ARGS}"
+    )
 
 
 class Training(Section):
@@ -108,10 +115,12 @@ class Optimizer(Section):
     )
     lr: Annotated[float, Field(gt=0)] = Field(0.1, description="peak learning rate for the global batch")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="where the optimizer has one")
-    nesterov: bool = Field(False, description="Nesterov momentum, for sgd")
+    nesterov: bool = Field(False, description="Nesterov momentum, for sgd and its kin")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="weight decay")
     decay_norm_and_bias: bool = Field(False, description="apply weight decay to biases and normalisation weights too")
-    args: dict[str, Any] = Field(default_factory=dict, description="further arguments of the optimizer")
+    args: dict[str, Any] = Field(
+        default_factory=dict, description=f"further arguments of the optimizer; {INHERITED_ARGS}"
+    )
 
 
 class Schedule(Section):

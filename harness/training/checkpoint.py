@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from harness.errors import HarnessError, nearest
@@ -78,14 +79,16 @@ def save(
         for name in [*files, MANIFEST]:
             _sync(temporary / name)
         _sync(temporary)
+        old = temporary.with_suffix(".old.tmp")
         if final.exists():
-            shutil.rmtree(final)
+            final.rename(old)
         temporary.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
         _sync(directory)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise HarnessError(
-            f"the checkpoint of step {step} could not be written ({error.strerror or error})",
+            f"the checkpoint of step {step} could not be written ({error})",
             where=str(directory),
             hint="Free some space or give another --run-dir; earlier checkpoints are untouched.",
             exit_code=1,
@@ -146,21 +149,34 @@ def load(path: Path) -> Saved:
     )
 
 
-def load_last_good(directory: Path) -> tuple[Saved | None, list[HarnessError]]:
+def last_good(directory: Path) -> tuple[Path | None, list[HarnessError]]:
     """The newest checkpoint that is whole, and why newer ones are not.
 
-    Broken ones are set aside as `broken_step_N`, so that they are kept for a look but not tried again.
+    Broken ones are set aside, so that they are kept for a look but not tried again.
     """
     problems: list[HarnessError] = []
     for path in reversed(list_checkpoints(directory)):
         try:
-            return load(path), problems
+            return load(path).path, problems
         except HarnessError as error:
             problems.append(error)
-            aside = path.with_name(f"broken_{path.name}")
-            if not aside.exists():
-                path.rename(aside)
+            _set_aside(path, "broken")
     return None, problems
+
+
+def set_aside_later_than(directory: Path, step: int) -> None:
+    """Checkpoints behind the step a run goes on from belong to a future that will not come: keep them under a name
+    that nothing resumes from or prunes."""
+    for path in list_checkpoints(directory):
+        if step_of(path) > step:
+            _set_aside(path, "abandoned")
+
+
+def _set_aside(path: Path, why: str) -> None:
+    number = 0
+    while (aside := path.with_name(f"{why}{f'_{number}' if number else ''}_{path.name}")).exists():
+        number += 1
+    path.rename(aside)
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
@@ -213,8 +229,9 @@ def _split_optimizer(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    # safetensors wants dense, unshared storage; channels_last weights come back in the network's own layout.
-    save_file({k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}, path)
+    # Dense and unshared, as safetensors wants it; channels_last weights come back in the network's own layout.
+    # Written by us, since safetensors' own `save_file` gives files to their owner alone, whatever the umask.
+    path.write_bytes(to_bytes({k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}))
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

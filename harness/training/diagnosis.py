@@ -25,7 +25,7 @@ def first_bad_layer(model: nn.Module, forward: Callable[[], None]) -> str:
         if not any(True for _ in module.children())
     ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled code calls no hooks
             forward()
     finally:
         for handle in handles:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from harness.data.batches import Batch, Loader
 from harness.errors import HarnessError
@@ -73,7 +73,7 @@ def recalibrate_batch_norm(
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
-    with eval_mode(model):
+    with eval_mode(model), torch.compiler.set_stance("force_eager"):
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # a plain average over the batches
@@ -84,11 +84,17 @@ def recalibrate_batch_norm(
                 model(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-        _average_over_ranks(norm.running_mean)
-        _average_over_ranks(norm.running_var)
+    average_buffers(model)
 
 
-def _average_over_ranks(values: Tensor | None) -> None:
-    if values is not None and dist.is_initialized():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
+@torch.no_grad()
+def average_buffers(model: nn.Module) -> None:
+    """Average floating-point buffers (BatchNorm's running statistics) over the ranks.
+
+    Without SyncBN each rank has its own: what is evaluated must be what is saved.
+    """
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= dist.get_world_size()

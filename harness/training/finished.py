@@ -15,12 +15,12 @@ from harness.data.augment import normalisation_table
 from harness.data.images import read_image
 from harness.errors import HarnessError, ManyErrors
 from harness.models.build import build_model
-from harness.recipe import Recipe, load_resolved
+from harness.recipe import Recipe, load
 from harness.training import checkpoint
 from harness.training.evaluate import evaluate
 from harness.training.network import MEMORY_FORMATS, open_network
 from harness.training.parts import open_data, open_loader, share_of_test
-from harness.training.run import find_checkpoint
+from harness.training.resuming import find_checkpoint
 
 
 @dataclass(frozen=True)
@@ -130,5 +130,5 @@ def _read_images(images: Sequence[Path], size_px: int) -> np.ndarray:
 
 
 def _open(path: Path, which: str) -> tuple[checkpoint.Saved, Recipe]:
-    saved = find_checkpoint(path, which)
-    return saved, load_resolved(saved.path.parent.parent / "recipe.yaml")
+    saved = checkpoint.load(find_checkpoint(path, which))
+    return saved, load(saved.path.parent.parent / "recipe.yaml")

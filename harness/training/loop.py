@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from harness.training.evaluate import evaluate, recalibrate_batch_norm
+from harness.errors import Diverged
+from harness.training.evaluate import average_buffers, evaluate, recalibrate_batch_norm
 from harness.training.parts import Parts
 from harness.training.state import Meter, Progress, Score
 from harness.training.stopping import Stopped
@@ -32,14 +34,29 @@ class Cadence:
     evaluate_steps: int
     checkpoint_steps: tuple[int, ...]
 
-    def logs(self, step: int) -> bool:
-        return step % self.log_steps == 0 or step == self.total_steps
+    def due(self, step: int, *, ends_epoch: bool) -> Due:
+        """What follows optimizer step number `step` (1 is the first)."""
+        final = step == self.total_steps
+        return Due(
+            log=final or step % self.log_steps == 0,
+            epoch_end=ends_epoch,
+            evaluation=final or step % self.evaluate_steps == 0,
+            checkpoint=final or any(step % every == 0 for every in self.checkpoint_steps),
+        )
 
-    def evaluates(self, step: int) -> bool:
-        return step % self.evaluate_steps == 0 or step == self.total_steps
 
-    def checkpoints(self, step: int) -> bool:
-        return step == self.total_steps or any(step % every == 0 for every in self.checkpoint_steps)
+@dataclass(frozen=True)
+class Due:
+    """What follows a step. Anything of it waits for the device, so that is when numbers are checked."""
+
+    log: bool
+    epoch_end: bool
+    evaluation: bool
+    checkpoint: bool
+
+    @property
+    def anything(self) -> bool:
+        return self.log or self.epoch_end or self.evaluation or self.checkpoint
 
 
 def fit(parts: Parts, cadence: Cadence, progress: Progress) -> None:
@@ -49,11 +66,11 @@ def fit(parts: Parts, cadence: Cadence, progress: Progress) -> None:
         Diverged: a loss or gradient is not finite.
         Stopped: a signal asked for it; a checkpoint is written.
     """
-    if progress.step >= cadence.total_steps and progress.last is None:
-        evaluate_all(parts, progress)  # a length of 0: the weights as they are
-        parts.save(progress)
     while progress.step < cadence.total_steps:
         _epoch(parts, cadence, progress)
+    if progress.last is None or progress.last["step"] != progress.step:
+        evaluate_all(parts, progress)  # nothing was left to train: the weights as they are
+        parts.save(progress)
 
 
 def _epoch(parts: Parts, cadence: Cadence, progress: Progress) -> None:
@@ -68,38 +85,38 @@ def _epoch(parts: Parts, cadence: Cadence, progress: Progress) -> None:
         if parts.stop.agreed():
             _stop(parts, progress, window)
         count = plan.global_count(progress.step_in_epoch)
-        logs = cadence.logs(progress.step + 1)
+        due = cadence.due(progress.step + 1, ends_epoch=progress.step_in_epoch + 1 == plan.steps_per_epoch)
+        refetch = partial(parts.train_loader.batches, ids_per_micro, epoch=progress.epoch)
         parts.step(
             batches,
-            refetch=partial(parts.train_loader.batches, ids_per_micro, epoch=progress.epoch),
+            refetch=refetch,
             micro_batches=len(ids_per_micro),
             step=progress.step,
             global_count=count,
             meter=window.meter,
-            check=logs,
+            check=due.anything,
         )
         progress.step, progress.step_in_epoch = progress.step + 1, progress.step_in_epoch + 1
         parts.tracker.tick(progress.step)
-        ends = progress.step_in_epoch == plan.steps_per_epoch
-        evaluates, saves = cadence.evaluates(progress.step), cadence.checkpoints(progress.step)
-        if logs or ends or evaluates or saves:
-            window.close(log=logs)
-        if ends or progress.step == cadence.total_steps:
+        if due.anything and not math.isfinite(window.close(log=due.log).loss):
+            parts.step.raise_diverged(refetch(), progress.step)
+        if due.epoch_end or progress.step == cadence.total_steps:
             _log_epoch(parts, progress)
-        if ends:
+        if due.epoch_end:
             progress.next_epoch()
-        if evaluates:
+        if due.evaluation:
             evaluate_all(parts, progress)
-        if saves:
+        if due.checkpoint or (due.evaluation and parts.keep_best and progress.is_best()):
             parts.save(progress)
-        if evaluates or saves:
+        if due.anything:
             window.restart_clock()
 
 
 def _stop(parts: Parts, progress: Progress, window: _Window) -> None:
     """Write a checkpoint of this very step and leave."""
     window.close(log=False)
-    parts.save(progress)
+    if not (parts.checkpoint_directory / f"step_{progress.step}").exists():
+        parts.save(progress)
     raise Stopped(progress.step)
 
 
@@ -115,8 +132,8 @@ class _Window:
     def restart_clock(self) -> None:
         self._started_at = time.perf_counter()
 
-    def close(self, *, log: bool) -> None:
-        """Add the stretch to the epoch's sums, log it where a line is due, and begin a new one."""
+    def close(self, *, log: bool) -> Score:
+        """Add the stretch to the epoch's sums, log it where a line is due, begin a new one, and return its score."""
         progress, score = self._progress, self.meter.read()  # the read waits for the device
         seconds, steps = time.perf_counter() - self._started_at, progress.step - self._from_step
         progress.add(score, seconds)
@@ -137,6 +154,7 @@ class _Window:
         self.meter.reset()
         self._from_step = progress.step
         self.restart_clock()
+        return score
 
 
 def _log_epoch(parts: Parts, progress: Progress) -> None:
@@ -159,10 +177,17 @@ def _log_epoch(parts: Parts, progress: Progress) -> None:
 
 def evaluate_all(parts: Parts, progress: Progress) -> None:
     """Evaluate the raw weights, and apart from them the averaged ones, over the whole test split."""
+    for _, model in parts.models_to_evaluate():
+        average_buffers(model)
     last: dict[str, Any] = {"step": progress.step, "epoch": parts.epochs_done(progress)}
     for split, model in parts.models_to_evaluate():
         started_at = time.perf_counter()
         score = evaluate_one(parts, model, progress.epoch)
+        if not math.isfinite(score.loss):
+            raise Diverged(
+                f"the {split} loss is not finite after step {progress.step}",
+                hint="Lower optimizer.lr or add warm-up; --resume auto goes on from the last checkpoint.",
+            )
         last[split] = score.to_json()
         parts.tracker.log(
             {

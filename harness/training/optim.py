@@ -9,15 +9,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data.mixup import Mixup, mixup_target
-from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info, list_optimizers
+from timm.optim.adafactor_bv import AdafactorBigVision
+from timm.optim.kron import Kron
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from harness.errors import HarnessError, nearest
 
-# The optimizers for which timm's registry turns Nesterov momentum on by name alone.
-_SGD_NAMES = {"sgd", "momentum"}
+# A checkpoint of the optimizer is tensors, numbers and texts, nothing else.
+_CANNOT_BE_SAVED = {
+    AdafactorBigVision: "its settings hold a torch data type",
+    Kron: "its state holds lists of matrices and a random generator of its own",
+}
 
 
 def build_optimizer(
@@ -33,21 +38,19 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """One of timm's optimizers over all parameters of `model`.
 
-    timm's `sgd` means Nesterov momentum; here `sgd` is classical unless `nesterov` is true, as in torch.
+    timm's registry turns Nesterov momentum on for `sgd` and its kin; here `nesterov` decides, as in torch.
 
     Raises:
-        HarnessError: unknown name or argument, or values that the optimizer refuses.
+        HarnessError: unknown name or argument, values that the optimizer refuses, or an optimizer that the training
+            cannot step or save.
     """
     if name not in list_optimizers():
         raise HarnessError(f'unknown optimizer "{name}"', where="optimizer.name", hint=nearest(name, list_optimizers()))
-    extra = dict(args)
-    if name in _SGD_NAMES:
-        extra["nesterov"] = nesterov
-    elif nesterov:
-        raise HarnessError(
-            f"nesterov is a setting of sgd, not of {name}", where="optimizer.nesterov", hint=f'Try "n{name}".'
-        )
+    known: list[str] = []
     try:
+        optimizer_class = get_optimizer_class(name, bind_defaults=False)
+        _refuse_unusable(name, optimizer_class)
+        known = [k for k in inspect.signature(optimizer_class.__init__).parameters if k not in ("self", "params")]
         return create_optimizer_v2(
             model,
             opt=name,
@@ -55,13 +58,41 @@ def build_optimizer(
             momentum=momentum,
             weight_decay=weight_decay,
             filter_bias_and_bn=not decay_norm_and_bias,
-            **extra,
+            **_nesterov(name, nesterov),
+            **args,
         )
-    except (TypeError, ValueError, ModuleNotFoundError, RuntimeError, AssertionError) as error:
-        known = inspect.signature(get_optimizer_class(name, bind_defaults=False).__init__).parameters
-        wrong = [key for key in args if key not in known]
-        hint = nearest(wrong[0], [k for k in known if k not in ("self", "params")]) if wrong else None
-        raise HarnessError(f"{name} cannot be built: {error}", where="optimizer.args", hint=hint) from None
+    except (TypeError, ValueError, ImportError, RuntimeError, AssertionError) as error:
+        wrong = [key for key in args if known and key not in known]
+        where = "optimizer.args" if args else "optimizer.name"
+        hint = nearest(wrong[0], known) if wrong else "Try another optimizer, such as sgd or adamw."
+        raise HarnessError(f"{name} cannot be built: {error}", where=where, hint=hint) from None
+
+
+def _nesterov(name: str, nesterov: bool) -> dict[str, bool]:
+    """The argument that makes the setting hold, where timm's registry has one for this optimizer."""
+    defaults = get_optimizer_info(name).defaults or {}
+    if name.startswith("n") and defaults.get("nesterov") and not nesterov:
+        raise HarnessError(
+            f"{name} means Nesterov momentum", where="optimizer.nesterov", hint="Set optimizer.nesterov=true."
+        )
+    if "nesterov" in defaults:
+        return {"nesterov": nesterov}
+    if nesterov:
+        hint = f'Try "n{name}".' if f"n{name}" in list_optimizers() else "Set optimizer.nesterov=false."
+        raise HarnessError(f"nesterov is not a setting of {name}", where="optimizer.nesterov", hint=hint)
+    return {}
+
+
+def _refuse_unusable(name: str, optimizer_class: Any) -> None:
+    """Refuse, before any step is taken, an optimizer that fails at the first step or at the first checkpoint."""
+    reason = None
+    if get_optimizer_info(name).second_order:
+        reason = "it needs second derivatives, which the training does not compute"
+    elif optimizer_class in _CANNOT_BE_SAVED:
+        reason = f"{_CANNOT_BE_SAVED[optimizer_class]}, which a checkpoint cannot hold"
+    if reason is not None:
+        hint = "Try another optimizer, such as sgd, adamw or muon."
+        raise HarnessError(f"{name} cannot be used: {reason}", where="optimizer.name", hint=hint)
 
 
 class Schedule:
@@ -97,23 +128,41 @@ def build_schedule(
 
     The warm-up is linear and part of `total_steps`; the shape behind it is the one without warm-up, cut off at
     the front (timm's `warmup_prefix=False`).
+
+    Raises:
+        HarnessError: the warm-up is longer than the training, or timm refuses the settings.
     """
-    if name == "constant" and warmup_steps == 0:
+    if total_steps == 0 or (name == "constant" and warmup_steps == 0):
         return Schedule(None, optimizer)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=name,
-        num_epochs=max(1, total_steps),
-        decay_epochs=max(1, round(decay_epochs * steps_per_epoch)),
-        # timm's multistep looks one step ahead; a milestone means the first step with the new rate
-        decay_milestones=[m * steps_per_epoch + 1 for m in milestones_epochs],
-        decay_rate=decay_rate,
-        min_lr=min_lr,
-        warmup_lr=warmup_lr,
-        warmup_epochs=warmup_steps,
-        step_on_epochs=False,
-        updates_per_epoch=1,
-    )
+    if warmup_steps > total_steps:
+        raise HarnessError(
+            f"the warm-up of {warmup_steps} steps is longer than the training of {total_steps} steps",
+            where="schedule",
+            hint="Shorten schedule.warmup_epochs or schedule.warmup_steps, or train longer.",
+        )
+    decay_steps = max(1, round(decay_epochs * steps_per_epoch))
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=name,
+            num_epochs=total_steps,
+            decay_epochs=decay_steps,
+            # timm's multistep looks one step ahead; a milestone means the first step with the new rate
+            decay_milestones=[m * steps_per_epoch + 1 for m in milestones_epochs],
+            decay_rate=decay_rate,
+            min_lr=min_lr,
+            warmup_lr=warmup_lr,
+            warmup_epochs=warmup_steps,
+            step_on_epochs=False,
+            updates_per_epoch=1,
+        )
+    except Exception as error:  # timm checks by assertions and others; all of them are about these settings
+        raise HarnessError(
+            f"{name} cannot be built: {str(error) or type(error).__name__}",
+            where="schedule",
+            hint=f"The training has {total_steps} steps, {warmup_steps} of them warm-up; a decay of "
+            f"{decay_epochs:g} epochs (schedule.decay_epochs) is {decay_steps} steps.",
+        ) from None
     return Schedule(scheduler, optimizer)
 
 
@@ -149,10 +198,10 @@ class Mix:
         """Images (mixed in place) and targets: labels (B,) int64, or probabilities (B, classes) float32."""
         if self._mixup is None:
             return images_BCHW, labels_B
-        if len(images_BCHW) % 2:  # only a last, partial batch: timm pairs images, an odd one stays unmixed
-            return images_BCHW, mixup_target(labels_B, self._num_classes, 1.0, self._label_smoothing)
-        images, target = self._mixup(images_BCHW, labels_B)
-        return images, target
+        # What timm's `__call__` does, but for its refusal of odd batches: image i is paired with image B - 1 - i, so
+        # that the middle one of an odd batch meets itself.
+        share = self._mixup._mix_batch(images_BCHW)
+        return images_BCHW, mixup_target(labels_B, self._num_classes, share, self._label_smoothing)
 
     def loss_sum(self, logits_BK: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy summed over the batch (float32 scalar); smoothing is in the target once mixing is on."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,6 +116,10 @@ class Parts:
                 where=str(saved.path),
                 hint="Resume with the optimizer settings it was trained with.",
             ) from None
+        for parameter, entries in self.optimizer.optimizer.state.items():  # back to the layout of the weights
+            for key, value in entries.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    entries[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         if self.runtime.accelerator.scaler is not None and saved.state["scaler"]:
             self.runtime.accelerator.scaler.load_state_dict(saved.state["scaler"])
         return Progress.from_json(saved.state["progress"])
@@ -183,7 +186,7 @@ def assemble(recipe: Recipe, runtime: Runtime, checkpoint_directory: Path) -> Pa
         bare_model = convert_sync_batch_norm(bare_model, runtime.device.type)
     ema = None
     if recipe.ema.decay is not None:  # copied before anything wraps the forward pass
-        ema = ModelEmaV3(copy.deepcopy(bare_model), decay=recipe.ema.decay, use_warmup=recipe.ema.warmup)
+        ema = ModelEmaV3(bare_model, decay=recipe.ema.decay, use_warmup=recipe.ema.warmup)
     raw_optimizer = build_optimizer(bare_model, **recipe.optimizer.model_dump())
     schedule = _schedule(recipe, plan, raw_optimizer)
     model, optimizer = runtime.accelerator.prepare(bare_model, raw_optimizer)
@@ -222,7 +225,7 @@ def assemble(recipe: Recipe, runtime: Runtime, checkpoint_directory: Path) -> Pa
         keep_last=recipe.checkpoint.keep_last,
         keep_best=recipe.checkpoint.keep_best,
         numerics=numerics,
-        identity=_identity(recipe, store, runtime),
+        identity=_identity(recipe, store),
     )
 
 
@@ -249,14 +252,12 @@ def _plan(recipe: Recipe, store: DataStore, runtime: Runtime) -> BatchPlan:
     )
 
 
-def _identity(recipe: Recipe, store: DataStore, runtime: Runtime) -> dict[str, Any]:
+def _identity(recipe: Recipe, store: DataStore) -> dict[str, Any]:
     """What a checkpoint says of itself, enough to classify images with it."""
     return {
-        "model": recipe.model.name,
         "classes": list(store.manifest.classes),
         "mean": list(recipe.data.mean or store.manifest.mean),
         "std": list(recipe.data.std or store.manifest.std),
-        "world_size": runtime.world_size,
     }
 
 

@@ -1,20 +1,17 @@
-"""A whole run: its directory, resuming, the training, the result."""
+"""A whole run: where it starts, the training, the result."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import json
+import secrets
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from harness import runtime as runtime_module
-from harness.errors import HarnessError, nearest
-from harness.recipe import Recipe, load_resolved
-from harness.recipe.loading import differences, fingerprint, resolved_yaml
-from harness.runtime import Runtime, broadcast_text, new_run_id, provenance, write_json
+from harness.recipe import Recipe
+from harness.recipe.loading import fingerprint, resolved_yaml
+from harness.runtime import Runtime, provenance, write_json
 from harness.tracking import NullTracker, Tracker, Trackers
 from harness.tracking.console import ConsoleTracker
 from harness.tracking.jsonl import JsonlTracker
@@ -22,19 +19,8 @@ from harness.tracking.wandb_tracker import WandbTracker, resolve_mode
 from harness.training import checkpoint
 from harness.training.loop import Cadence, fit
 from harness.training.parts import Parts, assemble, total_steps
+from harness.training.resuming import agree_on_start, claim
 from harness.training.state import Progress
-
-RUNS = Path("runs")
-# Settings that may differ between a run and its resumption: they decide how long, how and where to, not what.
-_MAY_CHANGE = (
-    "name",
-    "tracking.",
-    "checkpoint.",
-    "training.epochs",
-    "training.steps",
-    "data.workers",
-    "data.path",
-)
 
 
 def train(recipe: Recipe, *, run_directory: Path | None, resume: str) -> dict[str, Any]:
@@ -48,23 +34,22 @@ def train(recipe: Recipe, *, run_directory: Path | None, resume: str) -> dict[st
         HarnessError: see its text; with exit code 2 nothing was started and nothing was overwritten.
     """
     runtime = runtime_module.start(precision=recipe.training.precision, seed=recipe.seed)
-    path = Path(broadcast_text(str(_choose_directory(recipe, run_directory, resume)), runtime))
     with ExitStack() as stack:
         stack.callback(runtime_module.finish, runtime)
-        saved = _checkpoint_to_resume(path, resume)
-        if saved is not None:
-            _check_same_training(recipe, saved)
+        start = agree_on_start(recipe, runtime, stack, run_directory=run_directory, resume=resume)
+        path = start.run_directory
+        saved = checkpoint.load(start.checkpoint) if start.checkpoint is not None else None
         parts = assemble(recipe, runtime, path / "checkpoints")
         stack.callback(parts.close)
         progress = parts.restore(saved) if saved is not None else Progress()
+        steps = total_steps(recipe, parts.plan)
         if runtime.is_main:
-            stack.enter_context(_only_writer(path))
-            _describe_run(path, recipe, runtime)
-        return _train(recipe, parts, path, progress)
+            claim(path, stack)
+            _describe_run(path, recipe, runtime, progress, steps)
+        return _train(recipe, parts, path, progress, steps)
 
 
-def _train(recipe: Recipe, parts: Parts, path: Path, progress: Progress) -> dict[str, Any]:
-    steps = total_steps(recipe, parts.plan)
+def _train(recipe: Recipe, parts: Parts, path: Path, progress: Progress, steps: int) -> dict[str, Any]:
     parts.tracker = _trackers(path, recipe, parts, progress, steps)
     _announce(parts, recipe, path, progress, steps)
     result = None
@@ -78,114 +63,18 @@ def _train(recipe: Recipe, parts: Parts, path: Path, progress: Progress) -> dict
     return {**result, "run_directory": str(path)}
 
 
-@contextmanager
-def _only_writer(path: Path) -> Iterator[None]:
-    """Make the run directory and hold it against any other process."""
-    path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise HarnessError(
-            "another process is training in this run directory", where=str(path), hint="Give another --run-dir."
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _choose_directory(recipe: Recipe, given: Path | None, resume: str) -> Path:
-    if resume not in ("auto", "never"):
-        source = Path(resume)
-        if given is None and source.is_dir():
-            # A checkpoint's run goes on in its own directory.
-            return source.parent.parent if source.parent.name == "checkpoints" else source
-    if given is not None:
-        return given
-    if resume == "auto":
-        unfinished = _newest_unfinished(recipe)
-        if unfinished is not None:
-            return unfinished
-    return RUNS / recipe.name / new_run_id()
-
-
-def _newest_unfinished(recipe: Recipe) -> Path | None:
-    """The latest run of this very recipe that has checkpoints and no result."""
-    for path in sorted((RUNS / recipe.name).glob("*/recipe.yaml"), reverse=True):
-        run = path.parent
-        if (run / "result.json").exists() or not checkpoint.list_checkpoints(run / "checkpoints"):
-            continue
-        try:
-            same = fingerprint(load_resolved(path)) == fingerprint(recipe)
-        except HarnessError:
-            continue
-        if same:
-            return run
-    return None
-
-
-def _checkpoint_to_resume(path: Path, resume: str) -> checkpoint.Saved | None:
-    if resume == "never":
-        if path.exists() and any(p.name != ".lock" for p in path.iterdir()):
-            raise HarnessError(
-                "the run directory is not empty",
-                where=str(path),
-                hint="Go on with it by --resume auto, or give another --run-dir; nothing was overwritten.",
-            )
-        return None
-    if resume == "auto":
-        saved, problems = checkpoint.load_last_good(path / "checkpoints")
-        for problem in problems:
-            print(f"WARNING {problem}", file=sys.stderr)
-        return saved
-    return find_checkpoint(Path(resume), "last")
-
-
-def find_checkpoint(path: Path, which: str) -> checkpoint.Saved:
-    """A checkpoint by its folder, or that of a run: "last", "best" or "step_N".
-
-    Raises:
-        HarnessError: there is none, or it is broken.
-    """
-    if (path / checkpoint.MANIFEST).exists():
-        return checkpoint.load(path)
-    found = checkpoint.list_checkpoints(path / "checkpoints")
-    if not found:
-        raise HarnessError(
-            "no run with checkpoints here", where=str(path), hint="Give a folder like runs/<recipe>/<run-id>."
-        )
-    if which == "last":
-        return checkpoint.load(found[-1])
-    if which == "best":
-        best = checkpoint.load(found[-1]).state["progress"]["best"]
-        which = f"step_{best['step']}" if best else "best"
-    names = [p.name for p in found]
-    if which not in names:
-        raise HarnessError(f'no checkpoint "{which}" in this run', where=str(path), hint=nearest(which, names))
-    return checkpoint.load(path / "checkpoints" / which)
-
-
-def _check_same_training(recipe: Recipe, saved: checkpoint.Saved) -> None:
-    """Refuse to go on with settings that would make it another training."""
-    before_path = saved.path.parent.parent / "recipe.yaml"
-    if not before_path.exists():
-        return
-    changed = differences(load_resolved(before_path), recipe)
-    wrong = {k: v for k, v in changed.items() if not k.startswith(_MAY_CHANGE)}
-    if wrong:
-        listed = "; ".join(f"{k}: {old!r} → {new!r}" for k, (old, new) in wrong.items())
-        raise HarnessError(
-            f"the run was trained with other settings: {listed}",
-            where=str(before_path),
-            hint="Resume with the same recipe, or start a new run with another --run-dir.",
-        )
-
-
-def _describe_run(path: Path, recipe: Recipe, runtime: Runtime) -> None:
-    path.mkdir(parents=True, exist_ok=True)
+def _describe_run(path: Path, recipe: Recipe, runtime: Runtime, progress: Progress, steps: int) -> None:
+    """Write what is known at the start, and move aside what going on from an earlier step makes untrue."""
     (path / "recipe.yaml").write_text(resolved_yaml(recipe))
-    write_json(path / "provenance.json", {**provenance(runtime.world_size), "recipe_sha256": fingerprint(recipe)})
+    now = {**provenance(runtime.world_size), "recipe_sha256": fingerprint(recipe), "from_step": progress.step}
+    file = path / "provenance.json"
+    before = json.loads(file.read_text()) if file.exists() else {"wandb_run_id": secrets.token_hex(4), "starts": []}
+    write_json(file, {**before, "starts": [*before["starts"], now]})
+    checkpoint.set_aside_later_than(path / "checkpoints", progress.step)
+    result = path / "result.json"
+    if result.exists() and progress.step < steps:  # of a shorter training that goes on now
+        step = json.loads(result.read_text())["step"]
+        result.rename(path / f"result_step_{step}.json")
 
 
 def _trackers(path: Path, recipe: Recipe, parts: Parts, progress: Progress, steps: int) -> Tracker:
@@ -206,7 +95,7 @@ def _trackers(path: Path, recipe: Recipe, parts: Parts, progress: Progress, step
             WandbTracker(
                 mode=mode,
                 directory=path,
-                run_id=path.name,
+                run_id=json.loads((path / "provenance.json").read_text())["wandb_run_id"],
                 name=f"{recipe.name}-{path.name}",
                 project=tracking.project,
                 entity=tracking.entity,

@@ -112,6 +112,10 @@ class Progress:
         if self.best is None or evaluation[judged_by]["correct"] > self.best[judged_by]["correct"]:
             self.best = evaluation
 
+    def is_best(self) -> bool:
+        """Whether the latest evaluation is the best one and of this very step."""
+        return self.best is not None and self.best["step"] == self.step
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from typing import NoReturn
 
 import torch
 from timm.utils import ModelEmaV3
@@ -95,7 +96,7 @@ class TrainingStep:
             )
         self._clip(check=check)
         if (check or self._check_always) and not self._finite():
-            self._raise_diverged(refetch(), step)
+            self.raise_diverged(refetch(), step + 1)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         if self._ema is not None:
@@ -132,16 +133,18 @@ class TrainingStep:
             return True
         return math.isfinite(float(self.grad_norm))
 
-    def _raise_diverged(self, batches: Iterator[Batch], step: int) -> None:
+    def raise_diverged(self, batches: Iterator[Batch], step: int) -> NoReturn:
+        """Search the batches of step number `step` (1 is the first) for the layer where numbers stop being finite."""
+
         def forward() -> None:
             for micro, batch in enumerate(batches):
-                seed_step(self._seed, step, self._runtime.rank, micro)
+                seed_step(self._seed, step - 1, self._runtime.rank, micro)
                 with self._runtime.accelerator.autocast():
                     self._bare_model(self._mixed(batch)[0])
 
         found = first_bad_layer(self._bare_model, forward)
         raise Diverged(
-            f"training diverged at step {step + 1}: {found}",
+            f"training diverged at step {step}: {found}",
             hint="Lower optimizer.lr, add warm-up or training.clip_grad_norm, or try training.precision=no; "
             "--resume auto goes on from the last checkpoint.",
         )

@@ -13,7 +13,7 @@ from harness.errors import EXIT_REQUEUE, HarnessError
 from harness.runtime import Runtime
 
 # On a GPU the answer is read this many steps later, when it has long arrived: reading it at once would be a wait for
-# the device at every step.
+# the device at every step. All ranks use the same number, so they still agree.
 GPU_LAG_STEPS = 8
 
 
@@ -34,8 +34,7 @@ class StopVote:
 
     def __init__(self, runtime: Runtime) -> None:
         self._device, self._world_size = runtime.device, runtime.world_size
-        self._pending: deque[Tensor] = deque()
-        self._lag = GPU_LAG_STEPS if runtime.device.type != "cpu" else 0
+        self._on_the_way: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
     def agreed(self) -> bool:
         """Whether to stop before the next step. A collective where there are several ranks."""
@@ -44,5 +43,19 @@ class StopVote:
             return mine
         vote = torch.full((), int(mine), dtype=torch.int32, device=self._device)
         dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-        self._pending.append(vote)
-        return len(self._pending) > self._lag and bool(self._pending.popleft().item())
+        if self._device.type != "cuda":
+            return bool(vote.item())
+        self._on_the_way.append(_copy_to_host(vote))
+        if len(self._on_the_way) <= GPU_LAG_STEPS:
+            return False
+        answer, arrived = self._on_the_way.popleft()
+        arrived.synchronize()
+        return bool(answer.item())
+
+
+def _copy_to_host(vote: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """A copy that waits for nothing, and the event of its arrival; `vote.item()` would wait for all queued work."""
+    answer = torch.empty_like(vote, device="cpu", pin_memory=True).copy_(vote, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(vote.device))
+    return answer, arrived

@@ -102,7 +102,6 @@ def test_all_errors_come_at_once_with_their_places(tmp_path: Path) -> None:
         ("seed: 0\n", "says no length"),
         ("training: {epochs: 1, steps: 1}\n", "given twice"),
         ("training: {epochs: 1, global_batch_size: 10, gradient_accumulation_steps: 3}\n", "not divisible"),
-        ("training: {epochs: 1, global_batch_size: 7}\nmix: {mixup_alpha: 0.2}\n", "must be even"),
         ("training: {epochs: 1}\nschedule: {warmup_epochs: 2}\n", "longer than the training"),
         ("training: {steps: 1}\nschedule: {warmup_steps: 2}\n", "longer than the training"),
         ("training: {epochs: 1}\nschedule: {warmup_steps: 1, warmup_epochs: 1}\n", "given twice"),
@@ -150,6 +149,53 @@ def test_base_is_merged_key_by_key_and_overrides_come_last(tmp_path: Path) -> No
     assert recipe.optimizer.lr == 0.001
     assert recipe.tracking.tags == ("a", "b")
     assert recipe.training.precision == "no"  # YAML 1.1 would read a boolean here
+
+
+def test_mixing_takes_odd_batches(tmp_path: Path) -> None:
+    text = "training: {epochs: 1, global_batch_size: 7}\nmix: {mixup_alpha: 0.2}\n"
+    assert load(write(tmp_path, text)).training.global_batch_size == 7
+
+
+ARGS = {"model": ("dual_branch", "resnet18", "merge", "concat"), "optimizer": ("adamw", "lion", "eps", 0.1)}
+
+
+@pytest.mark.parametrize("section", ARGS)
+def test_args_are_inherited_as_long_as_the_name_stays(section: str, tmp_path: Path) -> None:
+    name, other_name, key, value = ARGS[section]
+    args = {key: value}
+    write(tmp_path, f"{MINIMAL}{section}: {{name: {name}, args: {args}}}\n", "a.yaml")
+
+    def args_of(text: str, *overrides: str) -> dict[str, object]:
+        return getattr(load(write(tmp_path, f"base: a.yaml\n{text}"), overrides), section).args
+
+    more = {"head_width": 3} if section == "model" else {"foreach": False}
+    assert args_of("") == args
+    assert args_of(f"{section}: {{name: {name}}}\n") == args
+    assert args_of(f"{section}: {{args: {more}}}\n") == args | more
+    assert args_of(f"{section}: {{name: {other_name}}}\n") == {}
+    assert args_of(f"{section}: {{name: {other_name}, args: {{x: 1}}}}\n") == {"x": 1}
+    assert args_of("", f"{section}.name={name}") == args
+    assert args_of("", f"{section}.name={other_name}") == {}
+    # What the command line gives is not inherited, whatever its order.
+    assert args_of("", f"{section}.args.x=1", f"{section}.name={other_name}") == {"x": 1}
+    assert args_of("", f"{section}={{name: {other_name}, args: {{x: 1}}}}") == {"x": 1}
+
+
+def test_args_of_the_default_network_go_with_it(tmp_path: Path) -> None:
+    write(tmp_path, MINIMAL + "model: {args: {merge: concat}}\n", "a.yaml")
+    assert load(write(tmp_path, "base: a.yaml\nmodel: {name: resnet18}\n")).model.args == {}
+    assert load(write(tmp_path, "base: a.yaml\nmodel: {name: dual_branch_seed}\n")).model.args == {"merge": "concat"}
+
+
+def test_an_override_replaces_args_as_a_whole(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "model: {args: {merge: concat, head_width: 8}}\n")
+    assert load(path, ["model.args={}"]).model.args == {}
+    assert load(path, ["model.args={dropout: 0.5}", "model.args.head_width=4"]).model.args == {
+        "dropout": 0.5,
+        "head_width": 4,
+    }
+    assert load(path, ["model.args.head_width=4"]).model.args == {"merge": "concat", "head_width": 4}
+    assert load(path, ["data.synthetic={train_images: 5}"]).data.synthetic.test_images == 256  # others are merged
 
 
 def test_error_in_a_base_is_placed_in_the_base(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def test_only_safetensors_and_json_are_written(tmp_path: Path) -> None:
     path = write(tmp_path, 1, *trained("adamw"))
     assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json"}
     assert [p.name for p in tmp_path.iterdir()] == ["step_1"]
+    assert len({p.stat().st_mode for p in path.iterdir()}) == 1  # the user's umask, for all files alike
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:

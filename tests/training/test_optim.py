@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.data.mixup import Mixup
+from timm.optim import get_optimizer_info, list_optimizers
 from torch import nn
 
 from harness.errors import HarnessError
+from harness.training import checkpoint
 from harness.training.optim import Mix, build_optimizer, build_schedule
 
 SGD = {
@@ -53,6 +57,64 @@ def test_nesterov_is_a_setting() -> None:
     assert [g["nesterov"] for g in optimizer(nesterov=True).param_groups] == [True]
 
 
+def nesterov_default(name: str) -> bool | None:
+    return (get_optimizer_info(name).defaults or {}).get("nesterov")
+
+
+def is_installed(name: str) -> bool:
+    """apex and bitsandbytes are not; timm names their classes by a text."""
+    return not isinstance(get_optimizer_info(name).opt_class, str)
+
+
+@pytest.mark.parametrize("name", [n for n in list_optimizers() if nesterov_default(n) is not None and is_installed(n)])
+def test_the_setting_decides_on_nesterov_wherever_the_registry_does(name: str) -> None:
+    assert {g["nesterov"] for g in optimizer(name=name, nesterov=True).param_groups} == {True}
+    if name.startswith("n"):
+        with pytest.raises(HarnessError, match=r"(?s)means Nesterov.*optimizer\.nesterov=true"):
+            optimizer(name=name)
+    else:
+        assert {g["nesterov"] for g in optimizer(name=name).param_groups} == {False}
+
+
+def continued(name: str, folder: Path) -> tuple[nn.Module, nn.Module]:
+    """The network trained in one go, and the one that went on from a checkpoint after two steps."""
+
+    def start() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 16, 4))
+        settings = {**SGD, "name": name, "lr": 0.01, "nesterov": bool(nesterov_default(name)), "weight_decay": 0.01}
+        return model, build_optimizer(model, **settings)  # type: ignore[arg-type]
+
+    def train(model: nn.Module, optim: torch.optim.Optimizer, seeds: range) -> None:
+        for seed in seeds:
+            images = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+            F.cross_entropy(model(images), torch.tensor([0, 1, 2, 3])).backward()
+            optim.step()
+            optim.zero_grad()
+
+    torch.manual_seed(0)
+    model, optim = start()
+    other, other_optim = start()
+    train(model, optim, range(2))
+    weights, state = model.state_dict(), optim.state_dict()
+    saved = checkpoint.load(checkpoint.save(folder, 2, model=weights, ema=None, optimizer=state, state={}))
+    checkpoint.load_weights(other, saved.model, saved.path)
+    other_optim.load_state_dict(checkpoint.join_optimizer(saved.optimizer, saved.state["optimizer"]))
+    train(model, optim, range(2, 5))
+    train(other, other_optim, range(2, 5))
+    return model, other
+
+
+@pytest.mark.parametrize("name", list_optimizers())
+def test_every_optimizer_goes_on_from_a_checkpoint_or_is_refused_at_once(name: str, tmp_path: Path) -> None:
+    if not is_installed(name) or name == "adahessian" or name.startswith("kron") or "adafactorbv" in name:
+        with pytest.raises(HarnessError, match=rf"(?s)optimizer.name: {name} cannot be (built|used): .+HINT: Try"):
+            optimizer(name=name, nesterov=bool(nesterov_default(name)))
+        return
+    one_go, resumed = continued(name, tmp_path)
+    for (key, a), b in zip(one_go.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
+
+
 def test_weight_decay_spares_norm_and_bias_unless_told() -> None:
     def decayed(optim: torch.optim.Optimizer) -> int:
         return sum(p.numel() for g in optim.param_groups if g["weight_decay"] > 0 for p in g["params"])
@@ -83,7 +145,9 @@ def test_timms_optimizers_reduce_a_loss(name: str) -> None:
     [
         ({"name": "adamv"}, 'Did you mean "adam'),
         ({"name": "adamw", "nesterov": True}, 'Try "nadamw"'),
+        ({"name": "rmsprop", "nesterov": True}, "Set optimizer.nesterov=false"),
         ({"args": {"dampning": 0.1}}, 'Did you mean "dampening"?'),
+        ({"args": {"nesterov": True}}, "multiple values for keyword argument 'nesterov'"),
         ({"name": "adamw", "args": {"betas": (2.0, 0.9)}}, "cannot be built"),
     ],
 )
@@ -136,6 +200,31 @@ def test_the_rate_depends_on_the_step_alone(name: str) -> None:
     assert lr_trace(name, steps, warmup_steps=7) == [in_order[s] for s in steps]
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "text"),
+    [
+        ("wsd", {"decay_epochs": 30.0}, "30 epochs (schedule.decay_epochs) is 300 steps"),
+        ("cosine", {"min_lr": -1.0}, "cosine cannot be built: AssertionError"),
+        (
+            "constant",
+            {"total_steps": 10, "warmup_steps": 500},
+            "warm-up of 500 steps is longer than the training of 10",
+        ),
+    ],
+)
+def test_impossible_schedules_are_explained(name: str, changes: dict[str, object], text: str) -> None:
+    with pytest.raises(HarnessError) as caught:
+        lr_trace(name, **changes)
+    assert text in str(caught.value)
+    assert "HINT:" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine", "multistep", "poly", "step", "tanh", "wsd"])
+def test_a_training_of_no_or_few_steps_has_a_schedule(name: str) -> None:
+    assert lr_trace(name, [0], total_steps=0, warmup_steps=5) == [0.1]
+    assert len(lr_trace(name, [0, 1], total_steps=2, warmup_steps=1, decay_epochs=0.1)) == 2
+
+
 def mix(**changes: float) -> Mix:
     settings = {
         "mixup_alpha": 0.0,
@@ -173,8 +262,30 @@ def test_cutmix_labels_are_the_share_of_the_area() -> None:
     torch.testing.assert_close(mixed.mean((2, 3)), target)
 
 
-def test_an_odd_last_batch_stays_unmixed_but_smoothed() -> None:
-    images, labels = torch.randn(3, 3, 8, 8), torch.tensor([0, 1, 2])
-    same, target = mix(mixup_alpha=1.0)(images.clone(), labels)
-    assert torch.equal(same, images)
+@pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_even_batches_are_mixed_as_by_timm(alphas: tuple[float, float]) -> None:
+    timms = Mixup(*alphas, prob=0.8, label_smoothing=0.1, num_classes=4)
+    ours = mix(mixup_alpha=alphas[0], cutmix_alpha=alphas[1], probability=0.8)
+    for seed in range(12):
+        images, labels = torch.randn(6, 3, 8, 8), torch.randint(0, 4, (6,))
+        np.random.seed(seed)
+        expected = timms(images.clone(), labels)
+        np.random.seed(seed)
+        found = ours(images.clone(), labels)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("alphas", [(1.0, 0.0), (0.0, 1.0)])
+def test_odd_batches_are_mixed_and_their_labels_agree(alphas: tuple[float, float]) -> None:
+    np.random.seed(5)
+    labels = torch.tensor([0, 1, 2, 3, 1])
+    images = F.one_hot(labels, 4).float()[:, :, None, None].repeat(1, 1, 16, 16)  # a pixel says the label
+    mixed, target = mix(mixup_alpha=alphas[0], cutmix_alpha=alphas[1], label_smoothing=0.0)(images, labels)
+    torch.testing.assert_close(mixed.mean((2, 3)), target)
+    assert 0.05 < target[0].max() < 0.999
+    torch.testing.assert_close(target[2], torch.tensor([0.0, 0.0, 1.0, 0.0]))  # the middle one meets itself
+
+
+def test_mixed_labels_of_an_odd_batch_are_smoothed() -> None:
+    _, target = mix(mixup_alpha=1.0, probability=0.0)(torch.randn(3, 3, 8, 8), torch.tensor([0, 1, 2]))
     torch.testing.assert_close(target[0], torch.tensor([0.925, 0.025, 0.025, 0.025]))

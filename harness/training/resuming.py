@@ -1,0 +1,190 @@
+"""Where a run starts: in which directory, from which checkpoint, and that nothing there is lost.
+
+The first rank decides, under the directory's lock, and tells the others; so ranks cannot disagree or race.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from harness.errors import HarnessError, nearest
+from harness.recipe import Recipe, load
+from harness.recipe.loading import differences
+from harness.runtime import Runtime, broadcast_text, new_run_id
+from harness.training import checkpoint
+
+RUNS = Path("runs")
+# Settings that may differ between a run and its resumption: they decide how long, how and where to, not what.
+_MAY_CHANGE = (
+    "name",
+    "tracking.",
+    "checkpoint.",
+    "training.epochs",
+    "training.steps",
+    "data.loader",
+    "data.workers",
+    "data.path",
+)
+_LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run writes, and the checkpoint it goes on from."""
+
+    run_directory: Path
+    checkpoint: Path | None
+
+
+def agree_on_start(
+    recipe: Recipe, runtime: Runtime, stack: ExitStack, *, run_directory: Path | None, resume: str
+) -> Start:
+    """Every rank's start, as the first rank chose it.
+
+    Args:
+        stack: holds the lock of a directory that is there already.
+        run_directory: as given, or None.
+        resume: "auto", "never" or the path of a checkpoint or run.
+
+    Raises:
+        HarnessError: on every rank alike: the directory is another run's, in use, or no checkpoint fits.
+    """
+    message: dict[str, str | None] | None = None
+    if runtime.is_main:
+        try:
+            start = _choose(recipe, stack, run_directory, resume)
+            message = {"directory": str(start.run_directory), "checkpoint": str(start.checkpoint or "")}
+        except HarnessError as error:
+            message = {"what": error.what, "where": error.where, "hint": error.hint}
+        except OSError as error:
+            where = str(error.filename or run_directory)
+            hint = "Give a --run-dir that can be made and written to."
+            message = {"what": f"cannot be used ({error.strerror})", "where": where, "hint": hint}
+    agreed = json.loads(broadcast_text(json.dumps(message), runtime))
+    if "what" in agreed:
+        raise HarnessError(agreed["what"], where=agreed["where"], hint=agreed["hint"])
+    return Start(Path(agreed["directory"]), Path(agreed["checkpoint"]) if agreed["checkpoint"] else None)
+
+
+def claim(path: Path, stack: ExitStack) -> None:
+    """Make the run directory, where it is not there, and hold it against any other process until `stack` closes.
+
+    Raises:
+        HarnessError: another process holds it, or it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / _LOCK, timeout=0, is_singleton=True)
+        stack.enter_context(lock.acquire())
+    except Timeout:
+        raise HarnessError(
+            "another process is training in this run directory", where=str(path), hint="Give another --run-dir."
+        ) from None
+    except OSError as error:
+        raise HarnessError(
+            f"cannot be used as a run directory ({error.strerror})", where=str(path), hint="Give another --run-dir."
+        ) from None
+
+
+def find_checkpoint(path: Path, which: str) -> Path:
+    """A checkpoint by its folder, or that of a run: "last", "best" or "step_N".
+
+    Raises:
+        HarnessError: there is none.
+    """
+    if (path / checkpoint.MANIFEST).exists():
+        return path
+    found = checkpoint.list_checkpoints(path / "checkpoints")
+    if not found:
+        raise HarnessError(
+            "no run with checkpoints here", where=str(path), hint="Give a folder like runs/<recipe>/<run-id>."
+        )
+    if which == "last":
+        return found[-1]
+    if which == "best":
+        best = checkpoint.load(found[-1]).state["progress"]["best"]
+        which = f"step_{best['step']}" if best else "best"
+    names = [p.name for p in found]
+    if which not in names:
+        raise HarnessError(f'no checkpoint "{which}" in this run', where=str(path), hint=nearest(which, names))
+    return path / "checkpoints" / which
+
+
+def _choose(recipe: Recipe, stack: ExitStack, given: Path | None, resume: str) -> Start:
+    source = None if resume in ("auto", "never") else find_checkpoint(Path(resume), "last")
+    path = given or _directory(recipe, resume, source)
+    own = source is not None and source.parent.parent.resolve() == path.resolve()
+    empty = not path.exists() or all(p.name == _LOCK for p in path.iterdir())
+    if not empty and resume != "auto" and not own:
+        raise HarnessError(
+            "the run directory is not empty",
+            where=str(path),
+            hint="Go on with it by --resume auto, or give another --run-dir; nothing was overwritten.",
+        )
+    if not empty:
+        claim(path, stack)
+    if resume == "auto" and not empty:
+        source = _last_good(path, recipe)
+    if source is not None:
+        _check_same_training(recipe, source.parent.parent)
+    return Start(path, source)
+
+
+def _directory(recipe: Recipe, resume: str, source: Path | None) -> Path:
+    """A checkpoint's run goes on in its own directory, `auto` in the newest unfinished one; else a new one."""
+    if source is not None:
+        return source.parent.parent
+    unfinished = _newest_unfinished(recipe) if resume == "auto" else None
+    return unfinished or RUNS / recipe.name / new_run_id()
+
+
+def _newest_unfinished(recipe: Recipe) -> Path | None:
+    for path in sorted((RUNS / recipe.name).glob("*/recipe.yaml"), reverse=True):
+        run = path.parent
+        if (run / "result.json").exists() or not checkpoint.list_checkpoints(run / "checkpoints"):
+            continue
+        try:
+            _check_same_training(recipe, run)
+        except HarnessError:
+            continue
+        return run
+    return None
+
+
+def _last_good(path: Path, recipe: Recipe) -> Path | None:
+    """The newest whole checkpoint of a run that is this recipe's."""
+    if not (path / "recipe.yaml").exists():
+        raise HarnessError("is not a run directory", where=str(path), hint="Give another --run-dir.")
+    _check_same_training(recipe, path)
+    found, problems = checkpoint.last_good(path / "checkpoints")
+    for problem in problems:
+        print(f"WARNING {problem}", file=sys.stderr)
+    if found is None and (problems or (path / "result.json").exists()):
+        raise HarnessError(
+            "no whole checkpoint is left of this run",
+            where=str(path),
+            hint="Start a new run with another --run-dir; nothing was overwritten.",
+        )
+    return found
+
+
+def _check_same_training(recipe: Recipe, run: Path) -> None:
+    """Refuse to go on with settings that would make it another training."""
+    before = run / "recipe.yaml"
+    if not before.exists():
+        return
+    changed = differences(load(before), recipe)
+    wrong = {k: v for k, v in changed.items() if not k.startswith(_MAY_CHANGE)}
+    if wrong:
+        listed = "; ".join(f"{k}: {old!r} → {new!r}" for k, (old, new) in wrong.items())
+        raise HarnessError(
+            f"the run was trained with other settings: {listed}",
+            where=str(before),
+            hint="Resume with the same recipe, or start a new run with another --run-dir.",
+        )
