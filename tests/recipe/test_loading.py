@@ -10,7 +10,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from harness.data.prepare import prepare
 from harness.errors import HarnessError, ManyErrors
+from harness.launching.local import KNOWN_IMAGES
 from harness.recipe import Recipe, load
 from harness.recipe import document as yaml_document
 from harness.recipe.loading import differences, fingerprint, json_schema, resolved_yaml
@@ -69,6 +71,14 @@ def test_the_seed_is_the_seed() -> None:
     assert recipe.model.name == "dual_branch_seed"
     assert recipe.model.args == {}
     assert recipe.training.label_smoothing == 0
+
+
+def test_what_is_said_of_the_digits_is_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path))
+    counts = prepare("digits").manifest.counts
+    said = (ROOT / "recipes" / "quickstart.yaml").read_text().splitlines()[0]
+    assert f"{counts['train']:,} to train and {counts['test']} to test" in said
+    assert KNOWN_IMAGES["digits"] == counts["train"]
 
 
 def test_all_errors_come_at_once_with_their_places(tmp_path: Path) -> None:

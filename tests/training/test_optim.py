@@ -214,7 +214,7 @@ def test_the_rate_depends_on_the_step_alone(name: str) -> None:
 )
 def test_impossible_schedules_are_explained(name: str, changes: dict[str, object], text: str) -> None:
     with pytest.raises(HarnessError) as caught:
-        lr_trace(name, **changes)
+        lr_trace(name, **changes)  # type: ignore[arg-type]
     assert text in str(caught.value)
     assert "HINT:" in str(caught.value)
 
