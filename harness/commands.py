@@ -82,6 +82,13 @@ def _train(arguments: argparse.Namespace) -> int:
 def build_eval(parser: argparse.ArgumentParser) -> None:
     _run_arguments(parser)
     _add_checkpoint_option(parser)
+    parser.add_argument(
+        "--recalibrate",
+        type=int,
+        default=0,
+        metavar="N",
+        help="take BatchNorm statistics anew over N training batches with dropout off (default: as saved)",
+    )
     _add_json_option(parser)
     parser.set_defaults(run=_eval)
 
@@ -89,7 +96,7 @@ def build_eval(parser: argparse.ArgumentParser) -> None:
 def _eval(arguments: argparse.Namespace) -> int:
     from harness.training.finished import evaluate_run
 
-    result = evaluate_run(arguments.run_path, which=arguments.checkpoint)
+    result = evaluate_run(arguments.run_path, which=arguments.checkpoint, recalibrate_batches=arguments.recalibrate)
     if not result.pop("is_main"):
         return EXIT_DONE
     if arguments.json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 from harness.tracking.base import NullTracker, Record
@@ -22,7 +23,8 @@ class JsonlTracker(NullTracker):
         self._file = path.open("a", buffering=1)
 
     def log(self, record: Record) -> None:
-        self._file.write(json.dumps({k: _finite(v) for k, v in record.items()}, allow_nan=False) + "\n")
+        whole = {**record, "time_unix_seconds": round(time.time(), 3)}
+        self._file.write(json.dumps({k: _finite(v) for k, v in whole.items()}, allow_nan=False) + "\n")
 
     def finish(self, result: Record | None) -> None:
         self._file.close()

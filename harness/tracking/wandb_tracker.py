@@ -60,19 +60,22 @@ class WandbTracker(NullTracker):
         self._warn = warn
         self._run: Any = None
         self._active = True
-        self._guard(
-            lambda: self._start(
-                mode=mode,
-                dir=str(directory),
-                id=run_id,
-                name=name,
-                project=project,
-                entity=entity,
-                group=group,
-                tags=list(tags),
-                config=dict(config),
-            )
-        )
+        arguments = {
+            "dir": str(directory),
+            "id": run_id,
+            "name": name,
+            "project": project,
+            "entity": entity,
+            "group": group,
+            "tags": list(tags),
+            "config": dict(config),
+        }
+        self._guard(lambda: self._start(mode=mode, **arguments))
+        if mode == "online" and not self._active:  # no network, as on many compute nodes: `wandb sync` later
+            self._stop_service()  # it still holds the run's id
+            self._active = True
+            self._warn("W&B goes on offline; `wandb sync` uploads the run later")
+            self._guard(lambda: self._start(mode="offline", **arguments))
 
     def _start(self, **arguments: Any) -> None:
         with warnings.catch_warnings():
@@ -102,8 +105,12 @@ class WandbTracker(NullTracker):
             self._run.finish(exit_code=0 if result is not None else 1)
 
         self._guard(end)
+        self._stop_service()
+
+    def _stop_service(self) -> None:
+        """Whatever happened before: the client's service process must not outlive the run."""
         client = sys.modules.get("wandb")
-        self._active = client is not None  # whatever happened before, its service process must not outlive the run
+        self._active = client is not None
         self._guard(lambda: client.teardown())  # type: ignore[union-attr]
         self._active = False
 
@@ -114,4 +121,4 @@ class WandbTracker(NullTracker):
             action()
         except Exception as error:  # whatever the service or its client does, the training must go on
             self._active = False
-            self._warn(f"W&B is left out from here on: {type(error).__name__}: {error}")
+            self._warn(f"W&B fails and is left out: {type(error).__name__}: {error}")

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from harness import runtime as runtime_module
 from harness.data.augment import normalisation_table
 from harness.data.images import read_image
+from harness.data.store import DataStore
 from harness.errors import HarnessError, ManyErrors
 from harness.models.build import build_model
 from harness.recipe import Recipe, load
+from harness.runtime import Runtime
 from harness.training import checkpoint
-from harness.training.evaluate import evaluate
+from harness.training.evaluate import evaluate, recalibrate_batch_norm
 from harness.training.network import MEMORY_FORMATS, open_network
-from harness.training.parts import open_data, open_loader, share_of_test
+from harness.training.parts import open_data, open_loader, plan_batches, share_of_test
 from harness.training.resuming import find_checkpoint
 
 
@@ -31,12 +35,13 @@ class Prediction:
     classes: tuple[tuple[str, float], ...]
 
 
-def evaluate_run(path: Path, *, which: str) -> dict[str, Any]:
+def evaluate_run(path: Path, *, which: str, recalibrate_batches: int = 0) -> dict[str, Any]:
     """Evaluate a run's checkpoint on its test split, with the run's own precision and layout.
 
     Args:
         path: a run directory or one of its checkpoints.
         which: "last", "best" or "step_N".
+        recalibrate_batches: take BatchNorm statistics anew over this many training batches first, with dropout off.
 
     Returns:
         `is_main` (whether this rank should print), `test` and, where the run has averaged weights, `test_ema`:
@@ -62,6 +67,8 @@ def evaluate_run(path: Path, *, which: str) -> dict[str, Any]:
             if weights is None:
                 continue
             checkpoint.load_weights(model, weights, saved.path)
+            if recalibrate_batches:
+                _recalibrate(model, recipe, store, runtime, recalibrate_batches)
             score = evaluate(
                 model,
                 loader,
@@ -76,6 +83,21 @@ def evaluate_run(path: Path, *, which: str) -> dict[str, Any]:
         loader.close()
         runtime_module.finish(runtime)
     return result
+
+
+def _recalibrate(model: nn.Module, recipe: Recipe, store: DataStore, runtime: Runtime, batches: int) -> None:
+    plan = plan_batches(recipe, store, runtime)
+    loader = open_loader(recipe, store, "train", runtime.device)
+    try:
+        ids = list(chain.from_iterable(plan.micro_batches(0)))[:batches]
+        recalibrate_batch_norm(
+            model,
+            loader.batches(ids, epoch=0),
+            autocast=runtime.accelerator.autocast,
+            memory_format=recipe.training.memory_format,
+        )
+    finally:
+        loader.close()
 
 
 @torch.no_grad()

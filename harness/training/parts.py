@@ -177,7 +177,7 @@ def assemble(recipe: Recipe, runtime: Runtime, checkpoint_directory: Path) -> Pa
         HarnessError: something in the recipe does not go with the data, the machine or the ranks.
     """
     store = open_data(recipe)
-    plan = _plan(recipe, store, runtime)
+    plan = plan_batches(recipe, store, runtime)
     num_classes = len(store.manifest.classes)
     bare_model, numerics = open_network(
         recipe, num_classes=num_classes, device=runtime.device, world_size=runtime.world_size
@@ -239,7 +239,8 @@ def share_of_test(recipe: Recipe, store: DataStore, runtime: Runtime) -> list[np
     )
 
 
-def _plan(recipe: Recipe, store: DataStore, runtime: Runtime) -> BatchPlan:
+def plan_batches(recipe: Recipe, store: DataStore, runtime: Runtime) -> BatchPlan:
+    """Which training images this rank sees when."""
     return BatchPlan(
         count=store.split("train").count,
         global_batch_size=recipe.training.global_batch_size,

@@ -11,7 +11,7 @@ from typing import Any
 from harness import runtime as runtime_module
 from harness.recipe import Recipe
 from harness.recipe.loading import fingerprint, resolved_yaml
-from harness.runtime import Runtime, provenance, write_json
+from harness.runtime import provenance, write_json
 from harness.tracking import NullTracker, Tracker, Trackers
 from harness.tracking.console import ConsoleTracker
 from harness.tracking.jsonl import JsonlTracker
@@ -45,7 +45,7 @@ def train(recipe: Recipe, *, run_directory: Path | None, resume: str) -> dict[st
         steps = total_steps(recipe, parts.plan)
         if runtime.is_main:
             claim(path, stack)
-            _describe_run(path, recipe, runtime, progress, steps)
+            _describe_run(path, recipe, parts, progress, steps)
         return _train(recipe, parts, path, progress, steps)
 
 
@@ -63,10 +63,16 @@ def _train(recipe: Recipe, parts: Parts, path: Path, progress: Progress, steps: 
     return {**result, "run_directory": str(path)}
 
 
-def _describe_run(path: Path, recipe: Recipe, runtime: Runtime, progress: Progress, steps: int) -> None:
+def _describe_run(path: Path, recipe: Recipe, parts: Parts, progress: Progress, steps: int) -> None:
     """Write what is known at the start, and move aside what going on from an earlier step makes untrue."""
     (path / "recipe.yaml").write_text(resolved_yaml(recipe))
-    now = {**provenance(runtime.world_size), "recipe_sha256": fingerprint(recipe), "from_step": progress.step}
+    manifest = parts.store.manifest
+    now = {
+        **provenance(parts.runtime.world_size),
+        "recipe_sha256": fingerprint(recipe),
+        "data": {"source": manifest.source, "origin": manifest.origin, "sha256": dict(manifest.sha256)},
+        "from_step": progress.step,
+    }
     file = path / "provenance.json"
     before = json.loads(file.read_text()) if file.exists() else {"wandb_run_id": secrets.token_hex(4), "starts": []}
     write_json(file, {**before, "starts": [*before["starts"], now]})

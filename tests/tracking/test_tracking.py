@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,20 @@ def test_an_offline_run_is_written(tmp_path: Path) -> None:
     assert b"train_step/loss" in data
 
 
+def test_no_network_means_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens on the discard port
+    monkeypatch.setattr("harness.tracking.wandb_tracker._INIT_TIMEOUT_SECONDS", 3)
+    warnings: list[str] = []
+    tracker = wandb_tracker(tmp_path, warnings, mode="online")
+    tracker.log(TEST)
+    tracker.finish({"accuracy": 0.5})
+    assert len(warnings) == 2
+    assert "goes on offline" in warnings[1]
+    (run,) = (tmp_path / "wandb").glob("offline-run-*-run-1")
+    assert b"test/accuracy" in next(run.glob("*.wandb")).read_bytes()
+
+
 def test_trouble_is_one_warning(tmp_path: Path) -> None:
     warnings: list[str] = []
     (tmp_path / "wandb").write_text("a file where the folder should be")
@@ -199,11 +214,13 @@ def test_trouble_is_one_warning(tmp_path: Path) -> None:
     tracker.log(step_record(1))
     tracker.finish(None)
     assert len(warnings) == 1
-    assert "W&B is left out from here on" in warnings[0]
+    assert "W&B fails and is left out" in warnings[0]
 
 
 def test_records_are_json_lines(tmp_path: Path) -> None:
     tracker = JsonlTracker(tmp_path / "m.jsonl")
     tracker.log(TEST)
-    assert json.loads((tmp_path / "m.jsonl").read_text()) == TEST  # written as it happens, before the end
+    record = json.loads((tmp_path / "m.jsonl").read_text())  # written as it happens, before the end
+    assert abs(record.pop("time_unix_seconds") - time.time()) < 60
+    assert record == TEST
     tracker.finish(None)

@@ -94,7 +94,7 @@ def test_resumed_training_ends_bit_equal(train: Train, stop: int) -> None:
     assert_equal(weights(whole, 14), weights(parts, 14))
     assert_equal(weights(whole, 14, "ema"), weights(parts, 14, "ema"))
     assert_equal(weights(whole, 14, "optimizer"), weights(parts, 14, "optimizer"))
-    timing = {"images_per_second", "milliseconds_per_step", "seconds"}
+    timing = {"time_unix_seconds", "images_per_second", "milliseconds_per_step", "seconds"}
     a, b = ([{k: v for k, v in r.items() if k not in timing} for r in metrics(x)] for x in (whole, parts))
     assert [r["step"] for r in b] == list(range(1, 15))
     assert a == b
@@ -187,6 +187,9 @@ def test_eval_and_predict_agree_with_the_run(train: Train, tmp_path: Path, capsy
     best = json.loads(capsys.readouterr().out)
     assert best["test"]["accuracy"] == result(run)["best"]["accuracy"]
     assert main(["eval", str(run), "--checkpoint", "step_99"]) == 2
+    capsys.readouterr()
+    assert main(["eval", str(run), "--recalibrate", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["test"]["loss"] != found["test"]["loss"]  # of 1 batch, not of 2
 
     picture = tmp_path / "picture.png"
     Image.new("RGB", (50, 40), (200, 30, 30)).save(picture)
