@@ -6,7 +6,6 @@ import copy
 from typing import Any, get_args
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +17,6 @@ from harness.models.safe_conv import (
     adopt_path,
     candidate_paths,
     original_class,
-    prefer_space_to_batch,
     space_to_batch_applies,
 )
 
@@ -172,16 +170,3 @@ def test_a_layer_in_float32(layer: nn.Module, dtype: torch.dtype) -> None:
     assert candidate_paths(safe, "bf16") == []
     with pytest.raises(ValueError, match="has no path space_to_batch"):
         adopt_path(safe, "space_to_batch")
-
-
-def test_space_to_batch_for_speed_takes_all_dilated_depthwise_layers_of_the_seed() -> None:
-    torch.manual_seed(0)
-    model = timm.create_model("dual_branch_seed", dropout=0.0).eval()
-    x = torch.randn(2, 3, 32, 32)
-    before, keys = model(x), list(model.state_dict())
-    names = prefer_space_to_batch(model)
-    assert len(names) == 9
-    assert all(name.startswith("dilated_branches.") and name.endswith(".depthwise") for name in names)
-    assert list(model.state_dict()) == keys
-    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
-    assert prefer_space_to_batch(model) == []
