@@ -139,8 +139,8 @@ elif [ "$gpus" != 0 ]; then
 fi
 ranks=${ranks:-$([ "$gpus" = 0 ] || echo "$gpus")}
 
-# OpenMP's threads spin while they wait for one another. Beside another busy process, as on a shared machine, that made
-# two threads 4 times slower than with a short spin; on quiet cores a short spin costs a small network a quarter.
+# OpenMP's threads spin while they wait for one another. Beside another busy process, as on a shared machine, that makes
+# them several times slower than with a short spin; on quiet cores a short spin costs small networks a part of their speed.
 spin=${GOMP_SPINCOUNT:-100}
 
 threads=""
