@@ -1,6 +1,7 @@
 """Dropout for CPUs that is not the slowest part of the step.
 
-torch draws one Bernoulli number an activation from a serial generator, which takes a large part of a step. Here 16 random bits decide an activation, taken from 64-bit words that the same generator fills in bulk.
+torch draws one Bernoulli number an activation from a serial generator, which takes a large part of a step. Here 16
+random bits decide an activation, taken from 64-bit words that the same generator fills in bulk.
 The function and its statistics are those of `nn.Dropout`: the share dropped is the nearest multiple of 2**-16, and
 what is kept is scaled by the inverse of exactly that share.
 """
