@@ -93,7 +93,7 @@ def finish(runtime: Runtime) -> None:
     GradientState._reset_state()
 
 
-def seed_step(seed: int, step: int, rank: int, micro: int = 0) -> None:
+def seed_step(seed: int, step: int, rank: int, micro: int) -> None:
     """Key every generator by (seed, step, rank): dropout and mixing then need no saved state to resume."""
     key = int(hash64(seed, 0x57E9, step, rank, micro)) & 0xFFFF_FFFF
     torch.manual_seed(key)  # the CPU's and every GPU's

@@ -28,6 +28,7 @@ from harness.models.kernel_data import (
     random_input,
     round_to,
 )
+from harness.models.threads import one_thread
 
 # Half the distance from 1 to the next number (Higham 2002, section 2.1). float32 has a floor well above its
 # own 2^-24, since fast convolutions (Winograd) lose some digits by design.
@@ -82,7 +83,7 @@ def check_kernel(layer: nn.Module, call: Call, *, precision: str, device: torch.
     generator = torch.Generator().manual_seed(zlib.crc32(seed_text.encode()))
     probe = _probe(layer, precision, generator)
     tiling = Tiling(call.shape[0], base_count(layer, call), signed=not isinstance(layer, COUPLED))
-    with _one_thread():
+    with one_thread():
         x = random_input(layer, call, tiling.base, precision, generator)
         reference, gradient = _reference(probe, x, tiling, precision, generator, device)
         x_tiled = tiling.fill(empty_input(call, device), x.to(device), signed=False)
@@ -94,23 +95,12 @@ def check_kernel(layer: nn.Module, call: Call, *, precision: str, device: torch.
         raise
     except RuntimeError as raised:
         return [Fault(f"kernel raised {(str(raised) or type(raised).__name__).splitlines()[0]}", math.inf)]
-    with _one_thread():
+    with one_thread():
         lengths = _reduction_lengths(layer, x_tiled, results["output"])
         faults = _compare(results, reference, tiling, lengths, precision, device)
         if type(layer).__module__.startswith(("torch.nn.", "harness.models.")):
             return faults
         return faults + _wrong_derivatives(probe, x, generator)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """For our own many small steps: beside other work on the cores, two threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _compare(
@@ -188,7 +178,7 @@ def _run(
     with autocast(x.device, precision):
         y = layer(x)
     if y.requires_grad:
-        with _one_thread():
+        with one_thread():
             gradient = tiling.fill(torch.empty_like(y), gradient.to(y.dtype), signed=True)
         y.backward(gradient)
     results = {"output": y.detach()}

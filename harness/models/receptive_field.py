@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +25,7 @@ from torch import Tensor, nn
 
 from harness.errors import HarnessError, nearest
 from harness.models.dual_branch import DualBranchNet
+from harness.models.threads import one_thread
 
 Pair = tuple[int, int]  # along height and width
 
@@ -180,19 +179,8 @@ def _wiring(model: DualBranchNet) -> DualBranchNet:
     return wiring
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The work is many small operations: on a busy machine more threads mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 @torch.enable_grad()
-@_one_thread()
+@one_thread()
 def _support(wiring: DualBranchNet, layer: str, side_px: int) -> Tensor:
     """bool (H, W): the pixels that the central output of `layer` depends on, in an image of side_px."""
     reached: list[Tensor] = []
