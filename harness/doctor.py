@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness import runtime as runtime_module
 from harness.data.loaders import ffcv_available
 from harness.data.paths import cache_directory, data_directories
 from harness.errors import HarnessError
 from harness.models.numerics import NumericsReport
 from harness.recipe import Recipe
-from harness.runtime import provenance
+from harness.runtime import joined, provenance
 from harness.tracking.wandb_tracker import resolve_mode
 from harness.training.network import open_network
 
@@ -34,12 +33,9 @@ def examine() -> dict[str, Any]:
 
 def examine_numerics(recipe: Recipe) -> NumericsReport:
     """Check every distinct layer shape of the recipe's network on this machine, remembering nothing."""
-    runtime = runtime_module.start(precision=recipe.training.precision, seed=recipe.seed)
-    try:
+    with joined(precision=recipe.training.precision, seed=recipe.seed) as runtime:
         classes = recipe.data.num_classes or 10
         return open_network(recipe, num_classes=classes, device=runtime.device, world_size=1, remember=False)[1]
-    finally:
-        runtime_module.finish(runtime)
 
 
 def render(facts: dict[str, Any]) -> str:

@@ -9,6 +9,8 @@ import platform
 import secrets
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +20,14 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import set_seed
 
 import harness
+from harness import preflight
 from harness.data.order import hash64
 from harness.errors import HarnessError
+from harness.heartbeat import Heartbeat, collective_limit_seconds, to_stderr
 from harness.machine import cpu_name, usable_cores
-
-COLLECTIVE_TIMEOUT_MINUTES = 5
-_LIBRARIES = ("torch", "torchvision", "accelerate", "timm", "wandb", "ffcv", "numpy", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,12 @@ class Runtime:
     Attributes:
         accelerator: wraps model and optimizer; owns the device and the precision.
         device: of this rank.
+        heartbeat: tells the other ranks how far this one is; None where there are none.
     """
 
     accelerator: Accelerator
     device: torch.device
+    heartbeat: Heartbeat | None = None
 
     @property
     def rank(self) -> int:
@@ -53,16 +56,33 @@ class Runtime:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def tick(self) -> None:
+        """Something was done on this rank; costs nothing."""
+        if self.heartbeat is not None:
+            self.heartbeat.tick()
 
-def start(*, precision: str, seed: int) -> Runtime:
+
+@contextmanager
+def joined(*, precision: str, seed: int, recipe_sha256: str = "") -> Iterator[Runtime]:
+    """`start` and `finish` around a block; a collective that breaks in it becomes an error that names the rank."""
+    runtime = start(precision=precision, seed=seed, recipe_sha256=recipe_sha256)
+    try:
+        with nullcontext() if runtime.heartbeat is None else runtime.heartbeat.explained():
+            yield runtime
+    finally:
+        finish(runtime)
+
+
+def start(*, precision: str, seed: int, recipe_sha256: str = "") -> Runtime:
     """Join the ranks that the launcher set up, seed every generator, and check the launcher was heard.
 
     Args:
         precision: "no", "bf16" or "fp16".
         seed: of weights and everything else random; the same on every rank.
+        recipe_sha256: of the resolved recipe; the same on every rank.
 
     Raises:
-        HarnessError: the launcher promised ranks that did not come together, or fp16 without a GPU.
+        HarnessError: ranks are missing or differ, a GPU is missing, or fp16 without a GPU.
     """
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not (
         torch.cuda.is_available()
@@ -71,20 +91,45 @@ def start(*, precision: str, seed: int) -> Runtime:
         raise HarnessError(
             "fp16 needs a GPU", where="training.precision", hint="On a CPU use training.precision=bf16 or no."
         )
-    timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=COLLECTIVE_TIMEOUT_MINUTES))
-    accelerator = Accelerator(mixed_precision=precision, cpu=use_cpu, kwargs_handlers=[timeout])
-    promised = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != promised:
+    place = preflight.Place.of_environment()
+    heartbeat = _meet(place, use_cpu=use_cpu, recipe_sha256=recipe_sha256) if place.world_size > 1 else None
+    accelerator = Accelerator(mixed_precision=precision, cpu=use_cpu)
+    if accelerator.num_processes != place.world_size:
         raise HarnessError(
-            f"the launcher set WORLD_SIZE={promised}, but {accelerator.num_processes} process(es) came together",
+            f"the launcher set WORLD_SIZE={place.world_size}, but {accelerator.num_processes} process(es) came together",
             hint="On a CPU start ranks with `accelerate launch --config_file recipes/launch/cpu.yaml` or torchrun.",
         )
     set_seed(seed)
-    return Runtime(accelerator, accelerator.device)
+    return Runtime(accelerator, accelerator.device, heartbeat)
+
+
+def _meet(place: preflight.Place, *, use_cpu: bool, recipe_sha256: str) -> Heartbeat:
+    """Preflight, then the process group that Accelerate finds and uses, with time-outs of minutes."""
+    limit_seconds = collective_limit_seconds()
+    own = preflight.facts(place, use_cpu=use_cpu, recipe_sha256=recipe_sha256)
+    store = preflight.join(place, own, note=to_stderr)
+    if not use_cpu:
+        torch.cuda.set_device(place.local_rank)
+    dist.init_process_group(
+        backend="gloo" if use_cpu else "cpu:gloo,cuda:nccl",
+        store=dist.PrefixStore("group", store),
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=datetime.timedelta(seconds=limit_seconds),
+    )
+    return Heartbeat(
+        preflight.connect(place),
+        rank=place.rank,
+        world_size=place.world_size,
+        limit_seconds=limit_seconds,
+        warn=to_stderr,
+    )
 
 
 def finish(runtime: Runtime) -> None:
     """Leave the process group, where there is one, so that the process may start another run."""
+    if runtime.heartbeat is not None:
+        runtime.heartbeat.end()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     # Accelerate keeps its state for the life of the process; a later run may want another precision.
@@ -127,7 +172,7 @@ def provenance(world_size: int) -> dict[str, Any]:
         "git": git_state(Path(__file__).resolve().parent),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "libraries": _versions(),
+        "libraries": preflight.library_versions(),
         "cpu": cpu_name(),
         "cpu_cores": usable_cores(),
         "cpu_threads": torch.get_num_threads(),
@@ -151,18 +196,6 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 def _git(folder: Path, *args: str) -> str:
     done = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
     return done.stdout.strip()
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -19,7 +19,7 @@ MAX_FUNCTION_LINES = 60
 # Each room and the rooms it may import. A module with its own entry is a room of its own, and who may import the
 # room around it may import it too.
 GROUND = {"errors", "machine", "signals"}
-WORK = GROUND | {"recipe", "models", "data", "tracking", "runtime", "training"}
+WORK = GROUND | {"recipe", "models", "data", "tracking", "preflight", "heartbeat", "runtime", "training"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "machine": set(),
@@ -29,7 +29,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": GROUND | {"recipe.dual_branch_args"},
     "data": GROUND,
     "tracking": GROUND,
-    "runtime": GROUND | {"data"},
+    "preflight": GROUND,
+    "heartbeat": GROUND,
+    "runtime": GROUND | {"data", "preflight", "heartbeat"},
     "training": WORK,
     "launching": WORK,
     "reporting": WORK,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
@@ -23,8 +24,10 @@ from torch import Tensor, nn
 from harness.errors import HarnessError, nearest
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.json"
+MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 _PREFIX = "step_"
+_REPLACED = ".replaced"  # a checkpoint while the new one of its step takes its place
 
 
 @dataclass(frozen=True)
@@ -43,52 +46,74 @@ class Saved:
     state: dict[str, Any]
 
 
-def save(
-    directory: Path,
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint of one step holds, copied to the host: training may go on while it is written.
+
+    Attributes:
+        tensors: by file name and tensor name.
+        state: JSON-able.
+    """
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def snapshot(
     step: int,
     *,
     model: Mapping[str, Tensor],
     ema: Mapping[str, Tensor] | None,
     optimizer: dict[str, Any],
     state: Mapping[str, Any],
-) -> Path:
-    """Write `directory/step_N` and return it; an existing one of that step is replaced.
+) -> Snapshot:
+    """Copy everything to the host.
 
     Args:
         optimizer: the optimizer's `state_dict()`.
         state: JSON-able.
+    """
+    optimizer_tensors, optimizer_state = _split_optimizer(optimizer)
+    tensors = {MODEL: _on_host(model), OPTIMIZER: _on_host(optimizer_tensors)}
+    if ema is not None:
+        tensors[EMA] = _on_host(ema)
+    whole = {"format_version": FORMAT_VERSION, **state, "optimizer": optimizer_state}
+    return Snapshot(step, tensors, json.loads(json.dumps(whole)))
+
+
+def write(directory: Path, saved: Snapshot) -> Path:
+    """Write `directory/step_N` and return it; an existing one of that step is replaced.
 
     Raises:
         HarnessError: the disk is full or not writable; what was there before is untouched.
     """
-    final = directory / f"{_PREFIX}{step}"
-    temporary = directory / f".{_PREFIX}{step}.{os.getpid()}.tmp"
-    tensors, optimizer_state = _split_optimizer(optimizer)
+    final = directory / f"{_PREFIX}{saved.step}"
+    temporary = directory / f".{_PREFIX}{saved.step}.{os.getpid()}.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        _save_tensors(temporary / "model.safetensors", model)
-        if ema is not None:
-            _save_tensors(temporary / "ema.safetensors", ema)
-        _save_tensors(temporary / "optimizer.safetensors", tensors)
-        whole = {"format_version": FORMAT_VERSION, **state, "optimizer": optimizer_state}
-        (temporary / "state.json").write_text(json.dumps(whole, indent=1))
+        for name, tensors in saved.tensors.items():
+            # Written by us: safetensors' own `save_file` gives files to their owner alone, whatever the umask.
+            (temporary / name).write_bytes(to_bytes(tensors))
+        (temporary / STATE).write_text(json.dumps(saved.state, indent=1))
         files = sorted(p.name for p in temporary.iterdir())
         manifest = {name: {"sha256": _sha256(temporary / name), "bytes": _bytes(temporary / name)} for name in files}
-        (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": manifest}, indent=1))
+        (temporary / MANIFEST).write_text(json.dumps({"step": saved.step, "files": manifest}, indent=1))
         for name in [*files, MANIFEST]:
             _sync(temporary / name)
         _sync(temporary)
-        old = temporary.with_suffix(".old.tmp")
+        replaced = directory / f".{final.name}{_REPLACED}"
         if final.exists():
-            final.rename(old)
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
         temporary.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
         _sync(directory)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise HarnessError(
-            f"the checkpoint of step {step} could not be written ({error})",
+            f"the checkpoint of step {saved.step} could not be written ({error})",
             where=str(directory),
             hint="Free some space or give another --run-dir; earlier checkpoints are untouched.",
             exit_code=1,
@@ -101,7 +126,7 @@ def prune(directory: Path, *, keep_last: int, keep: Path | None) -> None:
     for path in list_checkpoints(directory)[:-keep_last]:
         if path != keep:
             shutil.rmtree(path, ignore_errors=True)
-    for path in directory.glob(f".{_PREFIX}*.tmp"):
+    for path in (*directory.glob(f".{_PREFIX}*.tmp"), *directory.glob(f".{_PREFIX}*{_REPLACED}")):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -126,7 +151,7 @@ def load(path: Path) -> Saved:
     """
     manifest = _read_json(path / MANIFEST)
     files = manifest.get("files")
-    if not isinstance(files, dict) or not {"model.safetensors", "optimizer.safetensors", "state.json"} <= files.keys():
+    if not isinstance(files, dict) or not {MODEL, OPTIMIZER, STATE} <= files.keys():
         raise _broken(path / MANIFEST, "not the manifest of a checkpoint")
     for name, entry in files.items():
         file = path / name
@@ -136,15 +161,15 @@ def load(path: Path) -> Saved:
             raise _broken(file, f"has {_bytes(file)} bytes, not {entry.get('bytes')}")
         if _sha256(file) != entry.get("sha256"):
             raise _broken(file, "was changed since it was written (SHA-256 differs)")
-    state = _read_json(path / "state.json")
+    state = _read_json(path / STATE)
     if state.get("format_version") != FORMAT_VERSION:
-        raise _broken(path / "state.json", f"has format version {state.get('format_version')}, not {FORMAT_VERSION}")
-    ema = _load_tensors(path / "ema.safetensors") if "ema.safetensors" in files else None
+        raise _broken(path / STATE, f"has format version {state.get('format_version')}, not {FORMAT_VERSION}")
+    ema = _load_tensors(path / EMA) if EMA in files else None
     return Saved(
         path,
-        _load_tensors(path / "model.safetensors"),
+        _load_tensors(path / MODEL),
         ema,
-        _load_tensors(path / "optimizer.safetensors"),
+        _load_tensors(path / OPTIMIZER),
         state,
     )
 
@@ -154,6 +179,7 @@ def last_good(directory: Path) -> tuple[Path | None, list[HarnessError]]:
 
     Broken ones are set aside, so that they are kept for a look but not tried again.
     """
+    _put_back_replaced(directory)
     problems: list[HarnessError] = []
     for path in reversed(list_checkpoints(directory)):
         try:
@@ -162,6 +188,14 @@ def last_good(directory: Path) -> tuple[Path | None, list[HarnessError]]:
             problems.append(error)
             _set_aside(path, "broken")
     return None, problems
+
+
+def _put_back_replaced(directory: Path) -> None:
+    """Checkpoints whose successor did not take their place, since the process died between the two renames."""
+    for path in directory.glob(f".{_PREFIX}*{_REPLACED}"):
+        own = directory / path.name.removeprefix(".").removesuffix(_REPLACED)
+        if not own.exists():
+            path.rename(own)
 
 
 def set_aside_later_than(directory: Path, step: int) -> None:
@@ -201,7 +235,27 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: Path) -
     model.load_state_dict(dict(tensors))
 
 
-def join_optimizer(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> dict[str, Any]:
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: Saved) -> None:
+    """Put a checkpoint's state into an optimizer over parameters of the same shapes.
+
+    Raises:
+        HarnessError: it is another optimizer's.
+    """
+    try:
+        optimizer.load_state_dict(_join_optimizer(saved.optimizer, saved.state["optimizer"]))
+    except ValueError as error:
+        raise HarnessError(
+            f"the checkpoint's optimizer is another one: {error}",
+            where=str(saved.path),
+            hint="Resume with the optimizer settings it was trained with.",
+        ) from None
+    for parameter, entries in optimizer.state.items():  # back to the layout of the weights: sums round by it
+        for key, value in entries.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                entries[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _join_optimizer(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> dict[str, Any]:
     """The optimizer's `state_dict` back from its tensors and JSON part."""
     per_parameter: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in state["scalars"].items()}
     groups: list[dict[str, Any]] = [dict(group) for group in state["groups"]]
@@ -228,10 +282,9 @@ def _split_optimizer(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict
     return tensors, {"scalars": scalars, "groups": groups}
 
 
-def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    # Dense and unshared, as safetensors wants it; channels_last weights come back in the network's own layout.
-    # Written by us, since safetensors' own `save_file` gives files to their owner alone, whatever the umask.
-    path.write_bytes(to_bytes({k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}))
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies, dense and unshared as safetensors wants them; channels_last weights come back in the network's layout."""
+    return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ def evaluate(
     device: torch.device,
     memory_format: str,
     expected_total: int,
+    tick: Callable[[], None] = lambda: None,
 ) -> Score:
     """Loss and accuracy of `model` over the batches of all ranks together.
 
@@ -35,10 +36,12 @@ def evaluate(
         ids_per_batch: this rank's share of the split, from `order.evaluation_batches`.
         autocast: makes a context manager that sets the precision.
         expected_total: images in the split; anything else counted is a defect and raises.
+        tick: called for each batch.
     """
     meter = Meter(device)
     with eval_mode(model):
         for batch in loader.batches(ids_per_batch, epoch=0):
+            tick()
             images = batch.images_BCHW.contiguous(memory_format=MEMORY_FORMATS[memory_format])
             with autocast():
                 logits_BK = model(images).float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -12,14 +13,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from harness import runtime as runtime_module
 from harness.data.augment import normalisation_table
 from harness.data.images import read_image
 from harness.data.store import DataStore
 from harness.errors import HarnessError, ManyErrors
 from harness.models.build import build_model
 from harness.recipe import Recipe, load
-from harness.runtime import Runtime
+from harness.recipe.loading import fingerprint
+from harness.runtime import Runtime, joined
 from harness.training import checkpoint
 from harness.training.evaluate import evaluate, recalibrate_batch_norm
 from harness.training.network import MEMORY_FORMATS, open_network
@@ -51,18 +52,21 @@ def evaluate_run(path: Path, *, which: str, recalibrate_batches: int = 0) -> dic
         HarnessError: no such run or checkpoint, a broken one, or no data.
     """
     saved, recipe = _open(path, which)
-    runtime = runtime_module.start(precision=recipe.training.precision, seed=recipe.seed)
-    store = open_data(recipe)
-    model, _ = open_network(
-        recipe, num_classes=len(store.manifest.classes), device=runtime.device, world_size=runtime.world_size
-    )
-    loader = open_loader(recipe, store, "test", runtime.device)
-    result: dict[str, Any] = {
-        "checkpoint": str(saved.path),
-        "step": saved.state["progress"]["step"],
-        "is_main": runtime.is_main,
-    }
-    try:
+    with ExitStack() as stack:
+        runtime = stack.enter_context(
+            joined(precision=recipe.training.precision, seed=recipe.seed, recipe_sha256=fingerprint(recipe))
+        )
+        store = open_data(recipe)
+        model, _ = open_network(
+            recipe, num_classes=len(store.manifest.classes), device=runtime.device, world_size=runtime.world_size
+        )
+        loader = open_loader(recipe, store, "test", runtime.device)
+        stack.callback(loader.close)
+        result: dict[str, Any] = {
+            "checkpoint": str(saved.path),
+            "step": saved.state["progress"]["step"],
+            "is_main": runtime.is_main,
+        }
         for name, weights in (("test", saved.model), ("test_ema", saved.ema)):
             if weights is None:
                 continue
@@ -77,11 +81,9 @@ def evaluate_run(path: Path, *, which: str, recalibrate_batches: int = 0) -> dic
                 device=runtime.device,
                 memory_format=recipe.training.memory_format,
                 expected_total=store.split("test").count,
+                tick=runtime.tick,
             )
             result[name] = score.to_json()
-    finally:
-        loader.close()
-        runtime_module.finish(runtime)
     return result
 
 

@@ -71,6 +71,7 @@ def fit(parts: Parts, cadence: Cadence, progress: Progress) -> None:
     if progress.last is None or progress.last["step"] != progress.step:
         evaluate_all(parts, progress)  # nothing was left to train: the weights as they are
         parts.save(progress)
+    parts.writer.wait()
 
 
 def _epoch(parts: Parts, cadence: Cadence, progress: Progress) -> None:
@@ -97,6 +98,7 @@ def _epoch(parts: Parts, cadence: Cadence, progress: Progress) -> None:
             check=due.anything,
         )
         progress.step, progress.step_in_epoch = progress.step + 1, progress.step_in_epoch + 1
+        parts.runtime.tick()
         parts.tracker.tick(progress.step)
         if due.anything and not math.isfinite(window.close(log=due.log).loss):
             parts.step.raise_diverged(refetch(), progress.step)
@@ -117,6 +119,7 @@ def _stop(parts: Parts, progress: Progress, window: _Window) -> None:
     window.close(log=False)
     if not (parts.checkpoint_directory / f"step_{progress.step}").exists():
         parts.save(progress)
+    parts.writer.wait()
     raise Stopped(progress.step)
 
 
@@ -221,4 +224,5 @@ def evaluate_one(parts: Parts, model: nn.Module, epoch: int) -> Score:
         device=parts.runtime.device,
         memory_format=parts.memory_format,
         expected_total=parts.test_count,
+        tick=parts.runtime.tick,
     )

@@ -29,6 +29,7 @@ from harness.training.optim import Mix, Schedule, build_optimizer, build_schedul
 from harness.training.state import Progress
 from harness.training.step import TrainingStep
 from harness.training.stopping import StopVote
+from harness.training.writer import CheckpointWriter
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Parts:
     recalibration_batches: int
     best_by: str
     checkpoint_directory: Path
-    keep_last: int
+    writer: CheckpointWriter
     keep_best: bool
     numerics: NumericsReport
     identity: dict[str, Any]
@@ -72,24 +73,27 @@ class Parts:
         return round(progress.step / self.plan.steps_per_epoch, 4)
 
     def save(self, progress: Progress) -> None:
-        """Write a checkpoint of this step (the first rank does) and drop those that are no longer kept."""
-        if self.runtime.is_main:
-            scaler = self.runtime.accelerator.scaler
-            checkpoint.save(
-                self.checkpoint_directory,
-                progress.step,
-                model=self.bare_model.state_dict(),
-                ema=self.ema.module.state_dict() if self.ema is not None else None,
-                optimizer=self.optimizer.optimizer.state_dict(),
-                state={
-                    "progress": progress.to_json(),
-                    "scaler": scaler.state_dict() if scaler is not None else None,
-                    **self.identity,
-                },
-            )
-            best = self.checkpoint_directory / f"step_{progress.best['step']}" if progress.best else None
-            checkpoint.prune(self.checkpoint_directory, keep_last=self.keep_last, keep=best if self.keep_best else None)
-        self.runtime.accelerator.wait_for_everyone()
+        """Begin to write a checkpoint of this step (the first rank does); returns when it is copied to the host.
+
+        Raises:
+            HarnessError: the checkpoint before could not be written.
+        """
+        if not self.runtime.is_main:
+            return
+        scaler = self.runtime.accelerator.scaler
+        saved = checkpoint.snapshot(
+            progress.step,
+            model=self.bare_model.state_dict(),
+            ema=self.ema.module.state_dict() if self.ema is not None else None,
+            optimizer=self.optimizer.optimizer.state_dict(),
+            state={
+                "progress": progress.to_json(),
+                "scaler": scaler.state_dict() if scaler is not None else None,
+                **self.identity,
+            },
+        )
+        best = self.checkpoint_directory / f"step_{progress.best['step']}" if progress.best else None
+        self.writer.submit(saved, keep=best if self.keep_best else None)
 
     def restore(self, saved: checkpoint.Saved) -> Progress:
         """Put a checkpoint into the parts and return where it stood.
@@ -106,25 +110,13 @@ class Parts:
             )
         if self.ema is not None and saved.ema is not None:
             checkpoint.load_weights(self.ema.module, saved.ema, saved.path)
-        try:
-            self.optimizer.optimizer.load_state_dict(
-                checkpoint.join_optimizer(saved.optimizer, saved.state["optimizer"])
-            )
-        except ValueError as error:
-            raise HarnessError(
-                f"the checkpoint's optimizer is another one: {error}",
-                where=str(saved.path),
-                hint="Resume with the optimizer settings it was trained with.",
-            ) from None
-        for parameter, entries in self.optimizer.optimizer.state.items():  # back to the layout of the weights
-            for key, value in entries.items():
-                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                    entries[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        checkpoint.load_optimizer(self.optimizer.optimizer, saved)
         if self.runtime.accelerator.scaler is not None and saved.state["scaler"]:
             self.runtime.accelerator.scaler.load_state_dict(saved.state["scaler"])
         return Progress.from_json(saved.state["progress"])
 
     def close(self) -> None:
+        self.writer.close()
         self.train_loader.close()
         self.test_loader.close()
 
@@ -222,7 +214,7 @@ def assemble(recipe: Recipe, runtime: Runtime, checkpoint_directory: Path) -> Pa
         recalibration_batches=recipe.evaluation.recalibrate_batch_norm_batches,
         best_by="test_ema" if recipe.checkpoint.best_by == "ema" else "test",
         checkpoint_directory=checkpoint_directory,
-        keep_last=recipe.checkpoint.keep_last,
+        writer=CheckpointWriter(checkpoint_directory, keep_last=recipe.checkpoint.keep_last),
         keep_best=recipe.checkpoint.keep_best,
         numerics=numerics,
         identity=_identity(recipe, store),

@@ -8,10 +8,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from harness import runtime as runtime_module
 from harness.recipe import Recipe
 from harness.recipe.loading import fingerprint, resolved_yaml
-from harness.runtime import provenance, write_json
+from harness.runtime import joined, provenance, write_json
 from harness.tracking import NullTracker, Tracker, Trackers
 from harness.tracking.console import ConsoleTracker
 from harness.tracking.jsonl import JsonlTracker
@@ -33,9 +32,10 @@ def train(recipe: Recipe, *, run_directory: Path | None, resume: str) -> dict[st
     Raises:
         HarnessError: see its text; with exit code 2 nothing was started and nothing was overwritten.
     """
-    runtime = runtime_module.start(precision=recipe.training.precision, seed=recipe.seed)
     with ExitStack() as stack:
-        stack.callback(runtime_module.finish, runtime)
+        runtime = stack.enter_context(
+            joined(precision=recipe.training.precision, seed=recipe.seed, recipe_sha256=fingerprint(recipe))
+        )
         start = agree_on_start(recipe, runtime, stack, run_directory=run_directory, resume=resume)
         path = start.run_directory
         saved = checkpoint.load(start.checkpoint) if start.checkpoint is not None else None

@@ -108,6 +108,7 @@ class TrainingStep:
 
     def _forward_backward(self, batch: Batch, *, step: int, micro: int, scale: float, last: bool, meter: Meter) -> None:
         runtime = self._runtime
+        runtime.tick()  # the batch is here: what may be late now is another rank
         seed_step(self._seed, step, runtime.rank, micro)
         context = nullcontext() if last else runtime.accelerator.no_sync(self._model)
         with context:

@@ -1,0 +1,186 @@
+"""Who is late, who is gone: each rank says now and then how far it is, so that a failure can be given a name.
+
+A collective that fails tells only that some connection broke or that time ran out. A thread of every rank writes its
+activity to the store that the ranks met at, twice a second or so; a rank that fails writes its error there first.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from harness.errors import HarnessError
+
+BEAT_SECONDS = 0.5
+LOOK_SECONDS = 2.0  # between two looks at the beats of a rank; one that is alive beats meanwhile
+LATE_SHARE = 0.8  # of the collectives' time limit: from here on the late rank is named
+STORE_LIMIT_SECONDS = 10.0
+MAX_TEXT = 2_000
+
+
+class RankLost(HarnessError):
+    """Another rank is gone, late or failed; this one could not go on."""
+
+    def __init__(self, blame: str) -> None:
+        super().__init__(
+            f"this rank cannot go on: {blame}",
+            hint="The same command with --resume auto goes on from the last checkpoint.",
+            exit_code=1,
+        )
+
+
+class Heartbeat:
+    """The beats of this rank, and what it knows of the others.
+
+    Args:
+        store: a connection of its own, so that a wait of the main thread does not silence it.
+        limit_seconds: of collectives.
+        warn: takes a sentence when the ranks stand still.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        *,
+        rank: int,
+        world_size: int,
+        limit_seconds: float,
+        warn: Callable[[str], None],
+    ) -> None:
+        store.set_timeout(datetime.timedelta(seconds=STORE_LIMIT_SECONDS))
+        self._store, self._rank, self._world_size = store, rank, world_size
+        self._limit_seconds, self._warn = limit_seconds, warn
+        self._activity = 0
+        self._ended = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._beat, name="harness-heartbeat", daemon=True)
+        self._thread.start()
+
+    def tick(self) -> None:
+        """Something was done: a step, a batch of an evaluation. Costs nothing."""
+        self._activity += 1
+
+    def end(self) -> None:
+        """No more beats."""
+        self._ended.set()
+        self._thread.join(STORE_LIMIT_SECONDS)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Tell the other ranks of an error in the block; turn a broken collective into a `RankLost` with names."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_broken_collective(error):
+                self.tell(f"{type(error).__name__}: {error}")
+                raise
+            raise RankLost(self.blame()) from error
+        except HarnessError as error:
+            self.tell(error.what)
+            raise
+        except Exception as error:
+            self.tell(f"{type(error).__name__}: {error}")
+            raise
+
+    def tell(self, text: str) -> None:
+        """Leave this rank's error for the others."""
+        with self._quietly():
+            self._store.set(f"failed/{self._rank}", " ".join(text.split())[:MAX_TEXT])
+
+    def blame(self) -> str:
+        """Which rank failed, is gone or is late, as far as can be told, in words."""
+        others = [rank for rank in range(self._world_size) if rank != self._rank]
+        try:
+            before = {rank: self._beats(rank) for rank in others}
+            time.sleep(LOOK_SECONDS)  # also the time that a failing rank needs to leave its error
+            after = {rank: self._beats(rank) for rank in others}
+            failed = {rank: text for rank in others if (text := self._read(f"failed/{rank}")) is not None}
+        except RuntimeError:
+            return "rank 0, which keeps the ranks' meeting point, is gone (see its output)"
+        if failed:
+            return "; ".join(f"rank {rank} failed: {text}" for rank, text in failed.items())
+        gone = [rank for rank in others if before[rank] == after[rank]]
+        if gone:
+            return "; ".join(f"rank {rank} is gone or stopped (no sign of life for {LOOK_SECONDS:g} s)" for rank in gone)
+        mine = self._activity
+        late = [rank for rank in others if self._activity_in(after[rank]) < mine]
+        if late:
+            return "; ".join(f"rank {rank} is late ({mine - self._activity_in(after[rank])} steps)" for rank in late)
+        return "a collective failed although all ranks are alive: see the cause above, or the network between them"
+
+    def _beat(self) -> None:
+        seen, since, warned = self._activity, time.monotonic(), False
+        beats = 0
+        while not self._ended.wait(BEAT_SECONDS):
+            beats += 1
+            try:
+                self._write(beats)
+            except RuntimeError:
+                return  # the store is gone, and rank 0 with it: the next collective tells
+            if self._activity != seen:
+                seen, since, warned = self._activity, time.monotonic(), False
+            elif not warned and seen and time.monotonic() - since > LATE_SHARE * self._limit_seconds:
+                warned = True
+                self._warn(f"WARNING rank {self._rank} has waited {time.monotonic() - since:.0f} s: {self.blame()}")
+
+    def _write(self, beats: int) -> None:
+        with self._lock:
+            self._store.set(f"beat/{self._rank}", f"{beats} {self._activity}")
+
+    def _read(self, key: str) -> str | None:
+        with self._lock:
+            return self._store.get(key).decode() if self._store.check([key]) else None
+
+    def _beats(self, rank: int) -> str:
+        return self._read(f"beat/{rank}") or "0 0"
+
+    @staticmethod
+    def _activity_in(beat: str) -> int:
+        return int(beat.split()[1])
+
+    @contextmanager
+    def _quietly(self) -> Iterator[None]:
+        """The store may be gone with rank 0; then there is nobody to tell."""
+        with self._lock:
+            try:
+                yield
+            except RuntimeError:
+                return
+
+
+def is_broken_collective(error: RuntimeError) -> bool:
+    """Whether an error is that of torch's collectives: a rank gone, a time-out, a network that broke."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text or "Connection closed by peer" in text
+
+
+def to_stderr(text: str) -> None:
+    """Where warnings of the beats go: they come from a thread, so past the console's progress line."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def collective_limit_seconds() -> float:
+    """The time limit of collectives: `$HARNESS_COLLECTIVE_TIMEOUT_SECONDS`, else five minutes.
+
+    Raises:
+        HarnessError: it is no number above 0.
+    """
+    text = os.environ.get("HARNESS_COLLECTIVE_TIMEOUT_SECONDS", "300")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e6:
+        raise HarnessError(
+            f'must be a number of seconds above 0, it is "{text}"',
+            where="HARNESS_COLLECTIVE_TIMEOUT_SECONDS",
+            hint="Leave it out for 300.",
+        )
+    return seconds
