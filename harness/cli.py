@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import harness
 from harness import commands
-from harness.errors import EXIT_DONE, HarnessError, nearest, print_error
+from harness.errors import EXIT_BAD_INPUT, EXIT_DONE, HarnessError, nearest, print_error
 
 # Groups of `harness --help`, each command with its line.
 GROUPS = {
@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except MemoryError as error:
+        print_error(HarnessError(f"not enough memory: {error}", hint="Fewer or smaller images, or a smaller batch."))
+        code = EXIT_BAD_INPUT
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_DONE

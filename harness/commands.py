@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,13 @@ def _add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def _at_least_one(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f'must be a whole number of at least 1, not "{text}"')
-    return number
+def _count(text: str, *, at_least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < at_least:
+        raise argparse.ArgumentTypeError(f'must be a whole number of at least {at_least}, not "{text}"')
+    return int(text)
+
+
+_at_least_one = partial(_count, at_least=1)
 
 
 def _print_json(data: Any) -> None:
@@ -84,7 +84,7 @@ def build_eval(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint_option(parser)
     parser.add_argument(
         "--recalibrate",
-        type=int,
+        type=_count,
         default=0,
         metavar="N",
         help="take BatchNorm statistics anew over N training batches with dropout off (default: as saved)",

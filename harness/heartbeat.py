@@ -103,12 +103,13 @@ class Heartbeat:
             after = {rank: self._beats(rank) for rank in others}
             failed = {rank: text for rank in others if (text := self._read(f"failed/{rank}")) is not None}
         except RuntimeError:
-            return "rank 0, which keeps the ranks' meeting point, is gone (see its output)"
+            return "rank 0, which keeps the ranks' meeting point, is gone or stopped (see its output)"
         if failed:
             return "; ".join(f"rank {rank} failed: {text}" for rank, text in failed.items())
         gone = [rank for rank in others if before[rank] == after[rank]]
         if gone:
-            return "; ".join(f"rank {rank} is gone or stopped (no sign of life for {LOOK_SECONDS:g} s)" for rank in gone)
+            silence = f"no sign of life for {LOOK_SECONDS:g} s"
+            return "; ".join(f"rank {rank} is gone or stopped ({silence})" for rank in gone)
         mine = self._activity
         late = [rank for rank in others if self._activity_in(after[rank]) < mine]
         if late:

@@ -129,7 +129,7 @@ def join(place: Place, own: Facts, *, note: Callable[[str], None]) -> dist.Store
     store.set(f"facts/{place.rank}", json.dumps(asdict(own)))
     if place.rank == 0:
         missing = _wait_for_all(store, place)
-        verdict = {"missing": missing, "differences": []}
+        verdict: dict[str, Any] = {"missing": missing, "differences": []}
         if not missing:
             everyone = [_facts_of(store, rank) for rank in range(place.world_size)]
             verdict["differences"] = differences(everyone)
@@ -138,7 +138,7 @@ def join(place: Place, own: Facts, *, note: Callable[[str], None]) -> dist.Store
         store.set("verdict", json.dumps(verdict))
         _say_farewell(store, place, missing)
     else:
-        verdict = _hear_verdict(store, place)
+        verdict = _hear_verdict(store)
     _judge(verdict, place)
     _compare_clocks(store, place, note)
     return store
@@ -281,13 +281,13 @@ def _facts_of(store: dist.Store, rank: int) -> Facts:
     return Facts(**{**data, "cores": tuple(data["cores"])})
 
 
-def _hear_verdict(store: dist.Store, place: Place) -> Mapping[str, Any]:
+def _hear_verdict(store: dist.Store) -> dict[str, Any]:
     try:
         store.wait(["verdict"], datetime.timedelta(seconds=ARRIVAL_LIMIT_SECONDS + FAREWELL_SECONDS))
         verdict: dict[str, Any] = json.loads(store.get("verdict"))
         store.add("heard", 1)
     except dist.DistError:
-        verdict = {"missing": [0], "differences": []}
+        return {"missing": [0], "differences": []}
     return verdict
 
 

@@ -96,7 +96,7 @@ def start(*, precision: str, seed: int, recipe_sha256: str = "") -> Runtime:
     accelerator = Accelerator(mixed_precision=precision, cpu=use_cpu)
     if accelerator.num_processes != place.world_size:
         raise HarnessError(
-            f"the launcher set WORLD_SIZE={place.world_size}, but {accelerator.num_processes} process(es) came together",
+            f"WORLD_SIZE is {place.world_size}, but Accelerate sees {accelerator.num_processes} process(es)",
             hint="On a CPU start ranks with `accelerate launch --config_file recipes/launch/cpu.yaml` or torchrun.",
         )
     set_seed(seed)
@@ -199,10 +199,15 @@ def _git(folder: Path, *args: str) -> str:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    """Write JSON as `write_text` writes text."""
+    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w") as file:
-        file.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

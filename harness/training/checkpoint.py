@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from harness.errors import HarnessError, nearest
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST, STATE = "manifest.json", "state.json"
 MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 _PREFIX = "step_"

@@ -39,7 +39,8 @@ def evaluate(
         tick: called for each batch.
     """
     meter = Meter(device)
-    with eval_mode(model):
+    # Not compiled, so that an evaluation of the saved weights gives the same bits as the one while training.
+    with eval_mode(model), torch.compiler.set_stance("force_eager"):
         for batch in loader.batches(ids_per_batch, epoch=0):
             tick()
             images = batch.images_BCHW.contiguous(memory_format=MEMORY_FORMATS[memory_format])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ def evaluate_run(path: Path, *, which: str, recalibrate_batches: int = 0) -> dic
             joined(precision=recipe.training.precision, seed=recipe.seed, recipe_sha256=fingerprint(recipe))
         )
         store = open_data(recipe)
+        _warn_of_other_images(saved, store, runtime)
         model, _ = open_network(
             recipe, num_classes=len(store.manifest.classes), device=runtime.device, world_size=runtime.world_size
         )
@@ -85,6 +87,12 @@ def evaluate_run(path: Path, *, which: str, recalibrate_batches: int = 0) -> dic
             )
             result[name] = score.to_json()
     return result
+
+
+def _warn_of_other_images(saved: checkpoint.Saved, store: DataStore, runtime: Runtime) -> None:
+    if runtime.is_main and saved.state["data_sha256"] != dict(store.manifest.sha256):
+        origin = store.manifest.origin
+        print(f"WARNING these are not the images that the run was trained and tested on: {origin}", file=sys.stderr)
 
 
 def _recalibrate(model: nn.Module, recipe: Recipe, store: DataStore, runtime: Runtime, batches: int) -> None:
@@ -155,4 +163,7 @@ def _read_images(images: Sequence[Path], size_px: int) -> np.ndarray:
 
 def _open(path: Path, which: str) -> tuple[checkpoint.Saved, Recipe]:
     saved = checkpoint.load(find_checkpoint(path, which))
-    return saved, load(saved.path.parent.parent / "recipe.yaml")
+    recipe = load(saved.path.parent.parent / "recipe.yaml")
+    # The normalisation of the training, whatever images are at hand now.
+    normalisation = {"mean": tuple(saved.state["mean"]), "std": tuple(saved.state["std"])}
+    return saved, recipe.model_copy(update={"data": recipe.data.model_copy(update=normalisation)})

@@ -115,8 +115,13 @@ def _epoch(parts: Parts, cadence: Cadence, progress: Progress) -> None:
 
 
 def _stop(parts: Parts, progress: Progress, window: _Window) -> None:
-    """Write a checkpoint of this very step and leave."""
-    window.close(log=False)
+    """Write a checkpoint of this very step and leave; numbers that are not finite are not worth one."""
+    score = window.close(log=False)
+    if not math.isfinite(score.loss) or not all(bool(p.isfinite().all()) for p in parts.bare_model.parameters()):
+        raise Diverged(
+            f"training diverged before it was stopped after step {progress.step}: loss or weights are not finite",
+            hint="Lower optimizer.lr or add warm-up; --resume auto goes on from the last checkpoint.",
+        )
     if not (parts.checkpoint_directory / f"step_{progress.step}").exists():
         parts.save(progress)
     parts.writer.wait()

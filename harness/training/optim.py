@@ -46,11 +46,13 @@ def build_optimizer(
     """
     if name not in list_optimizers():
         raise HarnessError(f'unknown optimizer "{name}"', where="optimizer.name", hint=nearest(name, list_optimizers()))
-    known: list[str] = []
     try:
         optimizer_class = get_optimizer_class(name, bind_defaults=False)
         _refuse_unusable(name, optimizer_class)
         known = [k for k in inspect.signature(optimizer_class.__init__).parameters if k not in ("self", "params")]
+        if wrong := [key for key in args if key not in known]:  # timm would take some of its own, such as layer_decay
+            hint = nearest(wrong[0], known)
+            raise HarnessError(f'{name} has no argument "{wrong[0]}"', where=f"optimizer.args.{wrong[0]}", hint=hint)
         return create_optimizer_v2(
             model,
             opt=name,
@@ -61,10 +63,11 @@ def build_optimizer(
             **_nesterov(name, nesterov),
             **args,
         )
-    except (TypeError, ValueError, ImportError, RuntimeError, AssertionError) as error:
-        wrong = [key for key in args if known and key not in known]
+    except HarnessError:
+        raise
+    except Exception as error:  # whatever an optimizer thinks of its arguments
         where = "optimizer.args" if args else "optimizer.name"
-        hint = nearest(wrong[0], known) if wrong else "Try another optimizer, such as sgd or adamw."
+        hint = "Try another optimizer, such as sgd or adamw." if not args else "See the optimizer in timm or torch."
         raise HarnessError(f"{name} cannot be built: {error}", where=where, hint=hint) from None
 
 

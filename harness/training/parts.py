@@ -101,6 +101,12 @@ class Parts:
         Raises:
             HarnessError: it belongs to another network or another kind of run.
         """
+        if saved.state["data_sha256"] != self.identity["data_sha256"]:
+            raise HarnessError(
+                "the checkpoint was trained on other images (the SHA-256 of the converted data differs)",
+                where=str(saved.path),
+                hint="Resume with the data it was trained on, or start a new run.",
+            )
         checkpoint.load_weights(self.bare_model, saved.model, saved.path)
         if (self.ema is None) != (saved.ema is None):
             raise HarnessError(
@@ -251,6 +257,7 @@ def _identity(recipe: Recipe, store: DataStore) -> dict[str, Any]:
         "classes": list(store.manifest.classes),
         "mean": list(recipe.data.mean or store.manifest.mean),
         "std": list(recipe.data.std or store.manifest.std),
+        "data_sha256": dict(store.manifest.sha256),
     }
 
 

@@ -32,6 +32,10 @@ _MAY_CHANGE = (
     "data.path",
 )
 _LOCK = ".lock"
+CHECKPOINTS = "checkpoints"
+_RUN_FILES = ("recipe.yaml", "provenance.json")
+# Schedules whose shape follows the length of the training.
+_SHAPED_BY_LENGTH = ("cosine", "poly", "tanh", "wsd")
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def find_checkpoint(path: Path, which: str) -> Path:
     """
     if (path / checkpoint.MANIFEST).exists():
         return path
-    found = checkpoint.list_checkpoints(path / "checkpoints")
+    found = checkpoint.list_checkpoints(path / CHECKPOINTS)
     if not found:
         raise HarnessError(
             "no run with checkpoints here", where=str(path), hint="Give a folder like runs/<recipe>/<run-id>."
@@ -113,13 +117,13 @@ def find_checkpoint(path: Path, which: str) -> Path:
     names = [p.name for p in found]
     if which not in names:
         raise HarnessError(f'no checkpoint "{which}" in this run', where=str(path), hint=nearest(which, names))
-    return path / "checkpoints" / which
+    return path / CHECKPOINTS / which
 
 
 def _choose(recipe: Recipe, stack: ExitStack, given: Path | None, resume: str) -> Start:
     source = None if resume in ("auto", "never") else find_checkpoint(Path(resume), "last")
     path = given or _directory(recipe, resume, source)
-    own = source is not None and source.parent.parent.resolve() == path.resolve()
+    own = source is not None and _run_of(source) is not None and _run_of(source) == path.resolve()
     empty = not path.exists() or all(p.name == _LOCK for p in path.iterdir())
     if not empty and resume != "auto" and not own:
         raise HarnessError(
@@ -131,15 +135,23 @@ def _choose(recipe: Recipe, stack: ExitStack, given: Path | None, resume: str) -
         claim(path, stack)
     if resume == "auto" and not empty:
         source = _last_good(path, recipe)
-    if source is not None:
-        _check_same_training(recipe, source.parent.parent)
+    if source is not None and (run := _run_of(source)) is not None:
+        _check_same_training(recipe, run)
+        _warn_of_another_length(recipe, run)
     return Start(path, source)
+
+
+def _run_of(source: Path) -> Path | None:
+    """The run directory that a checkpoint lies in, or None for one that was taken out of its run."""
+    run = source.resolve().parent.parent
+    whole = source.resolve().parent.name == CHECKPOINTS and all((run / name).is_file() for name in _RUN_FILES)
+    return run if whole else None
 
 
 def _directory(recipe: Recipe, resume: str, source: Path | None) -> Path:
     """A checkpoint's run goes on in its own directory, `auto` in the newest unfinished one; else a new one."""
-    if source is not None:
-        return source.parent.parent
+    if source is not None and (run := _run_of(source)) is not None:
+        return run
     unfinished = _newest_unfinished(recipe) if resume == "auto" else None
     return unfinished or RUNS / recipe.name / new_run_id()
 
@@ -147,7 +159,7 @@ def _directory(recipe: Recipe, resume: str, source: Path | None) -> Path:
 def _newest_unfinished(recipe: Recipe) -> Path | None:
     for path in sorted((RUNS / recipe.name).glob("*/recipe.yaml"), reverse=True):
         run = path.parent
-        if (run / "result.json").exists() or not checkpoint.list_checkpoints(run / "checkpoints"):
+        if (run / "result.json").exists() or not checkpoint.list_checkpoints(run / CHECKPOINTS):
             continue
         try:
             _check_same_training(recipe, run)
@@ -162,7 +174,7 @@ def _last_good(path: Path, recipe: Recipe) -> Path | None:
     if not (path / "recipe.yaml").exists():
         raise HarnessError("is not a run directory", where=str(path), hint="Give another --run-dir.")
     _check_same_training(recipe, path)
-    found, problems = checkpoint.last_good(path / "checkpoints")
+    found, problems = checkpoint.last_good(path / CHECKPOINTS)
     for problem in problems:
         print(f"WARNING {problem}", file=sys.stderr)
     if found is None and (problems or (path / "result.json").exists()):
@@ -187,4 +199,16 @@ def _check_same_training(recipe: Recipe, run: Path) -> None:
             f"the run was trained with other settings: {listed}",
             where=str(before),
             hint="Resume with the same recipe, or start a new run with another --run-dir.",
+        )
+
+
+def _warn_of_another_length(recipe: Recipe, run: Path) -> None:
+    changed = differences(load(run / "recipe.yaml"), recipe)
+    lengths = {k: v for k, v in changed.items() if k in ("training.epochs", "training.steps")}
+    if lengths and recipe.schedule.name in _SHAPED_BY_LENGTH:
+        listed = "; ".join(f"{k}: {old!r} → {new!r}" for k, (old, new) in lengths.items())
+        print(
+            f"WARNING {listed}: the {recipe.schedule.name} schedule is shaped by the length, so the learning rate "
+            "goes on along another curve than the one the run began with",
+            file=sys.stderr,
         )

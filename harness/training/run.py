@@ -8,9 +8,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from harness.errors import HarnessError
 from harness.recipe import Recipe
 from harness.recipe.loading import fingerprint, resolved_yaml
-from harness.runtime import joined, provenance, write_json
+from harness.runtime import joined, provenance, write_json, write_text
 from harness.tracking import NullTracker, Tracker, Trackers
 from harness.tracking.console import ConsoleTracker
 from harness.tracking.jsonl import JsonlTracker
@@ -43,9 +44,19 @@ def train(recipe: Recipe, *, run_directory: Path | None, resume: str) -> dict[st
         stack.callback(parts.close)
         progress = parts.restore(saved) if saved is not None else Progress()
         steps = total_steps(recipe, parts.plan)
+        if progress.step > steps:
+            raise HarnessError(
+                f"the checkpoint is of step {progress.step}, the training has {steps}",
+                where=str(path),
+                hint="Train longer (training.epochs), or resume from an earlier checkpoint by its path.",
+            )
         if runtime.is_main:
             claim(path, stack)
-            _describe_run(path, recipe, parts, progress, steps)
+            try:
+                _describe_run(path, recipe, parts, progress, steps)
+            except OSError as error:
+                hint = "Free some space or give another --run-dir; checkpoints are untouched."
+                raise HarnessError(f"cannot be written ({error.strerror})", where=str(path), hint=hint) from None
         return _train(recipe, parts, path, progress, steps)
 
 
@@ -65,7 +76,9 @@ def _train(recipe: Recipe, parts: Parts, path: Path, progress: Progress, steps: 
 
 def _describe_run(path: Path, recipe: Recipe, parts: Parts, progress: Progress, steps: int) -> None:
     """Write what is known at the start, and move aside what going on from an earlier step makes untrue."""
-    (path / "recipe.yaml").write_text(resolved_yaml(recipe))
+    file, result = path / "provenance.json", path / "result.json"
+    before = {"wandb_run_id": secrets.token_hex(4), "starts": []} | _read_json(file)
+    finished_step = _read_json(result).get("step", 0)
     manifest = parts.store.manifest
     now = {
         **provenance(parts.runtime.world_size),
@@ -73,14 +86,30 @@ def _describe_run(path: Path, recipe: Recipe, parts: Parts, progress: Progress, 
         "data": {"source": manifest.source, "origin": manifest.origin, "sha256": dict(manifest.sha256)},
         "from_step": progress.step,
     }
-    file = path / "provenance.json"
-    before = json.loads(file.read_text()) if file.exists() else {"wandb_run_id": secrets.token_hex(4), "starts": []}
+    write_text(path / "recipe.yaml", resolved_yaml(recipe))
     write_json(file, {**before, "starts": [*before["starts"], now]})
     checkpoint.set_aside_later_than(path / "checkpoints", progress.step)
-    result = path / "result.json"
     if result.exists() and progress.step < steps:  # of a shorter training that goes on now
-        step = json.loads(result.read_text())["step"]
-        result.rename(path / f"result_step_{step}.json")
+        result.rename(path / f"result_step_{finished_step}.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of the run; empty where there is no file.
+
+    Raises:
+        HarnessError: it is broken.
+    """
+    if not path.exists():
+        return {}
+    try:
+        data = json.loads(path.read_text())
+    except ValueError:
+        data = None
+    if not isinstance(data, dict):
+        raise HarnessError(
+            "is not a JSON object", where=str(path), hint="Move it aside; checkpoints do not depend on it."
+        )
+    return data
 
 
 def _trackers(path: Path, recipe: Recipe, parts: Parts, progress: Progress, steps: int) -> Tracker:
