@@ -6,6 +6,7 @@
 #   key=value     overrides of the recipe, such as training.epochs=2
 #   --gpus N      use N GPUs (0: the CPU); default: all that are there
 #   --ranks N     start N processes; default: one a GPU, or on the CPU as many as measured fastest
+#   --max-restarts N   when a rank dies, start all again from the last checkpoint, up to N times (default 0)
 #   other options go to `harness train`, such as --run-dir DIR and --resume auto|never|PATH
 #
 # Environment:
@@ -92,6 +93,7 @@ usable_gpus() {
 [ "${DRY_RUN:-0}" != 0 ] || DRY_RUN=""
 gpus=""
 ranks=${NPROC:-}
+restarts=0
 arguments=()
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -100,6 +102,8 @@ while [ $# -gt 0 ]; do
       number "$1" "${2:-}" "$([ "$1" = --gpus ] && echo 0 || echo 1)"
       if [ "$1" = --gpus ]; then gpus=$2; else ranks=$2; fi
       shift ;;
+    --max-restarts) number "$1" "${2:-}" 0; restarts=$2; shift ;;
+    --max-restarts=*) number --max-restarts "${1#*=}" 0; restarts=${1#*=} ;;
     --gpus=*) number --gpus "${1#*=}" 0; gpus=${1#*=} ;;
     --ranks=*) number --ranks "${1#*=}" 1; ranks=${1#*=} ;;
     *) arguments+=("$1") ;;
@@ -161,10 +165,13 @@ environment=()
 [ -z "$threads" ] || [ -n "${OMP_NUM_THREADS:-}" ] || environment+=("OMP_NUM_THREADS=$threads")
 [ "$gpus" != 0 ] || environment+=(ACCELERATE_USE_CPU=true "GOMP_SPINCOUNT=$spin")
 command=("$python" -m)
-if [ "$ranks" != 1 ]; then
+if [ "$ranks" != 1 ] || [ "$restarts" != 0 ]; then
   config=$root/recipes/launch/cpu.yaml
   [ "$gpus" = 0 ] || config=$root/recipes/launch/multi_gpu.yaml
-  command+=(harness.launching.ranks accelerate launch --config_file "$config" --num_processes "$ranks" -m)
+  [ "$ranks" != 1 ] || config=$root/recipes/launch/one_gpu.yaml # as Accelerate has it: one process, on a CPU too
+  command+=(harness.launching.ranks)
+  [ "$restarts" = 0 ] || command+=(--max-restarts "$restarts")
+  command+=(accelerate launch --config_file "$config" --num_processes "$ranks" -m)
 elif [ "$gpus" != 0 ]; then
   environment=() # one process on a GPU keeps torch's own choice of threads
 fi

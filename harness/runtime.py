@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import platform
 import secrets
@@ -196,18 +195,3 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 def _git(folder: Path, *args: str) -> str:
     done = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
     return done.stdout.strip()
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON as `write_text` writes text."""
-    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

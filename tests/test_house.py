@@ -18,10 +18,11 @@ MAX_FUNCTION_LINES = 60
 
 # Each room and the rooms it may import. A module with its own entry is a room of its own, and who may import the
 # room around it may import it too.
-GROUND = {"errors", "machine", "signals"}
+GROUND = {"errors", "files", "machine", "signals"}
 WORK = GROUND | {"recipe", "models", "data", "tracking", "preflight", "heartbeat", "runtime", "training"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "files": GROUND,
     "machine": set(),
     "signals": set(),
     "recipe.dual_branch_args": GROUND,  # the schema of the network's settings: recipes are checked with it

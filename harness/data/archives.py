@@ -25,9 +25,9 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from harness.data.files import hex_digest, replacing
 from harness.data.imagesets import LabelledImages
 from harness.errors import HarnessError
+from harness.files import hex_digest, replacing
 
 DOWNLOAD_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 BINARY_ARCHIVE, BINARY_FOLDER = "cifar-10-binary.tar.gz", "cifar-10-batches-bin"

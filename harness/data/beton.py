@@ -25,8 +25,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from harness.data.files import replacing
 from harness.errors import HarnessError
+from harness.files import replacing
 
 VERSION = 2
 IMAGE_FIELD = "image"

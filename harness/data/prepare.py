@@ -21,7 +21,6 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from harness.data.beton import write_beton
-from harness.data.files import fsync_directory, hex_digest
 from harness.data.imagesets import ImageSets, Located
 from harness.data.paths import CACHE_VARIABLE, cache_directory, writable_cache_directory
 from harness.data.sources import locate
@@ -36,6 +35,7 @@ from harness.data.store import (
     write_manifest,
 )
 from harness.errors import HarnessError
+from harness.files import fsync_directory, hex_digest
 
 __all__ = [
     "DataStore",

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import numpy as np
 
 from harness.data.beton import open_beton
-from harness.data.files import hex_digest, replacing
 from harness.errors import HarnessError, nearest
+from harness.files import hex_digest, replacing
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"

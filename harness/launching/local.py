@@ -27,6 +27,7 @@ from filelock import FileLock
 
 from harness.data.paths import writable_cache_directory
 from harness.errors import HarnessError
+from harness.files import write_json
 from harness.machine import available_memory_gib, cpu_name, usable_cores
 from harness.recipe import Recipe, load
 
@@ -285,9 +286,7 @@ def _recall(path: Path, key: Mapping[str, Any]) -> dict[Split, float]:
 
 def _remember(path: Path, key: Mapping[str, Any], speeds: Mapping[Split, float]) -> None:
     rows = [{"ranks": s.ranks, "threads": s.threads, "images_per_second": v} for s, v in speeds.items()]
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({"key": key, "measured": rows}, indent=2) + "\n")
-    temporary.replace(path)
+    write_json(path, {"key": dict(key), "measured": rows})
 
 
 def _count(number: int, noun: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import datetime
-import json
 import os
 import statistics
 import sys
@@ -24,6 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from harness.errors import HarnessError
+from harness.files import write_json
 from harness.launching.local import PROBE_LIMIT_SECONDS, Split
 from harness.models.sync_batch_norm import convert_sync_batch_norm
 from harness.recipe import Recipe, load
@@ -54,9 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         wrong = {"what": error.what, "where": error.where, "hint": error.hint, "exit_code": error.exit_code}
         result = {"error": wrong}
     if rank == 0:
-        temporary = Path(folder, "result.tmp")
-        temporary.write_text(json.dumps(result))
-        temporary.replace(Path(folder, "result.json"))
+        write_json(Path(folder, "result.json"), result)
     return 0
 
 

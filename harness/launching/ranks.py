@@ -1,46 +1,71 @@
 """`accelerate launch`, with the exit code of the training and without a launcher's traceback.
 
 `python -m harness.launching.ranks accelerate launch [options] -m harness train RECIPE` runs that command in this
-process. Accelerate and torchrun answer 1 (or a traceback) whatever the ranks returned; here the code comes from the
-ranks, which write theirs to `$HARNESS_EXIT_CODE_FILE`, a line each, when they fail or stop. Signals are handed on.
+process, and again from the last checkpoint up to `--max-restarts N` times when a rank dies or fails. Accelerate and
+torchrun answer 1 (or a traceback) whatever the ranks returned; here the code comes from the ranks, which write theirs
+to `$HARNESS_EXIT_CODE_FILE`, a line each, when they fail or stop. Signals are handed on.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import random
 import signal
-import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from harness.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_REQUEUE
+from harness.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_DONE, EXIT_REQUEUE, HarnessError
+from harness.recipe import load
 
 EXIT_FAILED = 1
 CODE_FILE_VARIABLE = "HARNESS_EXIT_CODE_FILE"
 HANDED_ON_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 SHUTDOWN_SECONDS = "120"  # for the checkpoint a rank writes when told to stop; torch's default is 30
-DEFAULT_EPHEMERAL_START = 32768
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the code that the ranks wrote, 0 for success, 1 where a rank died."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    max_restarts = 0
+    if words[:1] == ["--max-restarts"] and len(words) > 1 and words[1].isdecimal():
+        max_restarts, words = int(words[1]), words[2:]
     if words[:2] != ["accelerate", "launch"]:
-        print(f"usage: {__spec__.name} accelerate launch [options] -m MODULE …", file=sys.stderr)
+        print(f"usage: {__spec__.name} [--max-restarts N] accelerate launch [options] -m MODULE …", file=sys.stderr)
         return EXIT_BAD_INPUT
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", HANDED_ON_SIGNALS)
     os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
+    options = _on_loopback(words[2:])
+    if max_restarts:
+        options = _with_run_directory(options)
+    for attempt in range(max_restarts + 1):
+        ended = _attempt(options)
+        if ended.code != EXIT_FAILED or ended.told_to_stop or attempt == max_restarts:
+            break
+        print(f"launch: starting the ranks again ({attempt + 1} of {max_restarts} restarts)", file=sys.stderr)
+        options = _resuming(options)
+    return ended.code
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """How one attempt ended."""
+
+    code: int
+    told_to_stop: bool = False
+
+
+def _attempt(options: list[str]) -> _Ended:
     with tempfile.TemporaryDirectory(prefix="harness-ranks-") as folder:
         code_file = Path(folder, "exit_code")
         os.environ[CODE_FILE_VARIABLE] = str(code_file)
-        return _launch(_with_port(words[2:]), code_file)
+        return _launch(options, code_file)
 
 
-def _launch(options: list[str], code_file: Path) -> int:
+def _launch(options: list[str], code_file: Path) -> _Ended:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -54,10 +79,12 @@ def _launch(options: list[str], code_file: Path) -> int:
         code = exit_code(first.exitcode, read_codes(code_file))
         if code == EXIT_FAILED:
             print(f"launch: a rank failed\n{error}", file=sys.stderr)
-        return code
+        return _Ended(code)
+    except subprocess.CalledProcessError as error:  # of a single process
+        return _Ended(exit_code(error.returncode, read_codes(code_file)))
     except SignalException as error:
-        return exit_code(-int(error.sigval), read_codes(code_file), told_to_stop=True)
-    return 0
+        return _Ended(exit_code(-int(error.sigval), read_codes(code_file), told_to_stop=True), told_to_stop=True)
+    return _Ended(EXIT_DONE)
 
 
 def exit_code(first_failure: int, written: Sequence[int], *, told_to_stop: bool = False) -> int:
@@ -89,32 +116,38 @@ def read_codes(code_file: Path) -> list[int]:
         return []
 
 
-def _with_port(options: list[str]) -> list[str]:
-    """The options, with a port for the ranks of this machine to meet at unless they name one."""
+def _on_loopback(options: list[str]) -> list[str]:
+    """The options, with the rendezvous of one machine unless they name another one."""
     own = options[: options.index("-m")] if "-m" in options else options
-    if any(word.startswith(("--main_process_port", "--num_machines")) for word in own):
+    if any(word.startswith(("--main_process_port", "--num_machines", "--rdzv")) for word in own):
         return options
-    return ["--main_process_port", str(free_port()), *options]
+    from harness.launching import loopback
+
+    loopback.register()
+    return ["--rdzv_backend", loopback.BACKEND, *options]
 
 
-def free_port() -> int:
-    """A free TCP port below the range that outgoing connections take theirs from.
+def _resuming(options: list[str]) -> list[str]:
+    """The same command for another attempt: it goes on from the last checkpoint."""
+    words = list(options)
+    while "--resume" in words:
+        at = words.index("--resume")
+        del words[at : at + 2]
+    return [*(word for word in words if not word.startswith("--resume=")), "--resume", "auto"]
 
-    A port of that range can be lost to something else before rank 0 listens, and the ranks would wait in vain.
-    """
+
+def _with_run_directory(options: list[str]) -> list[str]:
+    """The options with a run directory that a second attempt finds again."""
+    words = options[options.index("train") + 1 :] if "train" in options else []
+    if not words or any(word.split("=")[0] in ("--run-dir", "--resume") for word in words):
+        return options
     try:
-        end = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    except (OSError, ValueError):
-        end = DEFAULT_EPHEMERAL_START
-    ports = list(range(max(1024, end // 2), end)) or [0]
-    for port in random.sample(ports, min(len(ports), 200)):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return int(probe.getsockname()[1])
-    return 0
+        recipe = load(words[0], [word for word in words[1:] if "=" in word and not word.startswith("-")])
+    except HarnessError:
+        return options  # the ranks will say what is wrong with it
+    from harness.training.resuming import new_run_directory
+
+    return [*options, "--run-dir", str(new_run_directory(recipe.name))]
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ import json
 import math
 import os
 import platform
-import tempfile
 from pathlib import Path
 
 import torch
 
+from harness.errors import HarnessError
+from harness.files import write_json
 from harness.models.kernel_check import Fault
 
 CHECK_VERSION = 1  # raise it when the check itself changes, so that old verdicts are not used
@@ -56,17 +57,9 @@ class Memory:
             signature: [[fault.what, _to_json(fault.relative_error)] for fault in faults]
             for signature, faults in {**self._read(), **self._verdicts}.items()
         }
-        text = json.dumps({"machine": self.machine, "verdicts": verdicts}, indent=1, allow_nan=False)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, HarnessError):  # a cache that cannot be written remembers nothing
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=".", suffix=".tmp")
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    file.write(text)
-                os.replace(temporary, self.path)
-            except OSError:
-                os.unlink(temporary)
-                raise
+            write_json(self.path, {"machine": self.machine, "verdicts": verdicts})
 
     def _read(self) -> dict[str, list[Fault]]:
         if self.path is None:

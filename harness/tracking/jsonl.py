@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
 from pathlib import Path
 
+from harness.errors import HarnessError
+from harness.files import write_text
 from harness.tracking.base import NullTracker, Record
 
 
@@ -20,14 +23,24 @@ class JsonlTracker(NullTracker):
 
     def __init__(self, path: Path, *, from_step: int = 0) -> None:
         _keep_until(path, from_step)
+        self._path = path
         self._file = path.open("a", buffering=1)
 
     def log(self, record: Record) -> None:
         whole = {**record, "time_unix_seconds": round(time.time(), 3)}
-        self._file.write(json.dumps({k: _finite(v) for k, v in whole.items()}, allow_nan=False) + "\n")
+        try:
+            self._file.write(json.dumps({k: _finite(v) for k, v in whole.items()}, allow_nan=False) + "\n")
+        except OSError as error:
+            raise HarnessError(
+                f"cannot be written ({error.strerror})",
+                where=str(self._path),
+                hint="Free some space; the same command with --resume auto goes on from the last checkpoint.",
+                exit_code=1,
+            ) from None
 
     def finish(self, result: Record | None) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written has been told of
+            self._file.close()
 
 
 def read(path: Path) -> list[dict[str, object]]:
@@ -50,6 +63,4 @@ def _keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [json.dumps(r) for r in read(path) if isinstance(at := r.get("step"), int) and at <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    temporary.replace(path)
+    write_text(path, "".join(line + "\n" for line in kept))

@@ -49,10 +49,7 @@ def build_optimizer(
     try:
         optimizer_class = get_optimizer_class(name, bind_defaults=False)
         _refuse_unusable(name, optimizer_class)
-        known = [k for k in inspect.signature(optimizer_class.__init__).parameters if k not in ("self", "params")]
-        if wrong := [key for key in args if key not in known]:  # timm would take some of its own, such as layer_decay
-            hint = nearest(wrong[0], known)
-            raise HarnessError(f'{name} has no argument "{wrong[0]}"', where=f"optimizer.args.{wrong[0]}", hint=hint)
+        _refuse_unknown(name, optimizer_class, args)
         return create_optimizer_v2(
             model,
             opt=name,
@@ -84,6 +81,19 @@ def _nesterov(name: str, nesterov: bool) -> dict[str, bool]:
         hint = f'Try "n{name}".' if f"n{name}" in list_optimizers() else "Set optimizer.nesterov=false."
         raise HarnessError(f"nesterov is not a setting of {name}", where="optimizer.nesterov", hint=hint)
     return {}
+
+
+def _refuse_unknown(name: str, optimizer_class: Any, args: Mapping[str, Any]) -> None:
+    """Arguments that are not the optimizer's: timm would take some of its own, such as layer_decay."""
+    parameters = inspect.signature(optimizer_class.__init__).parameters
+    known = [k for k in parameters if k not in ("self", "params")]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for key in args:
+        if key not in known:
+            raise HarnessError(
+                f'{name} has no argument "{key}"', where=f"optimizer.args.{key}", hint=nearest(key, known)
+            )
 
 
 def _refuse_unusable(name: str, optimizer_class: Any) -> None:

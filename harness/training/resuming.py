@@ -123,7 +123,7 @@ def find_checkpoint(path: Path, which: str) -> Path:
 def _choose(recipe: Recipe, stack: ExitStack, given: Path | None, resume: str) -> Start:
     source = None if resume in ("auto", "never") else find_checkpoint(Path(resume), "last")
     path = given or _directory(recipe, resume, source)
-    own = source is not None and _run_of(source) is not None and _run_of(source) == path.resolve()
+    own = source is not None and _run_of(source) == path.resolve()
     empty = not path.exists() or all(p.name == _LOCK for p in path.iterdir())
     if not empty and resume != "auto" and not own:
         raise HarnessError(
@@ -153,7 +153,12 @@ def _directory(recipe: Recipe, resume: str, source: Path | None) -> Path:
     if source is not None and (run := _run_of(source)) is not None:
         return run
     unfinished = _newest_unfinished(recipe) if resume == "auto" else None
-    return unfinished or RUNS / recipe.name / new_run_id()
+    return unfinished or new_run_directory(recipe.name)
+
+
+def new_run_directory(name: str) -> Path:
+    """`runs/<recipe>/<run-id>` of a run that begins now; nothing is made."""
+    return RUNS / name / new_run_id()
 
 
 def _newest_unfinished(recipe: Recipe) -> Path | None:

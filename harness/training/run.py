@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import HarnessError
+from harness.files import write_json, write_text
 from harness.recipe import Recipe
 from harness.recipe.loading import fingerprint, resolved_yaml
-from harness.runtime import joined, provenance, write_json, write_text
+from harness.runtime import joined, provenance
 from harness.tracking import NullTracker, Tracker, Trackers
 from harness.tracking.console import ConsoleTracker
 from harness.tracking.jsonl import JsonlTracker
@@ -52,11 +53,7 @@ def train(recipe: Recipe, *, run_directory: Path | None, resume: str) -> dict[st
             )
         if runtime.is_main:
             claim(path, stack)
-            try:
-                _describe_run(path, recipe, parts, progress, steps)
-            except OSError as error:
-                hint = "Free some space or give another --run-dir; checkpoints are untouched."
-                raise HarnessError(f"cannot be written ({error.strerror})", where=str(path), hint=hint) from None
+            _describe_run(path, recipe, parts, progress, steps)
         return _train(recipe, parts, path, progress, steps)
 
 
@@ -68,10 +65,18 @@ def _train(recipe: Recipe, parts: Parts, path: Path, progress: Progress, steps: 
         fit(parts, _cadence(recipe, parts, steps), progress)
         result = _result(recipe, parts, progress)
         if parts.runtime.is_main:
-            write_json(path / "result.json", result)
+            _write_result(path / "result.json", result)
     finally:
         parts.tracker.finish(result)
     return {**result, "run_directory": str(path)}
+
+
+def _write_result(path: Path, result: dict[str, Any]) -> None:
+    try:
+        write_json(path, result)
+    except HarnessError as error:
+        hint = "Free some space; the same command with --resume auto writes it."
+        raise HarnessError(error.what, where=error.where, hint=hint, exit_code=1) from None
 
 
 def _describe_run(path: Path, recipe: Recipe, parts: Parts, progress: Progress, steps: int) -> None:

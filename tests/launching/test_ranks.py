@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -12,9 +13,11 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from harness.launching.ranks import exit_code, free_port, main
+from harness.launching.ports import free_port
+from harness.launching.ranks import exit_code, main
 from tests.conftest import kill_tree, run_limited
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,3 +189,56 @@ def test_run_ranks_starts_connected_ranks(script: Path, run_ranks) -> None:
     done = run_ranks(2, script, "run", "0")
     assert done.returncode == 0, done.stderr
     assert ranks_in(done.stdout) == ["rank 0 of 2 sum 3 threads 1", "rank 1 of 2 sum 3 threads 1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_that_dies_is_started_again_from_the_last_checkpoint(
+    ranks: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last rank of the first attempt is killed at step 9, behind the checkpoint of step 7."""
+    script = tmp_path / "dies.py"
+    script.write_text(
+        f"""
+import os, pathlib, signal, sys
+from harness.cli import main
+from harness.training.step import TrainingStep
+
+real, mark = TrainingStep.__call__, pathlib.Path({str(tmp_path / "died")!r})
+
+def call(self, *args, **kwargs):
+    if kwargs["step"] == 9 and os.environ.get("RANK", "0") == "{ranks - 1}" and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, *args, **kwargs)
+
+TrainingStep.__call__ = call
+sys.exit(main(sys.argv[1:]))
+"""
+    )
+    base = [sys.executable, "-m", "harness.launching.ranks", "--max-restarts", "2", "accelerate", "launch"]
+    config = ROOT / "recipes/launch" / ("cpu.yaml" if ranks == 2 else "one_gpu.yaml")
+    words = ["--config_file", str(config), "--num_processes", str(ranks), str(script), "train", str(tiny)]
+    done = run_limited([*base, *words], 240, environment(PYTHONPATH=str(ROOT)), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("launch: starting the ranks again (1 of 2 restarts)") == 1
+    assert "resumed at step 7 of 14" in done.stderr
+    (run,) = (tmp_path / "runs/tiny").iterdir()
+    assert json.loads((run / "result.json").read_text())["step"] == 14
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == list(range(1, 15))
+
+
+@pytest.mark.slow
+def test_the_ranks_of_one_machine_listen_on_loopback_alone(script: Path) -> None:
+    with subprocess.Popen(
+        command("cpu", "--num_processes", "2", script, "wait", "0"), env=environment(), cwd=ROOT, stdout=subprocess.PIPE
+    ) as launcher:
+        try:
+            assert launcher.stdout is not None
+            launcher.stdout.readline()  # a rank is up
+            family = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
+            addresses = {c.laddr.ip for p in family for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
+        finally:
+            kill_tree(launcher.pid)
+    assert addresses == {"127.0.0.1"}

@@ -11,31 +11,6 @@ import pytest
 
 from harness.cli import main
 
-TINY = """
-seed: 0
-data:
-  source: synthetic
-  synthetic: {train_images: 100, test_images: 37, num_classes: 4}
-  loader: device
-  crop_padding_px: 2
-  flip: random
-model:
-  name: dual_branch
-  args: {widths: [[4, 8], [8]], transition_widths: [8], head_width: 8, dropout: 0.2}
-training: {epochs: 2, global_batch_size: 16}
-optimizer: {lr: 0.05}
-checkpoint: {keep_last: 10}
-tracking: {wandb: disabled, log_every_steps: 1}
-"""
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(TINY)
-    return path
-
-
 Train = Callable[..., Path]
 
 

@@ -135,6 +135,14 @@ def test_an_existing_checkpoint_survives_a_failed_save(tmp_path: Path, monkeypat
     checkpoint.load(path)
 
 
+def test_a_checkpoint_whose_successor_did_not_come_is_put_back(tmp_path: Path) -> None:
+    path = write(tmp_path, 1, *trained("sgd"))
+    path.rename(tmp_path / ".step_1.replaced")  # as after a kill between the two renames
+    assert checkpoint.last_good(tmp_path) == (path, [])
+    write(tmp_path, 1, *trained("sgd"))
+    assert [p.name for p in tmp_path.iterdir()] == ["step_1"]
+
+
 def test_weights_of_another_network_are_explained() -> None:
     model = nn.Linear(3, 2)
     with pytest.raises(HarnessError) as caught:

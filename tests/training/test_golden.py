@@ -62,3 +62,4 @@ def test_losses_are_the_golden_ones(tmp_path: Path) -> None:
         nearby = next(iter(golden.values()))
         assert found["train"] == pytest.approx(nearby["train"], rel=1e-3)
         assert found["test"] == pytest.approx(nearby["test"], rel=1e-2)
+        assert found["test_ema"] == pytest.approx(nearby["test_ema"], rel=1e-2)

@@ -96,9 +96,10 @@ def continued(name: str, folder: Path) -> tuple[nn.Module, nn.Module]:
     other, other_optim = start()
     train(model, optim, range(2))
     weights, state = model.state_dict(), optim.state_dict()
-    saved = checkpoint.load(checkpoint.save(folder, 2, model=weights, ema=None, optimizer=state, state={}))
+    taken = checkpoint.snapshot(2, model=weights, ema=None, optimizer=state, state={})
+    saved = checkpoint.load(checkpoint.write(folder, taken))
     checkpoint.load_weights(other, saved.model, saved.path)
-    other_optim.load_state_dict(checkpoint.join_optimizer(saved.optimizer, saved.state["optimizer"]))
+    checkpoint.load_optimizer(other_optim, saved)
     train(model, optim, range(2, 5))
     train(other, other_optim, range(2, 5))
     return model, other
@@ -149,6 +150,8 @@ def test_timms_optimizers_reduce_a_loss(name: str) -> None:
         ({"args": {"dampning": 0.1}}, 'Did you mean "dampening"?'),
         ({"args": {"nesterov": True}}, "multiple values for keyword argument 'nesterov'"),
         ({"name": "adamw", "args": {"betas": (2.0, 0.9)}}, "cannot be built"),
+        ({"name": "adamw", "args": {"betas": [0.9]}}, "cannot be built"),
+        ({"args": {"layer_decay": 0.5}}, 'sgd has no argument "layer_decay"'),
     ],
 )
 def test_wrong_settings_are_explained(changes: dict[str, object], text: str) -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from harness.cli import main
+from harness.training.step import TrainingStep
+from harness.training.stopping import StopVote
 from tests.conftest import ROOT, RunRanks
 from tests.training.conftest import Train, metrics, result
 
@@ -159,3 +164,103 @@ def test_a_broken_checkpoint_on_two_ranks_is_set_aside_once(train: Train, tiny: 
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("broken checkpoint") == 1
     assert result(run)["step"] == 14
+
+
+def test_a_checkpoint_taken_out_of_its_run_begins_a_new_one(
+    train: Train, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(train("run", "training.epochs=1") / "checkpoints/step_7", project / "models/best")
+    for name in ("metrics.jsonl", "result.json"):
+        (project / name).write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    before = everything(project)
+    assert main(["train", str(tiny), "--resume", str(project / "models/best")]) == 0
+    assert everything(project) == before
+    (run,) = Path("runs/tiny").iterdir()
+    assert result(run)["step"] == 14
+
+
+def image_folder(path: Path, seed: int) -> Path:
+    generator = np.random.default_rng(seed)
+    for split, count in (("train", 8), ("test", 3)):
+        for name in ("cat", "dog"):
+            (path / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(path / split / name / f"{number}.png")
+    return path
+
+
+def test_other_images_are_noticed(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = image_folder(tmp_path / "one", 1), image_folder(tmp_path / "other", 2)
+    images = ("data.source=imagefolder", "training.global_batch_size=8")
+    run = train("run", *images, f"data.path={one}", "training.epochs=1")
+    before = everything(run)
+    train("run", *images, f"data.path={other}", resume="auto", expect=2)
+    assert "was trained on other images" in capsys.readouterr().err
+    assert everything(run) == before
+    shutil.rmtree(one)
+    shutil.copytree(other, one)
+    assert main(["eval", str(run)]) == 0
+    assert "WARNING these are not the images" in capsys.readouterr().err
+
+
+def test_a_shorter_training_than_what_is_done_is_refused(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train("run")
+    before = everything(run)
+    train("run", "training.epochs=1", resume="auto", expect=2)
+    assert "the checkpoint is of step 14, the training has 7" in capsys.readouterr().err
+    assert everything(run) == before
+
+
+@pytest.mark.parametrize(("schedule", "warned"), [("cosine", True), ("constant", False)])
+def test_another_length_is_warned_of_where_it_shapes_the_schedule(
+    train: Train, capsys: pytest.CaptureFixture[str], schedule: str, warned: bool
+) -> None:
+    train("run", "training.epochs=1", f"schedule.name={schedule}")
+    train("run", f"schedule.name={schedule}", resume="auto")
+    assert ("training.epochs: 1 → 2: the cosine schedule" in capsys.readouterr().err) is warned
+
+
+def test_a_full_disk_at_the_start_leaves_the_recipe_whole(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train("run", "training.epochs=1")
+    before = everything(run)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        train("run", resume="auto", expect=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot be written: File too large" in capsys.readouterr().err
+    assert {k: v for k, v in everything(run).items() if not k.endswith(".tmp")} == before
+
+
+@pytest.mark.parametrize("name", ["provenance.json", "result.json"])
+@pytest.mark.parametrize("text", ["", "[]", '{"step": '])
+def test_a_broken_file_of_the_run_is_named(
+    train: Train, capsys: pytest.CaptureFixture[str], name: str, text: str
+) -> None:
+    run = train("run", "training.epochs=1")
+    (run / name).write_text(text)
+    before = everything(run)
+    train("run", resume="auto", expect=2)
+    assert f"{name}: is not a JSON object" in capsys.readouterr().err
+    assert everything(run) == before
+
+
+def test_stopping_a_training_that_has_diverged_saves_nothing(
+    train: Train, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = []
+
+    def agreed(vote: StopVote) -> bool:
+        called.append(vote)
+        return len(called) > 4
+
+    monkeypatch.setattr(StopVote, "agreed", agreed)  # a signal just before the fifth step
+    # On a GPU numbers are looked at at log steps alone; this makes a CPU do so too.
+    monkeypatch.setattr(TrainingStep, "_finite", lambda step: True)
+    run = train("run", "optimizer.lr=1e30", "tracking.log_every_steps=1000", expect=3)
+    assert "diverged before it was stopped after step 4" in capsys.readouterr().err
+    assert not list((run / "checkpoints").glob("step_*"))

@@ -176,6 +176,16 @@ def test_settings_train(train: Train, tiny: Path, overrides: tuple[str, ...]) ->
     assert all(0 < r["loss"] < 5 for r in metrics(run))
 
 
+@pytest.mark.slow
+def test_a_compiled_training_is_evaluated_as_its_weights_are(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    run, plain = train("run", "training.epochs=1", "training.compile=true"), train("plain", "training.epochs=1")
+    for compiled, eager in zip(metrics(run), metrics(plain), strict=True):
+        assert compiled["loss"] == pytest.approx(eager["loss"], rel=1e-3)
+    capsys.readouterr()
+    assert main(["eval", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["test"]["loss"] == result(run)["loss"]
+
+
 def test_eval_and_predict_agree_with_the_run(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = train("run", "training.epochs=4", "ema.decay=0.8", "evaluation.recalibrate_batch_norm_batches=2")
     capsys.readouterr()

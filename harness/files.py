@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from harness.errors import HarnessError
 
@@ -41,6 +42,17 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             where=str(path),
             hint="see that the disk has free space and that you may write to the folder",
         ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 as `replacing` does."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON as `replacing` does; NaN and infinity are refused, as JSON has none."""
+    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
 
 
 def fsync_directory(directory: str | Path) -> None:
