@@ -180,7 +180,7 @@ def test_a_free_port_is_free_and_is_not_handed_to_outgoing_connections() -> None
 
 def test_only_accelerate_launch_is_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rm", "-rf"]) == 2
-    assert "usage: harness.launching.ranks accelerate launch" in capsys.readouterr().err
+    assert "usage: harness.launching.ranks [--max-restarts N] accelerate launch" in capsys.readouterr().err
 
 
 @pytest.mark.slow
