@@ -6,7 +6,6 @@ import datetime
 import json
 import os
 import platform
-import secrets
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -113,11 +112,6 @@ def broadcast_text(text: str | None, runtime: Runtime) -> str:
         buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
     dist.broadcast(buffer, src=0)
     return bytes(buffer.cpu().tolist()).decode()
-
-
-def new_run_id() -> str:
-    """A sortable id, unique among runs started in the same second."""
-    return datetime.datetime.now().strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
 
 
 def provenance(world_size: int) -> dict[str, Any]:

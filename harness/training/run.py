@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from harness import network
 from harness import runtime as runtime_module
 from harness.recipe import Recipe
 from harness.recipe.loading import fingerprint, resolved_yaml
@@ -33,6 +34,7 @@ def train(recipe: Recipe, *, run_directory: Path | None, resume: str) -> dict[st
     Raises:
         HarnessError: see its text; with exit code 2 nothing was started and nothing was overwritten.
     """
+    network.choose_interface()
     runtime = runtime_module.start(precision=recipe.training.precision, seed=recipe.seed)
     with ExitStack() as stack:
         stack.callback(runtime_module.finish, runtime)
