@@ -132,7 +132,9 @@ def submit(cluster: Sandbox, work: Path, capsys: pytest.CaptureFixture[str]) -> 
     yield run
     for job in submitted:
         cluster.run("scancel", "--quiet", job, check=False)
+    deadline = time.monotonic() + 30
     while cluster.run("squeue", "-h", check=False).strip():  # they must not write into a folder that goes
+        assert time.monotonic() < deadline, cluster.run("squeue")
         time.sleep(0.1)
 
 

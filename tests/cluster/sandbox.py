@@ -221,6 +221,7 @@ class Sandbox:
             "SelectType=select/cons_tres",
             "SelectTypeParameters=CR_CPU",
             "SlurmdParameters=config_overrides",  # the CPUs of slurm.conf, whatever the machine has
+            "EnforcePartLimits=ALL",  # what can never run is refused, not queued for ever
             "ReturnToService=2",
             "JobRequeue=1",
             "MailProg=/bin/true",
