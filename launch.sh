@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Train a recipe on what this machine has: one CPU, one GPU or all GPUs. Sets everything up on first use.
+# Train a recipe on what this machine has: one CPU, one GPU or all GPUs; or on a cluster. Sets everything up on first use.
 #
 #   ./launch.sh recipes/quickstart.yaml [key=value …] [--gpus N] [--ranks N] [options of harness train]
+#   ./launch.sh --slurm recipes/seed.yaml [key=value …] [--nodes N] [--gpus-per-node G] [options of harness submit]
 #
 #   key=value     overrides of the recipe, such as training.epochs=2
 #   --gpus N      use N GPUs (0: the CPU); default: all that are there
@@ -92,6 +93,7 @@ usable_gpus() {
 [ "${DRY_RUN:-0}" != 0 ] || DRY_RUN=""
 gpus=""
 ranks=${NPROC:-}
+slurm=""
 arguments=()
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -102,6 +104,7 @@ while [ $# -gt 0 ]; do
       shift ;;
     --gpus=*) number --gpus "${1#*=}" 0; gpus=${1#*=} ;;
     --ranks=*) number --ranks "${1#*=}" 1; ranks=${1#*=} ;;
+    --slurm) slurm=yes ;;
     *) arguments+=("$1") ;;
   esac
   shift
@@ -124,6 +127,19 @@ done
 
 if [ -z "${DRY_RUN:-}" ] && [ -z "${HARNESS_SKIP_SETUP:-}" ]; then
   "$root/scripts/setup.sh" || exit $?
+fi
+
+# Prints the command in a dry run, else becomes it.
+run() {
+  [ -n "${DRY_RUN:-}" ] || exec env "$@"
+  printf '%q ' "$@" | sed 's/ $//'
+  echo
+  exit 0
+}
+
+if [ -n "$slurm" ]; then
+  [ -z "$gpus$ranks" ] || fail "--gpus and --ranks are for this machine alone" "with --slurm: --nodes N --gpus-per-node G"
+  run "$python" -m harness submit "$recipe" "${arguments[@]:1}"
 fi
 
 # One process a GPU; on the CPU as many as asked for or as measured fastest.
@@ -170,9 +186,4 @@ elif [ "$gpus" != 0 ]; then
 fi
 command+=(harness train "$recipe" "${arguments[@]:1}")
 
-if [ -n "${DRY_RUN:-}" ]; then
-  printf '%q ' ${environment[@]+"${environment[@]}"} "${command[@]}" | sed 's/ $//'
-  echo
-  exit 0
-fi
-exec env ${environment[@]+"${environment[@]}"} "${command[@]}"
+run ${environment[@]+"${environment[@]}"} "${command[@]}"

@@ -15,6 +15,7 @@ from harness.errors import HarnessError
 
 BODY = Path(__file__).with_name("body.sbatch")
 MAX_NAME_LETTERS = 60
+NAMES = "# shellcheck disable=SC2016  # $(…) in a name is part of the name"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def sbatch_text(job: Job) -> str:
     Raises:
         HarnessError: something in it cannot stand on a `#SBATCH` line.
     """
-    lines = ["#!/usr/bin/env bash", *_directives(job), "# Made by `harness submit`.", *_settings(job)]
+    lines = ["#!/usr/bin/env bash", *_directives(job), "# Made by `harness submit`.", NAMES, *_settings(job)]
     return "\n".join(lines) + "\n" + BODY.read_text()
 
 
