@@ -69,6 +69,26 @@ def assert_equal(task: Task, undisturbed: Task) -> None:
 
 
 @pytest.mark.slow
+def test_the_time_limit_changes_nothing(submit: Submit) -> None:
+    """SLURM looks at time limits every half minute, so the warning of a job of one minute comes within that.
+
+    The training is too long to end before, on any machine; its end is set when it waits to be started again.
+    """
+    limited = submit("digits.yaml", "--time", "1", "--signal-seconds", "30", "training.steps=100000")
+    limited.wait_for(lambda: limited.facts()["Restarts"] == "1", "queued again")
+    assert "SIGUSR1: stopping after this step" in limited.output()
+    stopped_at = limited.steps()[-1]
+    frozen = limited.run / "slurm" / "recipe.yaml"
+    frozen.write_text(frozen.read_text().replace("steps: 100000", f"steps: {stopped_at + 5}"))
+    limited.finish()
+    assert limited.starts()[:2] == [0, stopped_at]
+    alone = submit("digits.yaml", f"training.steps={stopped_at + 5}")
+    alone.finish()
+    assert limited.weights(stopped_at + 5) == alone.weights(stopped_at + 5)
+    assert limited.steps() == list(range(1, stopped_at + 6))
+
+
+@pytest.mark.slow
 def test_a_node_that_dies_costs_a_few_steps(
     undisturbed: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,7 +173,8 @@ def test_a_job_that_may_not_be_queued_again_says_how_to_go_on(submit: Submit, cl
 
 @pytest.mark.slow
 def test_one_task_of_an_array_is_queued_again_alone(submit: Submit) -> None:
-    first, second = submit("digits.yaml", "--array", "0,3")
+    first, second = submit("digits.yaml", "--array", "0,3")  # the second one's own id is that of the array
+    first.wait_for_step(3)
     second.wait_for_step(8)
     signal_usr1(second)
     assert second.finish()["Restarts"] == "1"
@@ -216,7 +237,7 @@ def test_train_sbatch_is_for_those_who_write_their_own(work: Path, cluster: Sand
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--gpus-per-node", "9"], "Requested node configuration is not available"),
+        (["--gpus-per-node", "3"], "Requested node configuration is not available"),
         (["--nodes", "3"], "Node count specification invalid"),
         (["--array", "0-1", "--partition", "nowhere"], "invalid partition specified: nowhere"),
         (["--array", "0-1", "--time", "soon"], "Invalid --time specification"),

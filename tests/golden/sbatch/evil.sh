@@ -89,9 +89,11 @@ for ((attempt = 0; ; attempt++)); do
 done
 
 # Queue this job (of an array, this task) again, unless it was cancelled: a job that was has left the state RUNNING.
+# The id of one of an array's tasks is that of the whole array: tasks are named by array and index.
 if [ "$code" = 75 ]; then
-  case "$(scontrol show job -o "$SLURM_JOB_ID")" in
-    *" JobState=RUNNING "* | *" Reason=TimeLimit "*) scontrol requeue "$SLURM_JOB_ID" && exit 75 ;;
+  job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}
+  case "$(scontrol show job -o "$job")" in
+    *" JobState=RUNNING "* | *" Reason=TimeLimit "*) scontrol requeue "$job" && exit 75 ;;
   esac
   again=${again:-sbatch ${SLURM_ARRAY_TASK_ID:+--array=$SLURM_ARRAY_TASK_ID }$(printf %q "$run/slurm/job.sbatch")}
   printf 'launch: stopped with a checkpoint; if SLURM does not queue the job again, go on by %s\n' "$again" >&2
