@@ -258,7 +258,9 @@ def build_submit(parser: argparse.ArgumentParser) -> None:
     _recipe_arguments(parser)
     add_options(parser)
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where to write (default runs/<recipe>/<run-id>)")
-    parser.add_argument("--dry-run", action="store_true", help="print the batch script; nothing is written or submitted")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the batch script; nothing is written or submitted"
+    )
     parser.set_defaults(run=_submit)
 
 

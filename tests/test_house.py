@@ -237,7 +237,15 @@ def test_scripts_are_executable_and_stop_at_the_first_error(script: str) -> None
     assert "\nset -euo pipefail\n" in text
 
 
-@pytest.mark.parametrize("module", ["harness.recipe", "harness.launching.local", "harness.launching.ranks", "harness.launching.submitting"])
+def test_the_sandbox_is_executable() -> None:
+    path = ROOT / "scripts" / "slurm_sandbox"
+    assert os.access(path, os.X_OK)
+    assert path.read_text().startswith("#!/usr/bin/env python3\n")
+
+
+@pytest.mark.parametrize(
+    "module", ["harness.recipe", "harness.launching.local", "harness.launching.ranks", "harness.launching.submitting"]
+)
 def test_what_runs_before_training_does_not_import_torch(module: str) -> None:
     """Recipes are checked and remembered splits are read in milliseconds, torch takes a second or more."""
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

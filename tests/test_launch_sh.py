@@ -89,7 +89,10 @@ def test_help_and_usage(env: dict[str, str]) -> None:
         ([SEED, "--ranks=0"], ["--ranks must be at least 1"]),
         ([SEED, "--gpus", "1"], ["this machine has 0"]),
         (["--slurm"], ["./launch.sh --slurm recipes/seed.yaml"]),
-        (["--slurm", SEED, "--gpus", "1"], ["--gpus and --ranks are for this machine", "HINT: with --slurm: --nodes N"]),
+        (
+            ["--slurm", SEED, "--gpus", "1"],
+            ["--gpus and --ranks are for this machine", "HINT: with --slurm: --nodes N"],
+        ),
     ],
 )
 def test_mistakes_are_told_and_nothing_starts(env: dict[str, str], arguments: list[str], words: list[str]) -> None:

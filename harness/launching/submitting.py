@@ -1,4 +1,4 @@
-"""Handing a training to SLURM: its recipe is checked, its run directory made, its script written and given to sbatch."""
+"""Handing a training to SLURM: the recipe is checked, the run directory made, the script written and submitted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCRIPT = "job.sbatch"
 RECIPE = "recipe.yaml"
 SBATCH_LIMIT_SECONDS = 120
 MAX_ARRAY = 1001  # tasks; SLURM's own default
-# Of a job that we may be in ourselves; a job's own come from its own request. Where SLURM is, the new one must know too.
+# All others are those of a job that we may be in ourselves; the new job gets its own.
 KEPT_SLURM_VARIABLES = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"}
 
 
@@ -137,7 +137,8 @@ def _sbatch(script: Path) -> str:
         ) from None
     except subprocess.TimeoutExpired:
         raise HarnessError(
-            f"sbatch did not answer within {SBATCH_LIMIT_SECONDS} s", hint="`squeue --me` tells whether the job is there."
+            f"sbatch did not answer within {SBATCH_LIMIT_SECONDS} s",
+            hint="`squeue --me` tells whether the job is there.",
         ) from None
     if done.returncode != 0:
         message = "\n  ".join(done.stderr.strip().splitlines()) or f"sbatch ended with {done.returncode}"
@@ -165,7 +166,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--partition", metavar="P", help="partition")
     parser.add_argument("--account", metavar="A", help="account")
     parser.add_argument(
-        "--array", type=_array, default=((), None), metavar="SEEDS", help="a run a seed: 0-4, 1,5,9 or 0-9%%2 (two at once)"
+        "--array",
+        type=_array,
+        default=((), None),
+        metavar="SEEDS",
+        help="a run a seed: 0-4, 1,5,9 or 0-9%%2 (two at once)",
     )
     parser.add_argument(
         "--signal-seconds",
@@ -191,7 +196,9 @@ def request_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     tasks, gpus = arguments.tasks_per_node, arguments.gpus_per_node
     if tasks is not None and gpus and tasks != gpus:
-        raise HarnessError(f"--tasks-per-node {tasks} and --gpus-per-node {gpus}: one rank a GPU", hint="Give one of them.")
+        raise HarnessError(
+            f"--tasks-per-node {tasks} and --gpus-per-node {gpus}: one rank a GPU", hint="Give one of them."
+        )
     seeds, limit = arguments.array
     same = ("nodes", "cpus_per_task", "time_limit", "partition", "account", "signal_seconds", "max_restarts")
     return {

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import getpass
 import os
+import pwd
 import secrets
 import shutil
 import signal
@@ -127,7 +127,7 @@ class Sandbox:
     def stop(self) -> None:
         """End all jobs, then all daemons, then whatever of them is left."""
         if "slurmctld" in self.processes:
-            self.run("scancel", "--full", f"--user={getpass.getuser()}", check=False)
+            self.run("scancel", "--full", f"--user={_user()}", check=False)
             with contextlib.suppress(RuntimeError):
                 self._wait_for(lambda: not self.run("squeue", "-h", check=False).strip(), limit=STOP_LIMIT_SECONDS)
         for name in [*(n for n in self.processes if n.startswith("node")), "slurmctld", "munged"]:
@@ -169,7 +169,9 @@ class Sandbox:
             ended = [name for name, process in self.processes.items() if process.poll() is not None]
             if ended or time.monotonic() > deadline:
                 logs = {f.name: f.read_text()[-800:] for f in (self.folder / "log").iterdir()}
-                raise RuntimeError(f"ended: {ended}, limit {limit} s\n" + "\n".join(f"{n}: {t}" for n, t in logs.items()))
+                raise RuntimeError(
+                    f"ended: {ended}, limit {limit} s\n" + "\n".join(f"{n}: {t}" for n, t in logs.items())
+                )
             time.sleep(0.05)
 
     def _is_stepd_of(self, pid: int, number: int) -> bool:
@@ -193,11 +195,15 @@ class Sandbox:
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(1024))
         lines = self._lines() + (self._fake_gpus() if self.gpus else [])
-        lines += [*self._node_lines(), "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP", *self.extra]
+        lines += [
+            *self._node_lines(),
+            "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP",
+            *self.extra,
+        ]
         self.configuration.write_text("\n".join(lines) + "\n")
 
     def _lines(self) -> list[str]:
-        folder, user = self.folder, getpass.getuser()
+        folder, user = self.folder, _user()
         controller = self.addresses[0] if self.addresses else "127.0.0.1"
         return [
             "ClusterName=sandbox",
@@ -234,9 +240,13 @@ class Sandbox:
         for number in range(1, self.nodes + 1):
             port = next(p for p in iter(free_port, 0) if p not in taken)
             taken.add(port)
-            address = f"NodeAddr={self.addresses[number]}" if self.addresses else "NodeHostname=localhost NodeAddr=127.0.0.1"
+            address = (
+                f"NodeAddr={self.addresses[number]}" if self.addresses else "NodeHostname=localhost NodeAddr=127.0.0.1"
+            )
             gpus = f" Gres=gpu:{self.gpus}" if self.gpus else ""
-            lines.append(f"NodeName=node{number} {address} Port={port} CPUs={self.cpus} RealMemory=4000 State=UNKNOWN{gpus}")
+            lines.append(
+                f"NodeName=node{number} {address} Port={port} CPUs={self.cpus} RealMemory=4000 State=UNKNOWN{gpus}"
+            )
         return lines
 
     def _fake_gpus(self) -> list[str]:
@@ -249,6 +259,10 @@ class Sandbox:
             lines.append(f"NodeName=node{number} Name=gpu File={devices}/node{number}_nvidia[0-{self.gpus - 1}]")
         (self.folder / "gres.conf").write_text("\n".join(lines) + "\n")
         return ["GresTypes=gpu"]
+
+
+def _user() -> str:
+    return pwd.getpwuid(os.getuid()).pw_name
 
 
 def _end_with_parent() -> None:

@@ -220,9 +220,17 @@ def test_the_text_of_a_dry_run_runs_unchanged(
 
 
 @pytest.mark.slow
-def test_train_sbatch_is_for_those_who_write_their_own(work: Path, cluster: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_sbatch_is_for_those_who_write_their_own(
+    work: Path, cluster: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HARNESS_PYTHON", sys.executable)
-    words = ["--nodes=2", "--ntasks-per-node=1", str(ROOT / "scripts" / "train.sbatch"), "digits.yaml", "training.steps=2"]
+    words = [
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        str(ROOT / "scripts" / "train.sbatch"),
+        "digits.yaml",
+        "training.steps=2",
+    ]
     environment = cluster.environment | dict(os.environ)
     done = subprocess.run(
         ["sbatch", "--parsable", *words], env=environment, capture_output=True, text=True, timeout=60, check=True

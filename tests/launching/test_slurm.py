@@ -56,7 +56,9 @@ def test_the_text_is_the_golden_one(name: str) -> None:
     assert text == file.read_text()
 
 
-@pytest.mark.parametrize("script", [*(GOLDEN / f"{name}.sh" for name in JOBS), ROOT / "scripts" / "train.sbatch"], ids=str)
+@pytest.mark.parametrize(
+    "script", [*(GOLDEN / f"{name}.sh" for name in JOBS), ROOT / "scripts" / "train.sbatch"], ids=str
+)
 def test_scripts_pass_bash_and_shellcheck(script: Path) -> None:
     for command in (["bash", "-n"], [SHELLCHECK]):
         done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=60)
@@ -87,7 +89,8 @@ def test_names_are_only_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    "change", [{"partition": "a\n#SBATCH --wrap=x"}, {"run_directory": "/a\\b"}, {"account": "a\x00"}, {"time_limit": "1\r"}]
+    "change",
+    [{"partition": "a\n#SBATCH --wrap=x"}, {"run_directory": "/a\\b"}, {"account": "a\x00"}, {"time_limit": "1\r"}],
 )
 def test_what_could_break_out_of_its_line_is_refused(change: dict[str, str]) -> None:
     with pytest.raises(HarnessError, match="cannot be given to sbatch") as caught:
@@ -97,7 +100,13 @@ def test_what_could_break_out_of_its_line_is_refused(change: dict[str, str]) -> 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("seed", "seed"), ("my recipe $(date)", "my_recipe_date"), ("ümlaut", "mlaut"), ("$$$", "harness"), ("a" * 99, "a" * 60)],
+    [
+        ("seed", "seed"),
+        ("my recipe $(date)", "my_recipe_date"),
+        ("ümlaut", "mlaut"),
+        ("$$$", "harness"),
+        ("a" * 99, "a" * 60),
+    ],
 )
 def test_job_names(name: str, expected: str) -> None:
     assert job_name(name) == expected
