@@ -199,6 +199,12 @@ def request_of(arguments: argparse.Namespace) -> dict[str, Any]:
         raise HarnessError(
             f"--tasks-per-node {tasks} and --gpus-per-node {gpus}: one rank a GPU", hint="Give one of them."
         )
+    seconds = limit_seconds(arguments.time_limit)
+    if seconds is not None and seconds <= arguments.signal_seconds:
+        raise HarnessError(
+            f"--time {arguments.time_limit} is over as soon as --signal-seconds {arguments.signal_seconds} begin",
+            hint="Ask for more time or give a smaller --signal-seconds: a job must get on before it is queued again.",
+        )
     seeds, limit = arguments.array
     same = ("nodes", "cpus_per_task", "time_limit", "partition", "account", "signal_seconds", "max_restarts")
     return {
@@ -208,6 +214,25 @@ def request_of(arguments: argparse.Namespace) -> dict[str, Any]:
         "seeds": seeds,
         "array_limit": limit,
     }
+
+
+def limit_seconds(text: str | None) -> int | None:
+    """A time limit as sbatch has it (M, M:S, H:M:S, D-H, D-H:M, D-H:M:S), in seconds; None for anything else.
+
+    >>> limit_seconds("1-12"), limit_seconds("4:00:00"), limit_seconds("90")
+    (129600, 14400, 5400)
+    """
+    if text is None or not re.fullmatch(r"([0-9]{1,6}-)?[0-9]{1,6}(:[0-9]{1,6}){0,2}", text):
+        return None
+    days, dash, rest = text.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:
+        hours, (minutes, seconds) = 0, [*parts, 0][:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _at_least(smallest: int) -> Callable[[str], int]:

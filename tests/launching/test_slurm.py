@@ -146,6 +146,7 @@ def test_a_dry_run_writes_nothing(
         (["--array", "1,1"], "argument --array: must be seeds, each once"),
         (["--array", "0-9999999"], "argument --array: must be seeds"),
         (["--gpus-per-node", "2", "--tasks-per-node", "4"], "one rank a GPU"),
+        (["--time", "2"], "--time 2 is over as soon as --signal-seconds 120 begin"),
         (["--partition", "a\nb"], "cannot be given to sbatch as --partition"),
         (["--run-dir", DEBUG], "cannot be used as a run directory"),
         (["--run-dir", str(ROOT)], "is not a run directory"),
@@ -217,6 +218,24 @@ def test_what_was_there_before_stays_when_sbatch_refuses(
 )
 def test_arrays(text: str, expected: object) -> None:
     assert submitting._array(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("4:00:01", 14401),
+        ("1-12", 129600),
+        ("1-0:30", 88200),
+        ("2-0:0:5", 172805),
+        ("UNLIMITED", None),
+        ("1:2:3:4", None),
+        (None, None),
+    ],
+)
+def test_time_limits(text: str | None, seconds: int | None) -> None:
+    assert submitting.limit_seconds(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "a", "1-", "0,", "-1", "1%", "1%0", "0-3:2", "1 2"])

@@ -58,6 +58,7 @@ start=${SLURM_RESTART_COUNT:-0}
 for ((attempt = 0; ; attempt++)); do
   if [ -n "$stop" ]; then code=75; break; fi
   export HARNESS_EXIT_CODES=$run/slurm/codes.$SLURM_JOB_ID.$start.$attempt
+  rm -rf "$run/slurm/codes.$SLURM_JOB_ID".* # a start that was killed has left its own
   mkdir -p "$HARNESS_EXIT_CODES"
   MASTER_PORT=$("$python" -c 'import sys; from harness.launching.ranks import free_port; print(free_port(sys.argv[1]))' \
     "$SLURM_JOB_ID $start $attempt") || exit 1
