@@ -75,10 +75,12 @@ def test_a_job_that_is_preempted_makes_room_and_goes_on(
         "PartitionName=low Nodes=ALL PriorityTier=1 GraceTime=60",
         "PartitionName=high Nodes=ALL PriorityTier=9 PreemptMode=OFF",
     ]
-    with tempfile.TemporaryDirectory(prefix="slurm-") as folder, Sandbox(Path(folder), extra=preemption) as cluster:
+    with (
+        tempfile.TemporaryDirectory(prefix="slurm-") as folder,
+        Sandbox(Path(folder), cpus=1, extra=preemption) as cluster,
+    ):
         in_cluster(cluster, tmp_path, monkeypatch)
-        words = ["--nodes", "2", "--cpus-per-task", "2", "--partition", "low"]
-        assert main(["submit", "digits.yaml", *words]) == 0
+        assert main(["submit", "digits.yaml", "--nodes", "2", "--partition", "low"]) == 0
         (task,) = tasks_in(capsys.readouterr().out, cluster)
         task.wait_for_step(8)
         cluster.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=other", "--wrap=sleep 1")
