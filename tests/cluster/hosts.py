@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-NETWORK = "198.18.213"  # of the range for tests of networks (RFC 2544)
+NETWORK = f"198.18.{os.getpid() % 254 + 1}"  # of the range for tests of networks (RFC 2544)
 ENTER = 'hostname "$1" && mount --bind "$2" /etc/hosts && shift 2 && exec "$@"'
 
 
