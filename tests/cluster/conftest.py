@@ -17,7 +17,7 @@ from harness.cli import main
 from tests.cluster.sandbox import Sandbox
 
 ROOT = Path(__file__).resolve().parents[2]
-JOB_LIMIT_SECONDS = 150.0
+JOB_LIMIT_SECONDS = 200.0
 STEPS = 44
 DIGITS = f"""
 data: {{source: digits, loader: device, crop_padding_px: 2}}

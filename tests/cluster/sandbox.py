@@ -206,7 +206,7 @@ class Sandbox:
         folder, user = self.folder, _user()
         controller = self.addresses[0] if self.addresses else "127.0.0.1"
         return [
-            "ClusterName=sandbox",
+            f"ClusterName=sandbox{os.getpid()}",  # several at a time differ, and so do the ports that their jobs choose
             f"SlurmctldHost={'controller' if self.addresses else 'localhost'}({controller})",
             f"SlurmctldPort={free_port()}",
             f"SlurmUser={user}",
@@ -231,7 +231,7 @@ class Sandbox:
             "ReturnToService=2",
             "JobRequeue=1",
             "MailProg=/bin/true",
-            "KillWait=5",
+            "KillWait=30",
             "SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=2,bf_interval=1",
         ]
 

@@ -61,7 +61,7 @@ for ((attempt = 0; ; attempt++)); do
   rm -rf "$run/slurm/codes.$SLURM_JOB_ID".* # a start that was killed has left its own
   mkdir -p "$HARNESS_EXIT_CODES"
   MASTER_PORT=$("$python" -c 'import sys; from harness.launching.ranks import free_port; print(free_port(sys.argv[1]))' \
-    "$SLURM_JOB_ID $start $attempt") || exit 1
+    "${SLURM_CLUSTER_NAME:-} $SLURM_JOB_ID $start $attempt") || exit 1
   export MASTER_PORT
   srun --kill-on-bad-exit=1 --wait=60 bash -c "$task" task \
     "$python" -m harness train "$frozen" --run-dir "$run" --resume auto &
