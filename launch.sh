@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Train a recipe on what this machine has: one CPU, one GPU or all GPUs. Sets everything up on first use.
+# Train a recipe on what this machine has: one CPU, one GPU or all GPUs; or on a cluster. Sets everything up on first use.
 #
 #   ./launch.sh recipes/quickstart.yaml [key=value …] [--gpus N] [--ranks N] [options of harness train]
+#   ./launch.sh --slurm recipes/seed.yaml [key=value …] [--nodes N] [--gpus-per-node G] [options of harness submit]
 #
 #   key=value     overrides of the recipe, such as training.epochs=2
 #   --gpus N      use N GPUs (0: the CPU); default: all that are there
@@ -93,7 +94,8 @@ usable_gpus() {
 [ "${DRY_RUN:-0}" != 0 ] || DRY_RUN=""
 gpus=""
 ranks=${NPROC:-}
-restarts=0
+restarts=""
+slurm=""
 arguments=()
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -106,6 +108,7 @@ while [ $# -gt 0 ]; do
     --max-restarts=*) number --max-restarts "${1#*=}" 0; restarts=${1#*=} ;;
     --gpus=*) number --gpus "${1#*=}" 0; gpus=${1#*=} ;;
     --ranks=*) number --ranks "${1#*=}" 1; ranks=${1#*=} ;;
+    --slurm) slurm=yes ;;
     *) arguments+=("$1") ;;
   esac
   shift
@@ -128,6 +131,19 @@ done
 
 if [ -z "${DRY_RUN:-}" ] && [ -z "${HARNESS_SKIP_SETUP:-}" ]; then
   "$root/scripts/setup.sh" || exit $?
+fi
+
+# Prints the command in a dry run, else becomes it.
+run() {
+  [ -n "${DRY_RUN:-}" ] || exec env "$@"
+  printf '%q ' "$@" | sed 's/ $//'
+  echo
+  exit 0
+}
+
+if [ -n "$slurm" ]; then
+  [ -z "$gpus$ranks" ] || fail "--gpus and --ranks are for this machine alone" "with --slurm: --nodes N --gpus-per-node G"
+  run "$python" -m harness submit "$recipe" "${arguments[@]:1}" ${restarts:+--max-restarts "$restarts"}
 fi
 
 # One process a GPU; on the CPU as many as asked for or as measured fastest.
@@ -165,21 +181,16 @@ environment=()
 [ -z "$threads" ] || [ -n "${OMP_NUM_THREADS:-}" ] || environment+=("OMP_NUM_THREADS=$threads")
 [ "$gpus" != 0 ] || environment+=(ACCELERATE_USE_CPU=true "GOMP_SPINCOUNT=$spin")
 command=("$python" -m)
-if [ "$ranks" != 1 ] || [ "$restarts" != 0 ]; then
+if [ "$ranks" != 1 ] || [ "${restarts:-0}" != 0 ]; then
   config=$root/recipes/launch/cpu.yaml
   [ "$gpus" = 0 ] || config=$root/recipes/launch/multi_gpu.yaml
   [ "$ranks" != 1 ] || config=$root/recipes/launch/one_gpu.yaml # as Accelerate has it: one process, on a CPU too
   command+=(harness.launching.ranks)
-  [ "$restarts" = 0 ] || command+=(--max-restarts "$restarts")
+  [ "${restarts:-0}" = 0 ] || command+=(--max-restarts "$restarts")
   command+=(accelerate launch --config_file "$config" --num_processes "$ranks" -m)
 elif [ "$gpus" != 0 ]; then
   environment=() # one process on a GPU keeps torch's own choice of threads
 fi
 command+=(harness train "$recipe" "${arguments[@]:1}")
 
-if [ -n "${DRY_RUN:-}" ]; then
-  printf '%q ' ${environment[@]+"${environment[@]}"} "${command[@]}" | sed 's/ $//'
-  echo
-  exit 0
-fi
-exec env ${environment[@]+"${environment[@]}"} "${command[@]}"
+run ${environment[@]+"${environment[@]}"} "${command[@]}"

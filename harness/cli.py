@@ -19,6 +19,9 @@ GROUPS = {
         "eval": "evaluate a run's checkpoint on its test split",
         "predict": "classify image files with a run's checkpoint",
     },
+    "Cluster": {
+        "submit": "hand a training to SLURM; it goes on by itself when it is preempted",
+    },
     "Look": {
         "summary": "a recipe's network: layers, receptive fields, constraints",
         "recipe": "show, validate or describe recipes",

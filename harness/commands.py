@@ -249,6 +249,40 @@ def _data_verify(arguments: argparse.Namespace) -> int:
     return EXIT_BAD_INPUT if problems else EXIT_DONE
 
 
+# --- submit
+
+
+def build_submit(parser: argparse.ArgumentParser) -> None:
+    from harness.launching.submitting import add_options
+
+    _recipe_arguments(parser)
+    add_options(parser)
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where to write (default runs/<recipe>/<run-id>)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the batch script; nothing is written or submitted"
+    )
+    parser.set_defaults(run=_submit)
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from harness.launching.submitting import request_of, submit
+
+    done = submit(
+        arguments.recipe,
+        arguments.overrides,
+        run_directory=arguments.run_dir,
+        dry_run=arguments.dry_run,
+        request=request_of(arguments),
+    )
+    if done.job_id is None:
+        print(done.text, end="")
+        return EXIT_DONE
+    print(f"job {done.job_id}")
+    for run_directory, log in done.places():
+        print(f"run directory {run_directory}\nlog {log}")
+    return EXIT_DONE
+
+
 # --- bench, doctor
 
 

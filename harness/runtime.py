@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 
 import harness
-from harness import preflight
+from harness import network, preflight
 from harness.data.order import hash64
 from harness.errors import HarnessError
 from harness.heartbeat import Heartbeat, collective_limit_seconds, to_stderr
@@ -91,6 +90,7 @@ def start(*, precision: str, seed: int, recipe_sha256: str = "") -> Runtime:
             "fp16 needs a GPU", where="training.precision", hint="On a CPU use training.precision=bf16 or no."
         )
     place = preflight.Place.of_environment()
+    network.choose_interface()
     heartbeat = _meet(place, use_cpu=use_cpu, recipe_sha256=recipe_sha256) if place.world_size > 1 else None
     accelerator = Accelerator(mixed_precision=precision, cpu=use_cpu)
     if accelerator.num_processes != place.world_size:
@@ -157,11 +157,6 @@ def broadcast_text(text: str | None, runtime: Runtime) -> str:
         buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
     dist.broadcast(buffer, src=0)
     return bytes(buffer.cpu().tolist()).decode()
-
-
-def new_run_id() -> str:
-    """A sortable id, unique among runs started in the same second."""
-    return datetime.datetime.now().strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
 
 
 def provenance(world_size: int) -> dict[str, Any]:

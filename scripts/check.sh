@@ -14,5 +14,5 @@ failed=0
 "$python" -m ruff "${ruff_check[@]}" --quiet . || failed=1
 "$python" -m ruff "${ruff_format[@]}" --quiet . || { echo "check: not formatted (scripts/check.sh --fix)" >&2; failed=1; }
 "$python" -m mypy || failed=1
-"$(dirname "$python")/shellcheck" launch.sh scripts/*.sh .ci/run || failed=1
+"$(dirname "$python")/shellcheck" launch.sh scripts/*.sh scripts/train.sbatch .ci/run || failed=1
 exit $failed

@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this machine lacks, each with its reason."""
-    reasons = {"gpu": _no_gpu, "cifar10": _no_cifar10, "ffcv": _no_ffcv}
+    reasons = {"gpu": _no_gpu, "cifar10": _no_cifar10, "ffcv": _no_ffcv, "slurm": _no_slurm}
     for name, missing in reasons.items():
         marked = [item for item in items if item.get_closest_marker(name)]
         reason = missing() if marked else None
@@ -66,6 +66,13 @@ def _no_cifar10() -> str | None:
 
 def _no_ffcv() -> str | None:
     return None if importlib.util.find_spec("ffcv") else "needs the ffcv extra: scripts/setup.sh tells what is missing"
+
+
+def _no_slurm() -> str | None:
+    from tests.cluster.sandbox import missing_programs
+
+    missing = missing_programs()
+    return f"needs slurm-wlm and munge; not installed: {', '.join(missing)}" if missing else None
 
 
 @pytest.fixture(scope="session", autouse=True)

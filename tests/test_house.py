@@ -18,13 +18,15 @@ MAX_FUNCTION_LINES = 60
 
 # Each room and the rooms it may import. A module with its own entry is a room of its own, and who may import the
 # room around it may import it too.
-GROUND = {"errors", "files", "machine", "signals"}
+GROUND = {"errors", "files", "machine", "network", "run_directory", "signals"}
 WORK = GROUND | {"recipe", "models", "data", "tracking", "preflight", "heartbeat", "runtime", "training"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": GROUND,
     "machine": set(),
     "signals": set(),
+    "network": set(),
+    "run_directory": set(),
     "recipe.dual_branch_args": GROUND,  # the schema of the network's settings: recipes are checked with it
     "recipe": GROUND,
     "models": GROUND | {"recipe.dual_branch_args"},
@@ -238,7 +240,15 @@ def test_scripts_are_executable_and_stop_at_the_first_error(script: str) -> None
     assert "\nset -euo pipefail\n" in text
 
 
-@pytest.mark.parametrize("module", ["harness.recipe", "harness.launching.local", "harness.launching.ranks"])
+def test_the_sandbox_is_executable() -> None:
+    path = ROOT / "scripts" / "slurm_sandbox"
+    assert os.access(path, os.X_OK)
+    assert path.read_text().startswith("#!/usr/bin/env python3\n")
+
+
+@pytest.mark.parametrize(
+    "module", ["harness.recipe", "harness.launching.local", "harness.launching.ranks", "harness.launching.submitting"]
+)
 def test_what_runs_before_training_does_not_import_torch(module: str) -> None:
     """Recipes are checked and remembered splits are read in milliseconds, torch takes a second or more."""
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

@@ -88,6 +88,11 @@ def test_help_and_usage(env: dict[str, str]) -> None:
         ([SEED, "--ranks"], ['--ranks needs a number, got ""']),
         ([SEED, "--ranks=0"], ["--ranks must be at least 1"]),
         ([SEED, "--gpus", "1"], ["this machine has 0"]),
+        (["--slurm"], ["./launch.sh --slurm recipes/seed.yaml"]),
+        (
+            ["--slurm", SEED, "--gpus", "1"],
+            ["--gpus and --ranks are for this machine", "HINT: with --slurm: --nodes N"],
+        ),
     ],
 )
 def test_mistakes_are_told_and_nothing_starts(env: dict[str, str], arguments: list[str], words: list[str]) -> None:
@@ -149,6 +154,17 @@ def test_gpus_that_are_there_are_used(
     else:
         expected = ["--config_file", "multi_gpu.yaml", "--num_processes", str(ranks)]
         assert accelerate_options(words) == expected
+
+
+def test_a_job_is_submitted_with_the_options_of_submit(ready: dict[str, str], tmp_path: Path) -> None:
+    words = ["--nodes", "2", "--gpus-per-node", "8", "training.epochs=2", "--run-dir", "a b"]
+    expected = [f"{sys.prefix}/bin/python", "-m", "harness", "submit", SEED, *words]
+    assert dry_run(ready, "--slurm", SEED, *words) == expected
+    assert dry_run(ready, SEED, *words, "--slurm") == expected
+    text = launch(ready, "--slurm", str(ROOT / SEED), *words, "--dry-run", cwd=tmp_path).stdout
+    assert "#SBATCH --nodes=2\n" in text
+    assert f"python={sys.prefix}/bin/python\n" in text
+    assert [p.name for p in tmp_path.iterdir()] == ["bin"]
 
 
 @pytest.mark.parametrize("extra", [{"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "-1"}])

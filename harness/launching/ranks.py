@@ -20,6 +20,7 @@ from pathlib import Path
 
 from harness.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_DONE, EXIT_REQUEUE, HarnessError
 from harness.recipe import load
+from harness.run_directory import new_run_directory
 
 EXIT_FAILED = 1
 CODE_FILE_VARIABLE = "HARNESS_EXIT_CODE_FILE"
@@ -145,8 +146,6 @@ def _with_run_directory(options: list[str]) -> list[str]:
         recipe = load(words[0], [word for word in words[1:] if "=" in word and not word.startswith("-")])
     except HarnessError:
         return options  # the ranks will say what is wrong with it
-    from harness.training.resuming import new_run_directory
-
     return [*options, "--run-dir", str(new_run_directory(recipe.name))]
 
 

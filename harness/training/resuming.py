@@ -16,10 +16,10 @@ from filelock import FileLock, Timeout
 from harness.errors import HarnessError, nearest
 from harness.recipe import Recipe, load
 from harness.recipe.loading import differences
-from harness.runtime import Runtime, broadcast_text, new_run_id
+from harness.run_directory import LOCK, is_unused, new_run_directory, runs_of
+from harness.runtime import Runtime, broadcast_text
 from harness.training import checkpoint
 
-RUNS = Path("runs")
 # Settings that may differ between a run and its resumption: they decide how long, how and where to, not what.
 _MAY_CHANGE = (
     "name",
@@ -31,7 +31,6 @@ _MAY_CHANGE = (
     "data.workers",
     "data.path",
 )
-_LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
 _RUN_FILES = ("recipe.yaml", "provenance.json")
 # Schedules whose shape follows the length of the training.
@@ -84,7 +83,7 @@ def claim(path: Path, stack: ExitStack) -> None:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path / _LOCK, timeout=0, is_singleton=True)
+        lock = FileLock(path / LOCK, timeout=0, is_singleton=True)
         stack.enter_context(lock.acquire())
     except Timeout:
         raise HarnessError(
@@ -124,7 +123,7 @@ def _choose(recipe: Recipe, stack: ExitStack, given: Path | None, resume: str) -
     source = None if resume in ("auto", "never") else find_checkpoint(Path(resume), "last")
     path = given or _directory(recipe, resume, source)
     own = source is not None and _run_of(source) == path.resolve()
-    empty = not path.exists() or all(p.name == _LOCK for p in path.iterdir())
+    empty = is_unused(path)
     if not empty and resume != "auto" and not own:
         raise HarnessError(
             "the run directory is not empty",
@@ -156,13 +155,8 @@ def _directory(recipe: Recipe, resume: str, source: Path | None) -> Path:
     return unfinished or new_run_directory(recipe.name)
 
 
-def new_run_directory(name: str) -> Path:
-    """`runs/<recipe>/<run-id>` of a run that begins now; nothing is made."""
-    return RUNS / name / new_run_id()
-
-
 def _newest_unfinished(recipe: Recipe) -> Path | None:
-    for path in sorted((RUNS / recipe.name).glob("*/recipe.yaml"), reverse=True):
+    for path in sorted(runs_of(recipe.name).glob("*/recipe.yaml"), reverse=True):
         run = path.parent
         if (run / "result.json").exists() or not checkpoint.list_checkpoints(run / CHECKPOINTS):
             continue

@@ -22,6 +22,7 @@ from harness.training.loop import Cadence, fit
 from harness.training.parts import Parts, assemble, total_steps
 from harness.training.resuming import agree_on_start, claim
 from harness.training.state import Progress
+from harness.training.stopping import Stopped
 
 
 def train(recipe: Recipe, *, run_directory: Path | None, resume: str) -> dict[str, Any]:
@@ -61,13 +62,20 @@ def _train(recipe: Recipe, parts: Parts, path: Path, progress: Progress, steps: 
     parts.tracker = _trackers(path, recipe, parts, progress, steps)
     _announce(parts, recipe, path, progress, steps)
     result = None
+    together = False
     try:
         fit(parts, _cadence(recipe, parts, steps), progress)
         result = _result(recipe, parts, progress)
         if parts.runtime.is_main:
             _write_result(path / "result.json", result)
+        together = True
+    except Stopped:
+        together = True
+        raise
     finally:
         parts.tracker.finish(result)
+        if together:  # launchers end the other ranks soon after the first has ended, and this one has most to finish
+            parts.runtime.accelerator.wait_for_everyone()
     return {**result, "run_directory": str(path)}
 
 

@@ -1,0 +1,54 @@
+"""The sandbox itself: `scripts/slurm_sandbox` by hand, and that nothing is left of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import sandbox
+from tests.cluster.conftest import ROOT
+
+SCRIPT = str(ROOT / "scripts" / "slurm_sandbox")
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_starts_says_how_to_use_it_and_leaves_nothing(number: signal.Signals) -> None:
+    words = [sys.executable, SCRIPT, "--nodes", "1", "--gpus", "3"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert re.match(r"# 1 nodes? (is|are) idle", process.stdout.readline())
+        configuration = process.stdout.readline().removeprefix("export SLURM_CONF=").strip()
+        assert (
+            "gpu:3"
+            in subprocess.run(
+                ["sinfo", "-h", "-o", "%G"],
+                env=os.environ | {"SLURM_CONF": configuration},
+                capture_output=True,
+                text=True,
+            ).stdout
+        )
+        process.send_signal(number)
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+        process.communicate()
+    assert sandbox._processes_with(f"SLURM_CONF={configuration}") == []
+    assert not Path(configuration).parent.exists()
+
+
+def test_without_slurm_it_says_what_to_install(tmp_path: Path) -> None:
+    code = (
+        "import sys, runpy; from tests.cluster import sandbox; sandbox.program = lambda name: None; "
+        f"sys.argv = ['slurm_sandbox']; runpy.run_path({SCRIPT!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "HINT: apt-get install slurm-wlm munge" in done.stderr
