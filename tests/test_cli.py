@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from harness.cli import COMMANDS, main
+from harness.errors import from_disk
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = str(ROOT / "recipes" / "seed.yaml")
@@ -86,7 +89,7 @@ def test_mistakes_are_explained(
 
 
 def test_no_data_and_no_network(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
@@ -125,7 +128,7 @@ def test_summary_prints_the_seeds_table(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_data_prepare_and_verify(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path))
     assert main(["data", "prepare", DEBUG]) == 0
@@ -156,3 +159,27 @@ def test_python_m_harness_is_the_same_program() -> None:
     done = subprocess.run([sys.executable, "-m", "harness", "train"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr.startswith("ERROR harness train")
+
+
+def test_a_full_disk_anywhere_is_told_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run's own files, which are written before the first checkpoint: larger ones fail, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    overrides = ["data.loader=device", "tracking.wandb=disabled"]
+    assert main(["data", "prepare", DEBUG]) == 0
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        assert main(["train", DEBUG, *overrides, "--run-dir", str(tmp_path / "run")]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert "File too large" in error
+    assert "HINT: See that the disk has space" in error
+
+
+def test_an_error_of_ours_is_not_put_down_to_the_disk() -> None:
+    assert from_disk(FileNotFoundError(errno.ENOENT, "no such file")) is None
+    told = from_disk(OSError(errno.ENOSPC, "No space left on device", "/x"))
+    assert told is not None
+    assert (told.where, told.exit_code) == ("/x", 1)
