@@ -17,12 +17,12 @@ ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EROFS")
 @fault(
     "full-run-directory",
     "Disk full under the run directory",
-    "the run directory lies on a tmpfs of 16 to 120 kB (as root), which is enlarged before the restart",
+    "the run directory lies on a tmpfs of 4 to 120 kB (as root), which is enlarged before the restart",
     trials=24,
 )
 def full_run_directory(stage: Stage, index: int) -> Outcome:
     reference = stage.reference()
-    kilobytes = stage.rng.randrange(16, 120, 4)
+    kilobytes = stage.rng.randrange(4, 120, 4)
     disk = small_disk(stage, "disk", kilobytes)
     stage.run = disk / "run"
     process = stage.train()
@@ -74,12 +74,12 @@ def full_cache(stage: Stage, index: int) -> Outcome:
 )
 def failing_disk(stage: Stage, index: int) -> Outcome:
     reference = stage.reference()
-    lines = touches(stage, "/counted", "run")
+    lines = touches(stage, "/run", "run")
     number = index * 5 % len(lines) + 1 if index < 24 else stage.rng.randrange(1, len(lines) + 1)
     if index < 24:
         number = index + 1  # the files of the start and the first save, one by one
     error = ERRORS[index % len(ERRORS)]
-    process = stage.train(faults=[{"kind": "files", "under": "/run/", "do": [[number, error]]}])
+    process = stage.train(faults=[{"kind": "files", "under": "/run", "do": [[number, error]]}])
     code = process.wait()
     note = f"{error} from touch {number}, {lines[number - 1]}"
     wrong = said_well(process.text()) if code else []  # dropping an old checkpoint may fail: nothing depends on it

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from tests.faults.fault import NoMoreCases, Outcome, fault
 from tests.faults.runs import STEPS, Stage
 
 KILLED = -signal.SIGKILL
+_COUNTING = threading.Lock()
 
 
 @fault(
@@ -46,12 +49,14 @@ def _killed(stage: Stage, process, reference: Path, note: str = "") -> Outcome:
 def touches(stage: Stage, under: str, name: str, env: dict[str, str] | None = None) -> list[str]:
     """What an undisturbed training does to the files under a path: one line each, in order."""
     log = stage.work / f"touches-{name}.txt"
-    if not log.exists():
-        partial = stage.folder / "touches.txt"
-        counted = {"kind": "files", "under": under, "log": str(partial)}
-        process = stage.train(run=stage.folder / "counted", faults=[counted], env=env)
-        assert process.wait() == 0, process.text()
-        partial.rename(log)
+    with _COUNTING:
+        if not log.exists():
+            partial = stage.folder / "touches.txt"
+            counted = {"kind": "files", "under": under, "log": str(partial)}
+            process = stage.train(faults=[counted], env=env)
+            assert process.wait() == 0, process.text()
+            shutil.rmtree(stage.run)
+            partial.rename(log)
     return log.read_text().splitlines()
 
 
