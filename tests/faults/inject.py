@@ -124,7 +124,7 @@ def in_batches(fault: Fault) -> None:
             return None
         images = inputs[0].clone()
         if fault["value"] == "nan":
-            images.view(-1)[0] = float("nan")
+            images[(0,) * images.dim()] = float("nan")
         else:
             images *= float(fault["value"])
         return (images, *inputs[1:])

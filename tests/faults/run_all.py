@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results.close()
     failed = [r for r in results.found if not r["survived"] and "skipped" not in r]
     for record in failed:
-        print(f"NOT SURVIVED {record['row']} {record['index']}: {record['note']}")
+        print(f"NOT SURVIVED {record['row']} {record['index']}: {str(record['note'])[:300]}")
     return 1 if failed else 0
 
 

@@ -239,5 +239,16 @@ class Stage:
                 assert code == 0, process.text()
         return run
 
+    def stopped_run(self, step: int) -> Path:
+        """A run that a signal stopped after a step, made once; to be copied."""
+        run = self.work / f"stopped-{step}"
+        with _REFERENCES:
+            if not run.exists():
+                partial = self.folder / f"stopped-{step}"
+                process = self.train(run=partial, faults=[{"kind": "step", "step": step, "action": "SIGTERM"}])
+                assert process.wait() == 75, process.text()
+                partial.rename(run)
+        return run
+
 
 _REFERENCES = threading.Lock()
