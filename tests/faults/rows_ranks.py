@@ -177,33 +177,49 @@ def rank_stalls(stage: Stage, index: int) -> Outcome:
 
 @contextmanager
 def taken_port() -> Iterator[int]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
+    """A port that is taken on every address of this machine."""
+    with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as listener:
         yield int(listener.getsockname()[1])
 
 
 @fault(
     "taken-port",
     "A taken port",
-    "`accelerate launch --main_process_port` with a port that another process listens on: it must end with an error "
-    "within 90 s and write nothing; with the port free it trains as undisturbed",
-    trials=3,
-    short=0,
-    heavy=True,
+    "two forked ranks whose MASTER_PORT another process listens on: rank 0 must end with an error that names the port, "
+    "nothing written; with the port free they train as undisturbed",
+    trials=6,
 )
 def port_taken(stage: Stage, index: int) -> Outcome:
     reference = stage.reference(ranks=2)
     with taken_port() as port:
+        first, second = pair(stage, port=port)
+        code = first.wait(END_SECONDS)
+        detect = time.monotonic() - first.started_at
+        second.send(signal.SIGKILL)  # a launcher would: it asks a stranger where the ranks meet
+        second.wait()
+    wrong = said_well(first.text())
+    if code == 0 or stage.run.exists() or str(port) not in first.text():
+        wrong.append(f"exit code {code}: {first.text()[-300:]}")
+    ranks = pair(stage, port=port)
+    outcome = restarted(stage, ranks[0], reference, lost_from=0, detect=detect)
+    ranks[1].wait()
+    return Outcome(False, 0, detect, note="; ".join([*wrong, outcome.note])) if wrong else outcome
+
+
+@fault(
+    "taken-port-under-launcher",
+    "A taken port, under the launcher",
+    "`accelerate launch --main_process_port` with a port that another process listens on: it trains as undisturbed, on "
+    "another port",
+    trials=3,
+    short=0,
+    heavy=True,
+)
+def port_taken_under_launcher(stage: Stage, index: int) -> Outcome:
+    reference = stage.reference(ranks=2)
+    with taken_port() as port:
         launcher = stage.launch(options=["--main_process_port", str(port)])
-        code = launcher.wait(END_SECONDS)
-        detect = time.monotonic() - launcher.started_at
-    if code == 0 or stage.run.exists() or str(port) not in launcher.text():
-        return Outcome(False, note=f"exit code {code}: {launcher.text()[-800:]}")
-    wrong = said_well(launcher.text())
-    free = stage.launch(options=["--main_process_port", str(port)])
-    outcome = restarted(stage, free, reference, lost_from=0, detect=detect)
-    return Outcome(False, 0, detect, note="; ".join(wrong)) if wrong else outcome
+        return restarted(stage, launcher, reference, lost_from=0)
 
 
 @fault(
