@@ -57,7 +57,8 @@ class Fault:
         trials: of the long form; a row with a list of places may have fewer.
         short_trials: of the short form; 0 leaves the row to the long form.
         most_steps_lost: more is not survival.
-        heavy: starts several Python processes, so no two of them run at once.
+        load: "light"; "heavy" starts several Python processes, so no two of them run at once; "waiting" uses little of
+            the machine for a minute or more.
     """
 
     name: str
@@ -67,7 +68,7 @@ class Fault:
     trials: int
     short_trials: int
     most_steps_lost: int
-    heavy: bool
+    load: str
 
 
 REGISTRY: dict[str, Fault] = {}
@@ -84,13 +85,13 @@ def fault(
     trials: int,
     short: int = 1,
     most_steps_lost: int = SINCE_LAST_CHECKPOINT,
-    heavy: bool = False,
+    load: str = "light",
 ) -> Callable[[Run], Run]:
     """Register a function `(stage, index) -> Outcome` as a row."""
 
     def register(run: Run) -> Run:
         assert name not in REGISTRY, name
-        REGISTRY[name] = Fault(name, title, how, run, trials, short, most_steps_lost, heavy)
+        REGISTRY[name] = Fault(name, title, how, run, trials, short, most_steps_lost, load)
         return run
 
     return register

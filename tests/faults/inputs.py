@@ -221,7 +221,8 @@ def changed(data: Any, changes: list[tuple[tuple[Any, ...], Any]]) -> Any:
         try:
             for key in way[:-1]:
                 target = target[key]
-            target[way[-1]] = value
+            if isinstance(target, dict) == isinstance(way[-1], str):  # else another change was there before
+                target[way[-1]] = value
         except (KeyError, IndexError, TypeError):
             continue
     return whole

@@ -36,7 +36,7 @@ def damage(path: Path, rng: random.Random) -> str:
     "damaged-checkpoint",
     "Checkpoint file cut or a bit flipped",
     "one file of the newest checkpoint, at a random offset; it must be named and set aside, and the one before used",
-    trials=100,
+    trials=60,
     short=2,
 )
 def damaged_checkpoint(stage: Stage, index: int) -> Outcome:
@@ -88,7 +88,7 @@ def no_checkpoint_left(stage: Stage, index: int) -> Outcome:
     "recipe.yaml, provenance.json or metrics.jsonl cut or a bit flipped",
     "at a random offset of one of them in a stopped run: either refused without a traceback, with nothing changed, or "
     "gone on with to the same weights",
-    trials=45,
+    trials=30,
 )
 def damaged_run_file(stage: Stage, index: int) -> Outcome:
     reference = stage.reference()
@@ -117,7 +117,7 @@ def damaged_run_file(stage: Stage, index: int) -> Outcome:
     ".beton file or its manifest cut or a bit flipped",
     "at a random offset, before the first start: refused with code 2 and nothing changed; after `harness data prepare "
     "--force` the training ends as undisturbed",
-    trials=40,
+    trials=20,
 )
 def damaged_beton(stage: Stage, index: int) -> Outcome:
     reference = stage.reference()
@@ -205,7 +205,7 @@ def stray_entries(stage: Stage, index: int) -> Outcome:
     "A second process in the same run directory",
     "the same command once more while the first runs, at a random step: refused with code 2; the first ends as "
     "undisturbed",
-    trials=16,
+    trials=10,
     most_steps_lost=0,
 )
 def two_writers(stage: Stage, index: int) -> Outcome:

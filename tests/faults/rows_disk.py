@@ -18,7 +18,7 @@ ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EROFS")
     "full-run-directory",
     "Disk full under the run directory",
     "the run directory lies on a tmpfs of 4 to 120 kB (as root), which is enlarged before the restart",
-    trials=24,
+    trials=16,
 )
 def full_run_directory(stage: Stage, index: int) -> Outcome:
     reference = stage.reference()
@@ -47,7 +47,7 @@ def _after_repair(stage: Stage, process: Process, code: int, wrong: list[str], r
     "full-cache",
     "Disk full under $HARNESS_CACHE",
     "an empty cache on a tmpfs of 4 to 400 kB (as root), which is enlarged before the restart",
-    trials=12,
+    trials=8,
 )
 def full_cache(stage: Stage, index: int) -> Outcome:
     reference = stage.reference()
@@ -70,7 +70,7 @@ def full_cache(stage: Stage, index: int) -> Outcome:
     "failing-disk",
     "ENOSPC, EIO, EDQUOT or EROFS from one call",
     "in the process itself: one open, fsync, rename, mkdir or remove under the run directory fails, each in turn",
-    trials=80,
+    trials=48,
 )
 def failing_disk(stage: Stage, index: int) -> Outcome:
     reference = stage.reference()

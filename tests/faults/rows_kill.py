@@ -21,7 +21,7 @@ _COUNTING = threading.Lock()
     "kill",
     "SIGKILL at a random moment",
     "from outside: half of them at a random time from the start of the process, half at a random step",
-    trials=120,
+    trials=110,
     short=2,
 )
 def kill(stage: Stage, index: int) -> Outcome:

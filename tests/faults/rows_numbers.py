@@ -30,7 +30,7 @@ def _named(stage: Stage, text: str, code: int, step: int | None) -> list[str]:
     "NaN in a batch",
     "in the process itself, one pixel from a random training batch on: code 3 with step and layer; the restart, "
     "without the NaN, ends as undisturbed",
-    trials=20,
+    trials=8,
 )
 def nan_in_a_batch(stage: Stage, index: int) -> Outcome:
     reference = stage.reference()
@@ -52,7 +52,7 @@ def nan_in_a_batch(stage: Stage, index: int) -> Outcome:
     "huge-learning-rate",
     "Learning rate so large that the training diverges",
     "optimizer.lr from 1e15 to 1e35 without normalisation and clipping: code 3 with step and layer, no result",
-    trials=12,
+    trials=8,
 )
 def huge_learning_rate(stage: Stage, index: int) -> Outcome:
     lr = f"optimizer.lr=1.0e+{stage.rng.randrange(15, 36)}"

@@ -46,7 +46,7 @@ def again(stage: Stage, reference: Path, *overrides: str, lost_from: int, detect
     "SIGKILL of one rank of two",
     "two forked ranks, one of them in turn killed from outside at a random step; the other must end by itself, then "
     "both are restarted",
-    trials=24,
+    trials=16,
 )
 def rank_killed(stage: Stage, index: int) -> Outcome:
     reference = stage.reference(ranks=2)
@@ -68,8 +68,8 @@ def rank_killed(stage: Stage, index: int) -> Outcome:
     "SIGKILL of one rank of two, under the launcher",
     "`accelerate launch` as launch.sh runs it, one of the ranks in turn killed from outside at a random step; the "
     "whole command must end, then it is run again",
-    trials=6,
-    heavy=True,
+    trials=4,
+    load="heavy",
 )
 def rank_killed_under_launcher(stage: Stage, index: int) -> Outcome:
     reference = stage.reference(ranks=2)
@@ -97,9 +97,9 @@ def ranks_of(launcher: Process) -> list[psutil.Process]:
     "SIGKILL of the launcher",
     "`accelerate launch` killed from outside at a random step; its ranks must end (finishing counts) within 90 s, and "
     "until then the same command is refused with code 2; then it is run again",
-    trials=6,
+    trials=4,
     short=0,
-    heavy=True,
+    load="heavy",
 )
 def launcher_killed(stage: Stage, index: int) -> Outcome:
     length = ("training.epochs=30",)
@@ -131,9 +131,9 @@ def launcher_killed(stage: Stage, index: int) -> Outcome:
     "A rank that throws",
     "`accelerate launch`, a RuntimeError in rank 1 at a random step; the command must end with code 1 and show that "
     "error, then it is run again",
-    trials=6,
+    trials=4,
     short=0,
-    heavy=True,
+    load="heavy",
 )
 def rank_throws(stage: Stage, index: int) -> Outcome:
     reference = stage.reference(ranks=2)
@@ -211,9 +211,9 @@ def port_taken(stage: Stage, index: int) -> Outcome:
     "A taken port, under the launcher",
     "`accelerate launch --main_process_port` with a port that another process listens on: it trains as undisturbed, on "
     "another port",
-    trials=3,
+    trials=2,
     short=0,
-    heavy=True,
+    load="heavy",
 )
 def port_taken_under_launcher(stage: Stage, index: int) -> Outcome:
     reference = stage.reference(ranks=2)

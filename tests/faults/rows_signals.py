@@ -20,7 +20,7 @@ NO_REGULAR_SAVES = ("checkpoint.every_steps=null", "checkpoint.every_epochs=null
     "signal",
     "SIGTERM, SIGINT, SIGUSR1, SIGUSR2",
     "from outside, one of them in turn, at a random step; the exit code must be 75",
-    trials=60,
+    trials=40,
     short=2,
     most_steps_lost=0,
 )
@@ -118,7 +118,7 @@ def second_interrupt(stage: Stage, index: int) -> Outcome:
     "requeued-ten-times",
     "Stopped and resumed ten times in one run",
     "SIGTERM, SIGUSR1 or SIGUSR2 from outside after one new step of each start, eleven starts in all",
-    trials=6,
+    trials=4,
     most_steps_lost=0,
 )
 def requeued(stage: Stage, index: int) -> Outcome:

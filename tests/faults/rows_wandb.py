@@ -33,8 +33,9 @@ def _finish(stage: Stage, process: Process, reference: Path, note: str = "", fau
     "wandb-down-at-start",
     "W&B server down at start",
     "nothing listens on its port; detected: when the training has ended",
-    trials=3,
+    trials=2,
     short=0,
+    load="waiting",
 )
 def down_at_start(stage: Stage, index: int) -> Outcome:
     reference = stage.reference(*LENGTH)
@@ -45,8 +46,9 @@ def down_at_start(stage: Stage, index: int) -> Outcome:
     "wandb-killed",
     "W&B server killed in the middle",
     "SIGKILL to the server at a random step; detected: when the training has ended",
-    trials=4,
+    trials=2,
     short=0,
+    load="waiting",
 )
 def killed(stage: Stage, index: int) -> Outcome:
     reference = stage.reference(*LENGTH)
@@ -63,8 +65,9 @@ def killed(stage: Stage, index: int) -> Outcome:
     "wandb-down-at-finish",
     "W&B server down at finish",
     "SIGKILL to the server when the last step is done; detected: when the training has ended",
-    trials=3,
+    trials=2,
     short=0,
+    load="waiting",
 )
 def down_at_finish(stage: Stage, index: int) -> Outcome:
     reference = stage.reference(*LENGTH)
@@ -81,8 +84,9 @@ def down_at_finish(stage: Stage, index: int) -> Outcome:
     "wandb-slow",
     "W&B server slow",
     "each piece of data to and from it is held back by 0.5 to 2 s",
-    trials=3,
+    trials=2,
     short=0,
+    load="waiting",
 )
 def slow(stage: Stage, index: int) -> Outcome:
     reference = stage.reference(*LENGTH)
@@ -100,8 +104,9 @@ def slow(stage: Stage, index: int) -> Outcome:
     "wandb-server-disk-full",
     "Disk full under the W&B server's folder",
     "the server's folder lies on a tmpfs of 2 MB (as root) that is filled up when the training begins",
-    trials=3,
+    trials=2,
     short=0,
+    load="waiting",
 )
 def server_disk_full(stage: Stage, index: int) -> Outcome:
     reference = stage.reference(*LENGTH)
@@ -118,8 +123,9 @@ def server_disk_full(stage: Stage, index: int) -> Outcome:
     "wandb-folder-full",
     "Disk full under the run's wandb/ folder",
     "a stopped run goes on with W&B offline and a tmpfs of 8 to 64 kB (as root) as its wandb/ folder",
-    trials=4,
+    trials=2,
     short=0,
+    load="waiting",
 )
 def folder_full(stage: Stage, index: int) -> Outcome:
     reference = stage.reference(*LENGTH)

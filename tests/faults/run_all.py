@@ -54,16 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     (work / "faults.yaml").write_text(RECIPE)
     results = Results(work / "trials.jsonl")
     chosen = [rows.REGISTRY[name] for name in arguments.only]
-    light: queue.Queue[tuple[Fault, int]] = queue.Queue()
-    heavy: queue.Queue[tuple[Fault, int]] = queue.Queue()
-    for row in chosen:
-        for index in range(min(row.trials, arguments.trials)):
-            if not results.has(row.name, index):
-                (heavy if row.heavy else light).put((row, index))
-    total = light.qsize() + heavy.qsize()
+    todo = {load: queue.Queue[tuple[Fault, int]]() for load in ("light", "heavy", "waiting")}
+    cases = [(row, index) for row in chosen for index in range(min(row.trials, arguments.trials))]
+    for row, index in sorted(cases, key=lambda case: (case[1] + 0.5) / case[0].trials):  # all rows advance together
+        if not results.has(row.name, index):
+            todo[row.load].put((row, index))
+    total = sum(each.qsize() for each in todo.values())
     print(f"{total} trials to do, {len(results.found)} done before, in {work}", flush=True)
-    # One thread takes the heavy rows, which start several Python processes each; the others the light ones.
-    queues = [[light, heavy]] if arguments.jobs == 1 else [[heavy, light], *[[light]] * (arguments.jobs - 1)]
+    # One of the threads takes the heavy rows first, and one that does not count those that wait.
+    queues = [[todo["heavy"], todo["light"]], *[[todo["light"]]] * (arguments.jobs - 1), [todo["waiting"]]]
     threads = [threading.Thread(target=_work, args=(q, work, results, arguments.seed)) for q in queues]
     for thread in threads:
         thread.start()
