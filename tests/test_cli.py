@@ -88,9 +88,7 @@ def test_mistakes_are_explained(
     assert list(tmp_path.iterdir()) == []  # nothing was started
 
 
-def test_no_data_and_no_network(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_no_data_and_no_network(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HARNESS_DATA", raising=False)
@@ -127,9 +125,7 @@ def test_summary_prints_the_seeds_table(capsys: pytest.CaptureFixture[str]) -> N
     assert json.loads(capsys.readouterr().out)
 
 
-def test_data_prepare_and_verify(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_data_prepare_and_verify(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path))
     assert main(["data", "prepare", DEBUG]) == 0
     store = Path(capsys.readouterr().out.splitlines()[0])
@@ -161,9 +157,7 @@ def test_python_m_harness_is_the_same_program() -> None:
     assert done.stderr.startswith("ERROR harness train")
 
 
-def test_a_full_disk_anywhere_is_told_without_a_traceback(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_disk_anywhere_is_told_without_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The run's own files, which are written before the first checkpoint: larger ones fail, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     overrides = ["data.loader=device", "tracking.wandb=disabled"]

@@ -37,7 +37,6 @@ def damage(path: Path, rng: random.Random) -> str:
     "Checkpoint file cut or a bit flipped",
     "one file of the newest checkpoint, at a random offset; it must be named and set aside, and the one before used",
     trials=60,
-    short=2,
 )
 def damaged_checkpoint(stage: Stage, index: int) -> Outcome:
     reference = stage.reference()
@@ -226,5 +225,3 @@ def two_writers(stage: Stage, index: int) -> Outcome:
     else:
         wrong += differences(stage.run, reference)
     return Outcome(not wrong, 0, detect, None, "; ".join(wrong))
-
-

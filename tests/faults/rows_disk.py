@@ -8,8 +8,8 @@ from pathlib import Path
 from tests.faults.check import contents, reached, restarted, said_well
 from tests.faults.disks import remount, small_disk
 from tests.faults.fault import Outcome, fault
-from tests.faults.runs import Process, Stage
 from tests.faults.rows_kill import touches
+from tests.faults.runs import Process, Stage
 
 ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EROFS")
 

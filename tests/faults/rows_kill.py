@@ -77,7 +77,7 @@ def saves(lines: list[str], numbers: tuple[int, ...]) -> list[int]:
     "first save, and two that also drop an old one); then right before each fsync with the file cut at a random "
     "length, as a power cut would leave it",
     trials=200,
-    short=3,
+    short=2,
 )
 def kill_in_save(stage: Stage, index: int) -> Outcome:
     reference = stage.reference()

@@ -24,7 +24,11 @@ END_SECONDS = 90.0
 
 
 def pair(
-    stage: Stage, *overrides: str, faults: Sequence[Fault] = (), port: int | None = None, env: dict[str, str] | None = None
+    stage: Stage,
+    *overrides: str,
+    faults: Sequence[Fault] = (),
+    port: int | None = None,
+    env: dict[str, str] | None = None,
 ) -> list[Process]:
     """Two ranks without a launcher between: forked like all others, so that many can be tried."""
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", **(env or {})}
@@ -69,6 +73,7 @@ def rank_killed(stage: Stage, index: int) -> Outcome:
     "`accelerate launch` as launch.sh runs it, one of the ranks in turn killed from outside at a random step; the "
     "whole command must end, then it is run again",
     trials=4,
+    short=0,
     load="heavy",
 )
 def rank_killed_under_launcher(stage: Stage, index: int) -> Outcome:

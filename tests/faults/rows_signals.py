@@ -21,7 +21,6 @@ NO_REGULAR_SAVES = ("checkpoint.every_steps=null", "checkpoint.every_epochs=null
     "SIGTERM, SIGINT, SIGUSR1, SIGUSR2",
     "from outside, one of them in turn, at a random step; the exit code must be 75",
     trials=40,
-    short=2,
     most_steps_lost=0,
 )
 def one_signal(stage: Stage, index: int) -> Outcome:

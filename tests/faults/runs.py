@@ -51,7 +51,12 @@ tracking: {wandb: disabled, log_every_steps: 1}
 # Draws of dropout and mixing belong to a rank, so curves on other numbers of ranks agree only without them.
 WITHOUT_DRAWS = ("model.args.dropout=0.0", "mix.mixup_alpha=0.0", "mix.cutmix_alpha=0.0")
 TIMING = {"time_unix_seconds", "images_per_second", "milliseconds_per_step", "seconds"}
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "disabled"}
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "ACCELERATE_USE_CPU": "true",
+    "CUDA_VISIBLE_DEVICES": "",
+    "WANDB_MODE": "disabled",
+}
 
 
 class Process:
@@ -119,7 +124,12 @@ class Server:
         assert "ready" in self._answer()
 
     def start(
-        self, argv: Sequence[str | Path], log: Path, *, env: Mapping[str, str] | None = None, faults: Sequence[Fault] = ()
+        self,
+        argv: Sequence[str | Path],
+        log: Path,
+        *,
+        env: Mapping[str, str] | None = None,
+        faults: Sequence[Fault] = (),
     ) -> Process:
         what = {"argv": list(map(str, argv)), "cwd": str(log.parent), "env": dict(env or {}), "faults": list(faults)}
         pid = self._ask({"start": {**what, "out": f"{log}.out", "err": str(log)}})
