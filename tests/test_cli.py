@@ -88,7 +88,9 @@ def test_mistakes_are_explained(
     assert list(tmp_path.iterdir()) == []  # nothing was started
 
 
-def test_no_data_and_no_network(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_no_data_and_no_network(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HARNESS_DATA", raising=False)
@@ -125,7 +127,9 @@ def test_summary_prints_the_seeds_table(capsys: pytest.CaptureFixture[str]) -> N
     assert json.loads(capsys.readouterr().out)
 
 
-def test_data_prepare_and_verify(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_data_prepare_and_verify(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path))
     assert main(["data", "prepare", DEBUG]) == 0
     store = Path(capsys.readouterr().out.splitlines()[0])

@@ -1,4 +1,4 @@
-"""`harness` with faults in it: `python -m tests.faults.child train …`, a list of them as JSON in `$HARNESS_TEST_FAULT`."""
+"""`harness` with faults in it: `python -m tests.faults.child train …`, the faults as JSON in `$HARNESS_TEST_FAULTS`."""
 
 from __future__ import annotations
 
