@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import shutil
 import traceback
@@ -97,6 +98,14 @@ def fault(
     return register
 
 
+def _digest(folder: Path) -> str:
+    """SHA-256 over all files of a folder and their names."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def run_trial(row: Fault, index: int, work: Path, server: Server, *, seed: int = 0) -> Outcome:
     """One fault, from a folder of its own; the folder stays when the fault was not survived.
 
@@ -107,8 +116,10 @@ def run_trial(row: Fault, index: int, work: Path, server: Server, *, seed: int =
     folder = work / "trials" / f"{row.name}-{index}"
     shutil.rmtree(folder, ignore_errors=True)
     stage = Stage(work, folder, server, random.Random(f"{seed} {row.name} {index}"))
+    neighbours = {run: _digest(run) for run in work.glob("reference-*") if (run / "result.json").exists()}
     try:
         outcome = row.run(stage, index)
+        assert neighbours == {run: _digest(run) for run in neighbours}, "another run was changed"
     except (Hang, AssertionError) as error:
         outcome = Outcome(False, note=f"{type(error).__name__}: {error}")
     except (OSError, ValueError, KeyError):

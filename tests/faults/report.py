@@ -116,15 +116,15 @@ def _explanation() -> list[str]:
     return [
         f"Each fault hits a real process that trains a tiny network for {STEPS} steps with shuffling, augmentation, "
         "dropout, mixing, accumulation and averaged weights on, a checkpoint every "
-        f"{INTERVAL_STEPS} steps and at each epoch's end. A fault is survived when the same command with `--resume "
-        "auto` then ends with weights, averaged weights and optimizer state equal byte for byte to an undisturbed run's, "
-        "metrics.jsonl has every record once with equal values, and the undisturbed run beside it was not touched; "
-        "where a fault must be refused, when the exit code is the promised one, the message has a hint and no traceback, and "
-        "nothing was overwritten.",
+        f"{INTERVAL_STEPS} steps and at each epoch's end. A fault is survived when the same command with "
+        "`--resume auto` then ends with weights, averaged weights and optimizer state equal byte for byte to an "
+        "undisturbed run's, metrics.jsonl has every record once with equal values, and the undisturbed run beside it "
+        "was not touched; where a fault must be refused, when the exit code is the promised one, the message has a "
+        "hint and no traceback, and nothing was overwritten.",
         "",
         "*Steps lost* were done and had to be done again. *Detect* is the time from the fault (for what is wrong "
-        "before the start, from the start) to the end of the process or its message. *Recover* is the time from the restart "
-        "to the first new step; processes are forked from one that has imported torch already, so a cold start adds "
+        "before the start, from the start) to the end of the process or its message. *Recover* is the time from the "
+        "restart to the first new step; processes are forked from one that has imported torch already, so a cold start adds "
         "those seconds, except under the launcher, which starts cold.",
     ]
 

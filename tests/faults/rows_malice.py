@@ -134,9 +134,9 @@ CASES: tuple[tuple[str, Callable[[Stage], Process]], ...] = (
 @fault(
     "malice",
     "Malicious pickles, and paths that lead out",
-    "a pickle that would leave a file, in place of each file of every checkpoint (the manifest made to fit), of a .beton "
-    "file, and in a CIFAR-10 archive; manifests, Parquet rows, image folders and archive members that lead out: refused "
-    "with code 2, nothing run, nothing written outside",
+    "a pickle that would leave a file, in place of each file of every checkpoint (the manifest made to fit), of a "
+    ".beton file, and in a CIFAR-10 archive; manifests, Parquet rows, image folders and archive members that lead out: "
+    "refused with code 2, nothing run, nothing written outside",
     trials=len(CASES),
     short=len(CASES),
 )

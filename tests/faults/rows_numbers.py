@@ -66,9 +66,9 @@ def huge_learning_rate(stage: Stage, index: int) -> Outcome:
 @fault(
     "overflow",
     "fp16-style overflow",
-    "as far as a CPU can: fp16 itself is refused with code 2 there (every fourth trial); in bf16, pixels times 3e38 from "
-    "a random batch on give infinities: code 3 with step and layer, and the restart without them ends as undisturbed. "
-    "Loss scaling in fp16 needs a GPU and is not tried here",
+    "as far as a CPU can: fp16 itself is refused with code 2 there (every fourth trial); in bf16, pixels times 3e38 "
+    "from a random batch on give infinities: code 3 with step and layer, and the restart without them ends as "
+    "undisturbed. Loss scaling in fp16 needs a GPU and is not tried here",
     trials=12,
     short=2,
 )

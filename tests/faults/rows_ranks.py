@@ -157,8 +157,8 @@ def rank_throws(stage: Stage, index: int) -> Outcome:
 @fault(
     "rank-stalls",
     "A rank that stalls",
-    f"two forked ranks, one of them in turn sent SIGSTOP at a random step, {TIMEOUT_VARIABLE}=8; the other must end and "
-    "name the rank that is late, then both are restarted",
+    f"two forked ranks, one of them in turn sent SIGSTOP at a random step, {TIMEOUT_VARIABLE}=8; the other must end "
+    "and name the rank that is late, then both are restarted",
     trials=10,
 )
 def rank_stalls(stage: Stage, index: int) -> Outcome:
