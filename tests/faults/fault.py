@@ -120,6 +120,9 @@ def run_trial(row: Fault, index: int, work: Path, server: Server, *, seed: int =
     try:
         outcome = row.run(stage, index)
         assert neighbours == {run: _digest(run) for run in neighbours}, "another run was changed"
+    except (NoMoreCases, NotHere):
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     except (Hang, AssertionError) as error:
         outcome = Outcome(False, note=f"{type(error).__name__}: {error}")
     except (OSError, ValueError, KeyError):

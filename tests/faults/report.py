@@ -124,8 +124,8 @@ def _explanation() -> list[str]:
         "",
         "*Steps lost* were done and had to be done again. *Detect* is the time from the fault (for what is wrong "
         "before the start, from the start) to the end of the process or its message. *Recover* is the time from the "
-        "restart to the first new step; processes are forked from one that has imported torch already, so a cold start adds "
-        "those seconds, except under the launcher, which starts cold.",
+        "restart to the first new step; processes are forked from one that has imported torch already, so a cold "
+        "start adds those seconds, except under the launcher, which starts cold.",
     ]
 
 

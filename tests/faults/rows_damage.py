@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 import shutil
+import signal
 import time
 from pathlib import Path
 
+import psutil
+
 from tests.faults.check import contents, differences, restarted, said_well, wait_for_step
 from tests.faults.fault import Outcome, fault
-from tests.faults.runs import Stage
+from tests.faults.runs import STEPS, Stage
 
 STOP_AT = 11  # the checkpoints then are steps 7 (the best), 9 and 11
 
@@ -103,7 +106,7 @@ def damaged_run_file(stage: Stage, index: int) -> Outcome:
         if code != 2 or contents(stage.run) != before:
             wrong.append(f"exit code {code}, or something was changed: {process.text()[-300:]}")
         return Outcome(not wrong, 0, detect, None, "; ".join([note, *wrong]))
-    last = f"checkpoints/step_{21}"
+    last = f"checkpoints/step_{STEPS}"
     same = all(
         (stage.run / last / f).read_bytes() == (reference / last / f).read_bytes()
         for f in ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
@@ -202,24 +205,25 @@ def stray_entries(stage: Stage, index: int) -> Outcome:
 @fault(
     "two-writers",
     "A second process in the same run directory",
-    "the same command once more while the first runs, at a random step: refused with code 2; the first ends as "
-    "undisturbed",
+    "the first stands still at a random step (it sends itself SIGSTOP), the same command once more is refused with "
+    "code 2, and the first, sent SIGCONT, ends as undisturbed",
     trials=10,
     most_steps_lost=0,
 )
 def two_writers(stage: Stage, index: int) -> Outcome:
-    length = ("training.epochs=30",)  # the second must come while the first still runs
-    reference = stage.reference(*length)
-    first = stage.train(*length)
-    wait_for_step(stage, first, stage.rng.randrange(1, 21))
-    second = stage.train(*length)
+    reference = stage.reference()
+    step = stage.rng.randrange(2, STEPS + 1)
+    first = stage.train(faults=[{"kind": "step", "step": step, "action": "SIGSTOP"}])
+    wait_for_step(stage, first, step - 1)
+    second = stage.train()
     code = second.wait()
     detect = time.monotonic() - second.started_at
-    if first.poll() is not None:
-        return Outcome(False, note="the first had ended before the second came")
     wrong = said_well(second.text())
     if code != 2 or "another process is training" not in second.text():
         wrong.append(f"exit code {code}: {second.text()[-300:]}")
+    while psutil.Process(first.pid).status() != psutil.STATUS_STOPPED:  # SIGCONT before SIGSTOP would be lost
+        time.sleep(0.01)
+    first.send(signal.SIGCONT)
     if first.wait() != 0:
         wrong.append(f"the first: {first.text()[-300:]}")
     else:

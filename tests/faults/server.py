@@ -33,6 +33,7 @@ def main() -> None:
         request = json.loads(line)
         if "start" in request:
             answer: Any = _start(request["start"])
+            codes.pop(answer, None)  # of an earlier child whose number has come round again
         else:
             _collect(codes)
             answer = codes.get(request["code_of"])
