@@ -40,6 +40,7 @@ class FileTouches:
         self._log = os.open(fault["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND) if "log" in fault else None
         self._random = random.Random(fault.get("seed", 0))
         self._count = 0
+        self._in_removed = False
         sys.addaudithook(self._audit)
         self._fsync = os.fsync
         os.fsync = self._sync
@@ -50,8 +51,10 @@ class FileTouches:
                 self._touch("write", args[0])
         elif event in ("os.mkdir", "os.remove", "os.rmdir"):
             # shutil.rmtree names its files relative to an open folder.
-            inside = args[-1] != -1 and isinstance(args[0], str) and not args[0].startswith("/")
+            inside = self._in_removed and args[-1] != -1 and isinstance(args[0], str) and not args[0].startswith("/")
             self._touch(event[3:], args[0], inside=inside)
+        elif event == "shutil.rmtree":
+            self._in_removed = self._under in os.fsdecode(args[0])
         elif event == "os.rename":
             self._touch("rename", args[1])
 
