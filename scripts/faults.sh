@@ -9,6 +9,7 @@
 #
 # JOBS=N            trials at once (default 2)
 # INPUTS=N          bad inputs (default 10000)
+# NOTE=TEXT         a sentence for the page, such as what else the machine did meanwhile
 # HARNESS_VENV=DIR  the environment to use, instead of .venv
 #
 # Rows that mount small disks need root, and those of W&B the openwandb package; else they say so and are left out. Takes

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import sys
 from collections.abc import Iterable, Sequence
@@ -59,7 +60,7 @@ def _largest(done: list[dict[str, Any]], key: str) -> float | None:
     return max((t[key] for t in done if t[key] is not None), default=None)
 
 
-def about_here(command: str) -> dict[str, Any]:
+def about_here(command: str, note: str) -> dict[str, Any]:
     """Machine, versions and date of the figures."""
     versions = {}
     for name in LIBRARIES:
@@ -69,6 +70,7 @@ def about_here(command: str) -> dict[str, Any]:
             continue
     return {
         "command": command,
+        "note": note,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": f"{cpu_name()}, {usable_cores()} cores, {platform.system()} {platform.release()}",
         "python": platform.python_version(),
@@ -85,7 +87,7 @@ def render(results: dict[str, Any]) -> str:
     lines = [
         "# Reliability: faults, counted",
         "",
-        f"Made by `{about['command']}` on {about['date']}: {about['machine']}; Python {about['python']}, {versions}.",
+        f"Made by `{about['command']}` on {about['date']}: {about['machine']}; Python {about['python']}, {versions}. {about['note']}".rstrip(),
         "",
         f"**{survived} of {trials} faults survived; {tried:,} bad inputs, "
         f"{sum(k['problem'] is not None for k in kinds)} of {len(kinds)} kinds with a finding.**",
@@ -159,11 +161,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--page", type=Path, required=True)
     parser.add_argument("--command", required=True)
+    parser.add_argument("--note", default=os.environ.get("NOTE", ""), help="what else is to be known of the figures")
     arguments = parser.parse_args(argv)
     trials = [json.loads(line) for line in (arguments.work / "trials.jsonl").read_text().splitlines()]
     inputs_file = arguments.work / "inputs.json"
     inputs = json.loads(inputs_file.read_text()) if inputs_file.exists() else {}
-    results = summarise(trials, inputs, about_here(arguments.command))
+    results = summarise(trials, inputs, about_here(arguments.command, arguments.note))
     arguments.results.write_text(json.dumps(results, indent=1) + "\n")
     arguments.page.write_text(render(results))
     whole = all(r["survived"] == r["trials"] for r in results["rows"])

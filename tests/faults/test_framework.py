@@ -96,6 +96,7 @@ TRIALS = [
 ABOUT = {
     "command": "scripts/faults.sh",
     "date": "2026-11-24",
+    "note": "Quiet.",
     "machine": "a CPU, 2 cores, Linux 6",
     "python": "3.11.2",
     "versions": {"torch": "2.14.1"},
@@ -112,7 +113,10 @@ def test_the_page_says_what_the_trials_say() -> None:
     assert f"| {stalls.title} | 0 | skipped | – | – | – | no time-out |" in page
     assert "**2 of 3 faults survived; 1,600 bad inputs, 0 of 8 kinds with a finding.**" in page
     assert "- SIGKILL at a random moment: other \\| weights" in page
-    assert "Made by `scripts/faults.sh` on 2026-11-24: a CPU, 2 cores, Linux 6; Python 3.11.2, torch 2.14.1." in page
+    assert (
+        "Made by `scripts/faults.sh` on 2026-11-24: a CPU, 2 cores, Linux 6; Python 3.11.2, torch 2.14.1. Quiet."
+        in page
+    )
     assert page.count("\n| SIGKILL") == sum("SIGKILL" in row.title[:7] for row in REGISTRY.values())
 
 
