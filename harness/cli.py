@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import harness
 from harness import commands
-from harness.errors import EXIT_BAD_INPUT, EXIT_DONE, HarnessError, nearest, print_error
+from harness.errors import EXIT_BAD_INPUT, EXIT_DONE, HarnessError, from_disk, nearest, print_error
 
 # Groups of `harness --help`, each command with its line.
 GROUPS = {
@@ -39,7 +39,7 @@ EXIT_CODE_FILE = "HARNESS_EXIT_CODE_FILE"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 2 bad input, 3 diverged, 130 interrupted."""
+    """Run a command and return its exit code: 0 done, 1 disk full, 2 bad input, 3 diverged, 130 interrupted."""
     try:
         code = _run(sys.argv[1:] if argv is None else list(argv))
     except HarnessError as error:
@@ -54,6 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_DONE
+    except OSError as error:
+        told = from_disk(error)
+        if told is None:
+            raise
+        print_error(told)
+        code = told.exit_code
     _tell_launcher(code)
     return code
 

@@ -6,11 +6,13 @@ The command line prints these without a traceback and exits with their `exit_cod
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Iterable
 
 EXIT_DONE = 0
+EXIT_FAILED = 1  # it was started and broke off for a reason outside, such as a full disk
 EXIT_BAD_INPUT = 2  # recipe, option or data: nothing was started
 EXIT_DIVERGED = 3  # the loss or a gradient is not finite
 EXIT_REQUEUE = 75  # stopped by a signal, checkpoint written (sysexits.h EX_TEMPFAIL)
@@ -53,6 +55,22 @@ class Diverged(HarnessError):
 
     def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
         super().__init__(what, where=where, hint=hint, exit_code=EXIT_DIVERGED)
+
+
+# What a disk answers that is full, failing, read-only or another's; anything else is a mistake of ours.
+_DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE),
+)
+
+
+def from_disk(error: OSError) -> HarnessError | None:
+    """The error of a disk that took no more, in the user's words; None for any other error."""
+    if error.errno not in _DISK_ERRORS:
+        return None
+    where = str(error.filename2 or error.filename or "") or None
+    hint = "See that the disk has space and may be written to; a training then goes on by --resume auto."
+    return HarnessError(f"cannot be written or read ({error.strerror})", where=where, hint=hint, exit_code=EXIT_FAILED)
 
 
 def nearest(name: str, valid: Iterable[str], *, show_all_up_to: int = 12) -> str:

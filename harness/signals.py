@@ -6,13 +6,17 @@ remembered; a second Ctrl-C ends the process at once, a second of the others cha
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 _received: list[signal.Signals] = []
 
@@ -21,6 +25,7 @@ _received: list[signal.Signals] = []
 def noticed() -> Iterator[None]:
     """Notice stop signals inside the block instead of dying of them; the former handlers come back behind it."""
     _received.clear()
+    _notice_launchers_death()
     before = {number: signal.signal(number, _notice) for number in STOP_SIGNALS}
     try:
         yield
@@ -28,6 +33,17 @@ def noticed() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         _received.clear()
+
+
+def _notice_launchers_death() -> None:
+    """Have the kernel send SIGTERM when the launcher of this rank dies: an orphan would train on, and hold the run
+    directory against the restart. Only Linux can do so."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    if os.getppid() != parent or parent == 1:  # it died meanwhile
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def received() -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from harness.cli import COMMANDS, main
+from harness.errors import from_disk
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = str(ROOT / "recipes" / "seed.yaml")
@@ -158,3 +161,25 @@ def test_python_m_harness_is_the_same_program() -> None:
     done = subprocess.run([sys.executable, "-m", "harness", "train"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr.startswith("ERROR harness train")
+
+
+def test_a_full_disk_anywhere_is_told_without_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run's own files, which are written before the first checkpoint: larger ones fail, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    overrides = ["data.loader=device", "tracking.wandb=disabled"]
+    assert main(["data", "prepare", DEBUG]) == 0
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        assert main(["train", DEBUG, *overrides, "--run-dir", str(tmp_path / "run")]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert "File too large" in error
+    assert "HINT: See that the disk has space" in error
+
+
+def test_an_error_of_ours_is_not_put_down_to_the_disk() -> None:
+    assert from_disk(FileNotFoundError(errno.ENOENT, "no such file")) is None
+    told = from_disk(OSError(errno.ENOSPC, "No space left on device", "/x"))
+    assert told is not None
+    assert (told.where, told.exit_code) == ("/x", 1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -81,9 +81,38 @@ class Manifest:
             raise ValueError("its checksum does not fit its content")
         if content["format_version"] != FORMAT_VERSION:
             raise ValueError(f"its format version is {content['format_version']}, not {FORMAT_VERSION}")
+        wrong = [name for name, fits in _FORMS.items() if not fits(content[name])]
+        if wrong:
+            raise ValueError(f"its {wrong[0]} is not of the right form")
         for name in ("classes", "mean", "std"):
             content[name] = tuple(content[name])
         return Manifest(**content)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_per_channel(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(isinstance(v, float | int) for v in value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+# What a manifest's entries must look like, which a checksum that fits does not say.
+_FORMS: Mapping[str, Callable[[Any], bool]] = {
+    "source": _is_text,
+    "classes": lambda value: isinstance(value, list) and bool(value) and all(map(_is_text, value)),
+    "image_size_px": _is_count,
+    "counts": lambda value: isinstance(value, dict) and all(map(_is_count, value.values())),
+    "mean": _is_per_channel,
+    "std": _is_per_channel,
+    "sha256": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
+    "origin": _is_text,
+    "fingerprint": _is_text,
+}
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,8 +16,10 @@ import yaml
 from harness.errors import HarnessError
 
 KeyPath = tuple[str | int, ...]
-MAX_BYTES = 1_000_000
+# PyYAML reads some 20 kB a second, and much less where it is deeply nested: more is refused unread. Ours have 1 kB.
+MAX_BYTES = 50_000
 MAX_DEPTH = 20
+MAX_DIGITS = 1000
 
 _RESOLVERS = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -29,6 +31,12 @@ _RESOLVERS = (
         list("-+.0123456789"),
     ),
 )
+
+_OPENING = (
+    *(yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken),
+    *(yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken),
+)
+_CLOSING = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 
 
 class _CoreLoader(yaml.SafeLoader):
@@ -69,15 +77,16 @@ def read(path: Path) -> Document:
     """Read a YAML file.
 
     Raises:
-        HarnessError: the file is missing, too large, not UTF-8 or not YAML at all.
+        HarnessError: the file is missing, no file, too large, not UTF-8 or not YAML at all.
     """
     where = str(path)
     try:
-        raw = path.read_bytes()
+        if path.exists() and not path.is_file() and not path.is_dir():  # reading a pipe or device might never end
+            raise HarnessError("is not a file", where=where, hint="Recipes are UTF-8 YAML files.")
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise HarnessError(f"cannot be read ({error.strerror})", where=where, hint=_neighbours(path)) from None
-    if len(raw) > MAX_BYTES:
-        raise HarnessError(f"{len(raw)} bytes are too many for a recipe", where=where, hint="Is it a recipe?")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -91,7 +100,7 @@ def parse(text: str, where: str) -> Document:
     """Read YAML text; `where` names it in messages.
 
     Raises:
-        HarnessError: the text is not YAML, or its root is not a mapping.
+        HarnessError: the text is too long or not YAML, or its root is not a mapping.
     """
     document = Document()
     node = _compose(text, where)
@@ -122,8 +131,10 @@ def parse_value(text: str, where: str) -> Any:
 
 
 def _compose(text: str, where: str) -> yaml.Node | None:
+    if len(text) > MAX_BYTES:
+        raise HarnessError(f"more than {MAX_BYTES:,} bytes are no recipe", where=where, hint="Is it a recipe?")
     try:
-        _refuse_aliases(text, where)
+        _refuse_aliases_and_depth(text, where)
         return yaml.compose(text, Loader=_CoreLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -133,11 +144,23 @@ def _compose(text: str, where: str) -> yaml.Node | None:
             f"not valid YAML: {problem}", where=where + line, hint="Check the indentation and quotes there."
         ) from None
     except RecursionError:
-        raise HarnessError("nested too deeply", where=where, hint="A recipe has three levels.") from None
+        raise _too_deep(where) from None
 
 
-def _refuse_aliases(text: str, where: str) -> None:
+def _too_deep(where: str) -> HarnessError:
+    return HarnessError("nested too deeply", where=where, hint="A recipe has three levels.")
+
+
+def _refuse_aliases_and_depth(text: str, where: str) -> None:
+    """Tokens come one by one, so what would take long is refused before the whole of it is read."""
+    depth = 0
     for token in yaml.scan(text, Loader=_CoreLoader):
+        if isinstance(token, _OPENING):
+            depth += 1
+            if depth > MAX_DEPTH + 1:  # the root is one
+                raise _too_deep(f"{where}:{token.start_mark.line + 1}")
+        elif isinstance(token, _CLOSING):
+            depth -= 1
         if isinstance(token, (yaml.AliasToken, yaml.AnchorToken)):
             raise HarnessError(
                 "anchors and aliases are not used in recipes",
@@ -150,7 +173,7 @@ def _value(node: yaml.Node, path: KeyPath, where: str, document: Document, depth
     place = f"{where}:{node.start_mark.line + 1}"
     document.places.setdefault(path, place)
     if depth > MAX_DEPTH:
-        document.errors.append(HarnessError("nested too deeply", where=place, hint="A recipe has three levels."))
+        document.errors.append(_too_deep(place))
         return None
     if not isinstance(node, yaml.ScalarNode) and node.tag.rpartition(":")[2] not in ("map", "seq"):
         return _refuse_tag(node, place, document)
@@ -193,12 +216,14 @@ def _scalar(node: yaml.Node, place: str, document: Document) -> Any:
             case "bool":
                 return text.lower() == "true"
             case "int":
+                if len(text) > MAX_DIGITS:  # hexadecimal ones have no limit of their own
+                    raise ValueError
                 return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
             case "float":
                 return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
             case "str":
                 return text
-    except ValueError:  # more digits than Python converts
+    except ValueError:
         document.errors.append(HarnessError("the number is too long", where=place, hint="Write a shorter one."))
         return None
     return _refuse_tag(node, place, document)

@@ -154,6 +154,9 @@ def _apply_override(document: Document, text: str) -> None:
             HarnessError("not of the form key.path=value", where=where, hint="For example training.epochs=2.")
         )
         return
+    if len(parts) > yaml_document.MAX_DEPTH:
+        document.errors.append(HarnessError("nested too deeply", where=where, hint="A recipe has three levels."))
+        return
     try:
         value = yaml_document.parse_value(value_text, where)
     except HarnessError as error:

@@ -8,7 +8,6 @@ import math
 import time
 from pathlib import Path
 
-from harness.errors import HarnessError
 from harness.files import write_text
 from harness.tracking.base import NullTracker, Record
 
@@ -23,20 +22,11 @@ class JsonlTracker(NullTracker):
 
     def __init__(self, path: Path, *, from_step: int = 0) -> None:
         _keep_until(path, from_step)
-        self._path = path
         self._file = path.open("a", buffering=1)
 
     def log(self, record: Record) -> None:
         whole = {**record, "time_unix_seconds": round(time.time(), 3)}
-        try:
-            self._file.write(json.dumps({k: _finite(v) for k, v in whole.items()}, allow_nan=False) + "\n")
-        except OSError as error:
-            raise HarnessError(
-                f"cannot be written ({error.strerror})",
-                where=str(self._path),
-                hint="Free some space; the same command with --resume auto goes on from the last checkpoint.",
-                exit_code=1,
-            ) from None
+        self._file.write(json.dumps({k: _finite(v) for k, v in whole.items()}, allow_nan=False) + "\n")
 
     def finish(self, result: Record | None) -> None:
         with contextlib.suppress(OSError):  # what could not be written has been told of

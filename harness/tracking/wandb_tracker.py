@@ -14,6 +14,7 @@ from urllib.parse import urlparse
 from harness.tracking.base import NullTracker, Record
 
 _INIT_TIMEOUT_SECONDS = 60
+_FINISH_TIMEOUT_SECONDS = 60
 
 
 def resolve_mode(setting: str) -> str:
@@ -82,7 +83,13 @@ class WandbTracker(NullTracker):
             warnings.simplefilter("ignore")  # the library's own deprecations are not the user's concern
             import wandb
 
-            settings = wandb.Settings(init_timeout=_INIT_TIMEOUT_SECONDS, silent=True, console="off")
+            settings = wandb.Settings(
+                init_timeout=_INIT_TIMEOUT_SECONDS,
+                finish_timeout=_FINISH_TIMEOUT_SECONDS,  # without one it waits for a dead server for ever
+                finish_timeout_raises=True,
+                silent=True,
+                console="off",
+            )
             self._run = wandb.init(resume="allow", settings=settings, **arguments)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")

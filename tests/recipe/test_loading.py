@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import jsonschema
@@ -133,6 +135,9 @@ def test_all_errors_come_at_once_with_their_places(tmp_path: Path) -> None:
         ("a: 1\n---\nb: 2\n", "not valid YAML"),
         ("x: " + "[" * 3000 + "\n", "ested too deeply"),
         ("seed: " + "9" * 5000 + "\n", "too long"),
+        ("seed: 0x" + "f" * 5000 + "\n", "too long"),
+        ("x: [" + "1," * 30_000 + "]\n", "no recipe"),
+        ("".join(" " * n + "a:\n" for n in range(200)), "ested too deeply"),
     ],
 )
 def test_bad_recipes_say_what_is_wrong(text: str, expected: str, tmp_path: Path) -> None:
@@ -147,6 +152,20 @@ def test_folder_and_binary_files_are_errors(tmp_path: Path) -> None:
     assert "cannot be read" in errors_of(tmp_path)[0]
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
     assert "UTF-8" in errors_of(tmp_path / "b.yaml")[0]
+
+
+def test_a_pipe_or_a_device_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    assert "is not a file" in errors_of(tmp_path / "pipe.yaml")[0]
+    assert "is not a file" in errors_of(write(tmp_path, "base: /dev/zero\n"))[0]
+
+
+def test_a_long_override_is_answered_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    begin = time.monotonic()
+    for override in ("a=" + "[" * 10_000, ".".join("a" * 3000) + "=1", "model.args.a=" + "{b: " * 3000):
+        assert "ested too deeply" in errors_of(path, override)[0]
+    assert time.monotonic() - begin < 5
 
 
 def test_base_is_merged_key_by_key_and_overrides_come_last(tmp_path: Path) -> None:

@@ -1,0 +1,111 @@
+"""A server that speaks W&B's protocol (openwandb, of the dev extra), and a slow way to it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from harness.launching.ranks import free_port
+from tests.faults.fault import NotHere
+from tests.faults.runs import ROOT
+
+KEY = "local" + "0" * 40
+START_SECONDS = 60.0
+
+
+class WandbServer:
+    """`openwandb serve` on the loopback, in a folder. Raises NotHere where it is not installed."""
+
+    def __init__(self, folder: Path, log: Path) -> None:
+        self._folder, self._log = folder, log
+        self.port = free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        words = [_program(), "serve", "--host", "127.0.0.1", "--port", str(self.port), "--data-dir", str(self._folder)]
+        with self._log.open("a") as log:
+            self._process = subprocess.Popen(words, stdout=log, stderr=log, cwd=self._log.parent)
+        deadline = time.monotonic() + START_SECONDS
+        while not listens(self.port):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise NotHere(f"openwandb does not start: {self._log.read_text()[-300:]}")
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def holds(self) -> int:
+        """Bytes in its folder."""
+        return sum(p.stat().st_size for p in self._folder.rglob("*") if p.is_file())
+
+
+def environment(port: int) -> dict[str, str]:
+    """What a training needs to send to a server on this port."""
+    return {"WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": KEY, "WANDB_MODE": "online"}
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _program() -> str:
+    beside = Path(sys.executable).parent
+    found = os.environ.get("HARNESS_OPENWANDB") or shutil.which("openwandb", path=f"{beside}:{os.environ['PATH']}")
+    if found is None:
+        raise NotHere(f"needs openwandb: pip install openwandb, or scripts/setup.sh --dev in {ROOT.name}")
+    return found
+
+
+class SlowWay:
+    """A port that hands everything on to another, each piece after `seconds`."""
+
+    def __init__(self, port: int, seconds: float) -> None:
+        self._to, self._seconds = port, seconds
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self._open: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    def close(self) -> None:
+        for each in [self._listener, *self._open]:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        for thread in self._threads:
+            thread.join(timeout=10)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(("127.0.0.1", self._to))
+            except OSError:
+                return
+            self._open += [near, far]
+            for source, target in ((near, far), (far, near)):
+                thread = threading.Thread(target=self._hand_on, args=(source, target), daemon=True)
+                self._threads.append(thread)
+                thread.start()
+
+    def _hand_on(self, source: socket.socket, target: socket.socket) -> None:
+        try:
+            while piece := source.recv(1 << 16):
+                time.sleep(self._seconds)
+                target.sendall(piece)
+            target.shutdown(socket.SHUT_WR)
+        except OSError:
+            return
