@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +21,7 @@ from typing import Any
 from harness.machine import cpu_name, usable_cores
 from tests.faults import rows
 from tests.faults.inputs import KINDS
-from tests.faults.runs import INTERVAL_STEPS, ROOT, STEPS
+from tests.faults.runs import INTERVAL_STEPS, STEPS
 
 LIBRARIES = ("torch", "accelerate", "safetensors", "numpy", "wandb", "hypothesis", "openwandb")
 HEAD = ("fault", "trials", "survived", "steps lost (max)", "detect, s (max)", "recover, s (max)", "how it is injected")
@@ -87,7 +88,8 @@ def render(results: dict[str, Any]) -> str:
     lines = [
         "# Reliability: faults, counted",
         "",
-        f"Made by `{about['command']}` on {about['date']}: {about['machine']}; Python {about['python']}, {versions}. {about['note']}".rstrip(),
+        f"Made by `{about['command']}` on {about['date']}: {about['machine']}; "
+        f"Python {about['python']}, {versions}. {about['note']}".rstrip(),
         "",
         f"**{survived} of {trials} faults survived; {tried:,} bad inputs, "
         f"{sum(k['problem'] is not None for k in kinds)} of {len(kinds)} kinds with a finding.**",
@@ -107,9 +109,9 @@ def render(results: dict[str, Any]) -> str:
         "|---|---:|---|",
         *(f"| {k['title']} | {k['tried']:,} | {_cell(k['problem'] or 'none')} |" for k in kinds),
     ]
-    failures = [(r["title"], note) for r in found for note in r["not_survived"]]
+    failures = [(r["title"], note) for r in found for note in r["not_survived"][:3]]
     if failures:
-        lines += ["", "## Not survived", ""]
+        lines += ["", "## Not survived (up to three of each)", ""]
         lines += [f"- {title}: {_cell(note)}" for title, note in failures]
     return "\n".join(lines) + "\n"
 
@@ -152,7 +154,8 @@ def _number(value: float | None) -> str:
 
 def _cell(text: str) -> str:
     """Text that stays in its cell, on its line."""
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").replace(str(ROOT), ".").split())[:400]
+    shorter = re.sub(r"(?:/[\w.+-]+){2,}/", "…/", re.sub(r"\^{3,}", "", text))  # no paths of the machine
+    return " ".join(shorter.replace("|", "\\|").replace("<", "&lt;").split())[:400]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
