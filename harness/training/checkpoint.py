@@ -9,24 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from harness.errors import HarnessError, nearest
+from harness.training import optimizer_state
+from harness.training.saved_state import wrong_in
 
 FORMAT_VERSION = 2
 MANIFEST, STATE = "manifest.json", "state.json"
 MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 _PREFIX = "step_"
+_NAME = re.compile(rf"{_PREFIX}(0|[1-9][0-9]{{0,15}})")
 _REPLACED = ".replaced"  # a checkpoint while the new one of its step takes its place
 
 
@@ -74,11 +77,11 @@ def snapshot(
         optimizer: the optimizer's `state_dict()`.
         state: JSON-able.
     """
-    optimizer_tensors, optimizer_state = _split_optimizer(optimizer)
+    optimizer_tensors, optimizer_rest = optimizer_state.split(optimizer)
     tensors = {MODEL: _on_host(model), OPTIMIZER: _on_host(optimizer_tensors)}
     if ema is not None:
         tensors[EMA] = _on_host(ema)
-    whole = {"format_version": FORMAT_VERSION, **state, "optimizer": optimizer_state}
+    whole = {"format_version": FORMAT_VERSION, **state, "optimizer": optimizer_rest}
     return Snapshot(step, tensors, json.loads(json.dumps(whole)))
 
 
@@ -134,7 +137,7 @@ def list_checkpoints(directory: Path) -> list[Path]:
     """The `step_N` folders by rising N."""
     if not directory.is_dir():
         return []
-    found = [p for p in directory.iterdir() if p.name.startswith(_PREFIX) and p.name[len(_PREFIX) :].isdigit()]
+    found = [p for p in directory.iterdir() if _NAME.fullmatch(p.name)]
     return sorted((p for p in found if p.is_dir()), key=step_of)
 
 
@@ -155,6 +158,8 @@ def load(path: Path) -> Saved:
         raise _broken(path / MANIFEST, "not the manifest of a checkpoint")
     for name, entry in files.items():
         file = path / name
+        if not isinstance(entry, dict):
+            raise _broken(path / MANIFEST, f"says nothing of {name}")
         if file.parent != path or not file.is_file():
             raise _broken(file, "is missing")
         if _bytes(file) != entry.get("bytes"):
@@ -164,6 +169,8 @@ def load(path: Path) -> Saved:
     state = _read_json(path / STATE)
     if state.get("format_version") != FORMAT_VERSION:
         raise _broken(path / STATE, f"has format version {state.get('format_version')}, not {FORMAT_VERSION}")
+    if wrong := wrong_in(state):
+        raise _broken(path / STATE, f"is not what a training writes: {wrong}")
     ema = _load_tensors(path / EMA) if EMA in files else None
     return Saved(
         path,
@@ -233,53 +240,6 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: Path) -
             hint="Give the recipe it was trained with, or start a new run with another --run-dir.",
         )
     model.load_state_dict(dict(tensors))
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: Saved) -> None:
-    """Put a checkpoint's state into an optimizer over parameters of the same shapes.
-
-    Raises:
-        HarnessError: it is another optimizer's.
-    """
-    try:
-        optimizer.load_state_dict(_join_optimizer(saved.optimizer, saved.state["optimizer"]))
-    except ValueError as error:
-        raise HarnessError(
-            f"the checkpoint's optimizer is another one: {error}",
-            where=str(saved.path),
-            hint="Resume with the optimizer settings it was trained with.",
-        ) from None
-    for parameter, entries in optimizer.state.items():  # back to the layout of the weights: sums round by it
-        for key, value in entries.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                entries[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-def _join_optimizer(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> dict[str, Any]:
-    """The optimizer's `state_dict` back from its tensors and JSON part."""
-    per_parameter: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in state["scalars"].items()}
-    groups: list[dict[str, Any]] = [dict(group) for group in state["groups"]]
-    for name, tensor in tensors.items():
-        kind, index, key = name.split(".", 2)
-        owner = groups[int(index)] if kind == "group" else per_parameter.setdefault(int(index), {})
-        owner[key] = tensor
-    for group in groups:  # JSON knows no tuples; betas and the like are tuples
-        group.update({k: tuple(v) for k, v in group.items() if isinstance(v, list) and k != "params"})
-    return {"state": per_parameter, "param_groups": groups}
-
-
-def _split_optimizer(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by name, and all the rest as JSON."""
-    tensors: dict[str, Tensor] = {}
-    scalars: dict[str, dict[str, Any]] = {}
-    groups: list[dict[str, Any]] = []
-    for index, entries in optimizer["state"].items():
-        tensors |= {f"parameter.{index}.{k}": v for k, v in entries.items() if isinstance(v, Tensor)}
-        scalars[str(index)] = {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
-    for index, group in enumerate(optimizer["param_groups"]):
-        tensors |= {f"group.{index}.{k}": v for k, v in group.items() if isinstance(v, Tensor)}
-        groups.append({k: v for k, v in group.items() if not isinstance(v, Tensor)})
-    return tensors, {"scalars": scalars, "groups": groups}
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from harness.models.sync_batch_norm import convert_sync_batch_norm
 from harness.recipe import Recipe
 from harness.runtime import Runtime
 from harness.tracking import NullTracker, Tracker
-from harness.training import checkpoint
+from harness.training import checkpoint, optimizer_state
 from harness.training.network import open_network
 from harness.training.optim import Mix, Schedule, build_optimizer, build_schedule
 from harness.training.state import Progress
@@ -116,7 +116,7 @@ class Parts:
             )
         if self.ema is not None and saved.ema is not None:
             checkpoint.load_weights(self.ema.module, saved.ema, saved.path)
-        checkpoint.load_optimizer(self.optimizer.optimizer, saved)
+        optimizer_state.load(self.optimizer.optimizer, saved.optimizer, saved.state["optimizer"], saved.path)
         if self.runtime.accelerator.scaler is not None and saved.state["scaler"]:
             self.runtime.accelerator.scaler.load_state_dict(saved.state["scaler"])
         return Progress.from_json(saved.state["progress"])

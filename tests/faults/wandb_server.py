@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-from harness.launching.ranks import free_port
+from harness.launching.ports import free_port
 from tests.faults.fault import NotHere
 from tests.faults.runs import ROOT
 

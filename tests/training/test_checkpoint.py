@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from harness.errors import HarnessError
-from harness.training import checkpoint
+from harness.training import checkpoint, optimizer_state
 from harness.training.optim import build_optimizer
+from tests.training.states import whole_state
 
 
 def trained(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -41,7 +42,7 @@ def write(folder: Path, number: int, model: nn.Module, optimizer: torch.optim.Op
         model=model.state_dict(),
         ema=None,
         optimizer=optimizer.state_dict(),
-        state={"progress": {"step": number}},
+        state=whole_state(number),
     )
     return checkpoint.write(folder, saved)
 
@@ -55,7 +56,7 @@ def test_training_goes_on_bit_equal_from_a_checkpoint(name: str, tmp_path: Path)
         for parameter in other.parameters():
             parameter.add_(1)
     checkpoint.load_weights(other, saved.model, saved.path)
-    checkpoint.load_optimizer(other_optimizer, saved)
+    optimizer_state.load(other_optimizer, saved.optimizer, saved.state["optimizer"], saved.path)
     for seed in (1, 2):
         step(model, optimizer, seed)
         step(other, other_optimizer, seed)

@@ -15,8 +15,9 @@ from timm.optim import get_optimizer_info, list_optimizers
 from torch import nn
 
 from harness.errors import HarnessError
-from harness.training import checkpoint
+from harness.training import checkpoint, optimizer_state
 from harness.training.optim import Mix, build_optimizer, build_schedule
+from tests.training.states import whole_state
 
 SGD = {
     "name": "sgd",
@@ -96,10 +97,10 @@ def continued(name: str, folder: Path) -> tuple[nn.Module, nn.Module]:
     other, other_optim = start()
     train(model, optim, range(2))
     weights, state = model.state_dict(), optim.state_dict()
-    taken = checkpoint.snapshot(2, model=weights, ema=None, optimizer=state, state={})
+    taken = checkpoint.snapshot(2, model=weights, ema=None, optimizer=state, state=whole_state())
     saved = checkpoint.load(checkpoint.write(folder, taken))
     checkpoint.load_weights(other, saved.model, saved.path)
-    checkpoint.load_optimizer(other_optim, saved)
+    optimizer_state.load(other_optim, saved.optimizer, saved.state["optimizer"], saved.path)
     train(model, optim, range(2, 5))
     train(other, other_optim, range(2, 5))
     return model, other

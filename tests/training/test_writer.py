@@ -11,11 +11,12 @@ import torch
 from harness.errors import HarnessError
 from harness.training import checkpoint
 from harness.training.writer import CheckpointWriter
+from tests.training.states import whole_state
 
 
 def snapshot(step: int, weight: torch.Tensor) -> checkpoint.Snapshot:
     optimizer = {"state": {}, "param_groups": []}
-    return checkpoint.snapshot(step, model={"weight": weight}, ema=None, optimizer=optimizer, state={"step": step})
+    return checkpoint.snapshot(step, model={"weight": weight}, ema=None, optimizer=optimizer, state=whole_state(step))
 
 
 def test_training_goes_on_while_the_disk_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
