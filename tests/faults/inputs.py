@@ -25,6 +25,7 @@ from harness.data.store import read_manifest
 from harness.errors import HarnessError
 from harness.recipe import Recipe, load
 from harness.recipe.loading import fingerprint, resolved_yaml
+from tests.faults.examples import NASTY, SCALARS, VALUES, bombs, changes, edits, paths_of
 from tests.faults.runs import ROOT
 
 LIMIT_SECONDS = 10.0  # a hundred times what the slowest takes on a quiet machine
@@ -106,136 +107,6 @@ def explained(error: HarnessError, code: int = 2) -> None:
 
 # --- recipes and overrides
 
-_NASTY = (
-    "!!python/object/apply:os.system ['touch canary']",
-    '!!python/object/new:subprocess.Popen [["touch", "canary"]]',
-    "!!python/name:os.system",
-    "!!python/module:canary",
-    "!!python/tuple [1]",
-    "!<tag:yaml.org,2002:python/object/apply:eval> [\"open('canary','w')\"]",
-    "!!binary Y2FuYXJ5",
-    "!!timestamp 2026-01-01",
-    "!!set {a, b}",
-    "!x y",
-    "&a [*a, *a]",
-    "&a {<<: *a}",
-    "<<: {a: 1}",
-    "*nowhere",
-    "%YAML 9.9",
-    "---\n---\n",
-    "...",
-    "? ",
-    "- - - - - -",
-    "{" * 40,
-    "[" * 400,
-    "'",
-    '"\\x00\\ud800"',
-    "\x00",
-    "﻿",
-    "\u2028",
-    "\udcff",
-    "💥" * 9,
-    "0x" + "f" * 4000,
-    "-" * 3000,
-    "9" * 4400,
-    "1e999999999",
-    "1:1:1:1",
-    ".nan",
-    "-.inf",
-    "0o777",
-    "1_000",
-    "~",
-    "=",
-    "| \n\t x",
-    ">-\n",
-    "${HOME}",
-    "$(touch canary)",
-    "`touch canary`",
-    "../" * 30 + "etc/passwd",
-    "/dev/zero",
-    "/proc/self/mem",
-    "#" * 200,
-)
-
-
-def _bombs() -> st.SearchStrategy[str]:
-    """Documents that grow when they are read: aliases of aliases, merges, nesting."""
-
-    def laughs(levels: int, wide: int) -> str:
-        lines = [f"a0: &a0 [{'x, ' * wide}]"]
-        lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * wide)}]" for n in range(1, levels)]
-        return "\n".join(lines)
-
-    return st.one_of(
-        st.builds(laughs, st.integers(2, 12), st.integers(2, 12)),
-        st.builds(lambda n: "a: " + "[" * n, st.integers(1, 9000)),
-        st.builds(lambda n: "{a: " * n + "1" + "}" * n, st.integers(1, 3000)),
-        st.builds(lambda n: "".join(" " * i + "a:\n" for i in range(n)), st.integers(1, 200)),
-        st.builds(lambda n: "training: {epochs: " + "9" * n + "}", st.integers(1, 20000)),
-        st.builds(lambda n: "".join(f"k{i}: {i}\n" for i in range(n)), st.integers(1, 500)),
-        st.builds(lambda n: "name: " + "💥" * n + "\ntraining: {epochs: 1}", st.integers(1, 9000)),
-        st.builds(lambda n: "a: [" + "1," * n + "]", st.integers(1, 3000)),
-    )
-
-
-def _edits(whole: str) -> st.SearchStrategy[str]:
-    """A valid text with some of its parts cut out, doubled, or replaced by something nasty."""
-    places = st.integers(0, len(whole))
-    put = st.sampled_from(_NASTY) | st.text(max_size=12)
-    edit = st.tuples(places, st.integers(0, 30), put)
-
-    def apply(edits: list[tuple[int, int, str]]) -> str:
-        text = whole
-        for at, length, new in edits:
-            text = text[:at] + new + text[at + length :]
-        return text
-
-    return st.lists(edit, min_size=1, max_size=4).map(apply)
-
-
-_scalars = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=20)
-    | st.sampled_from([2**63, -(2**63), 10**300, 2**31, 0, -1, "", "\x00", "../x", "a" * 5000])
-)
-_values = st.recursive(
-    _scalars,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
-    max_leaves=12,
-)
-
-
-def paths_of(data: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The way to each value of a nested structure."""
-    inside = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
-    return [prefix, *(way for key, value in inside for way in paths_of(value, (*prefix, key)))]
-
-
-def changed(data: Any, changes: list[tuple[tuple[Any, ...], Any]]) -> Any:
-    """A copy with values replaced, as far as the way to them is still there."""
-    whole = json.loads(json.dumps(data))
-    for way, value in changes:
-        if not way:
-            return value
-        target = whole
-        try:
-            for key in way[:-1]:
-                target = target[key]
-            if isinstance(target, dict) == isinstance(way[-1], str):  # else another change was there before
-                target[way[-1]] = value
-        except (KeyError, IndexError, TypeError):
-            continue
-    return whole
-
-
-def _changes(data: Any, values: st.SearchStrategy[Any] = _values) -> st.SearchStrategy[Any]:
-    ways = st.sampled_from([way for way in paths_of(data) if way])
-    return st.lists(st.tuples(ways, values), min_size=1, max_size=3).map(lambda c: changed(data, c))
-
-
 _VALID = resolved_yaml(load(DEBUG))
 _VALID_DATA = yaml.safe_load(_VALID)
 
@@ -273,7 +144,7 @@ def _try_overrides(folder: Path) -> Try:
 
 def _overrides() -> st.SearchStrategy[list[str]]:
     ways = st.sampled_from([".".join(map(str, way)) for way in paths_of(_VALID_DATA) if way])
-    values = st.sampled_from(_NASTY) | st.text(max_size=30) | _scalars.map(str) | _bombs()
+    values = st.sampled_from(NASTY) | st.text(max_size=30) | SCALARS.map(str) | bombs()
     key = ways | st.text(max_size=10) | st.builds(".".join, st.lists(st.text(max_size=4), max_size=30))
     return st.lists(st.builds("{}={}".format, key, values) | st.text(max_size=30), min_size=1, max_size=4)
 
@@ -318,7 +189,7 @@ _MANIFEST = {
 def json_texts(data: Any) -> st.SearchStrategy[str]:
     """JSON with values replaced, with parts of its text cut or replaced, or no JSON at all."""
     whole = json.dumps(data)
-    return _changes(data).map(json.dumps) | _edits(whole) | st.text(max_size=60) | _values.map(json.dumps)
+    return changes(data).map(json.dumps) | edits(whole) | st.text(max_size=60) | VALUES.map(json.dumps)
 
 
 def _try_safetensors(folder: Path) -> Try:
@@ -390,13 +261,13 @@ _CHECKPOINT = json.loads(
 _CHECKPOINT["files"]["../../outside.safetensors"] = _CHECKPOINT["files"]["state.json"]
 
 KINDS = {
-    "recipe-edits": Kind("recipes: a valid one edited", _edits(_VALID), _try_recipe, 0.24),
-    "recipe-values": Kind("recipes: values replaced", _changes(_VALID_DATA).map(_dump), _try_recipe, 0.16),
-    "recipe-bombs": Kind("recipes: bombs, nesting, tags", _bombs() | st.sampled_from(_NASTY), _try_recipe, 0.08),
+    "recipe-edits": Kind("recipes: a valid one edited", edits(_VALID), _try_recipe, 0.24),
+    "recipe-values": Kind("recipes: values replaced", changes(_VALID_DATA).map(_dump), _try_recipe, 0.16),
+    "recipe-bombs": Kind("recipes: bombs, nesting, tags", bombs() | st.sampled_from(NASTY), _try_recipe, 0.08),
     "overrides": Kind("overrides", _overrides(), _try_overrides, 0.16),
     "data-manifests": Kind("data manifests", json_texts({**_MANIFEST}), _try_data_manifest, 0.08),
     "signed-data-manifests": Kind(
-        "data manifests with a fitting checksum", _changes(_MANIFEST).map(signed), _try_data_manifest, 0.08
+        "data manifests with a fitting checksum", changes(_MANIFEST).map(signed), _try_data_manifest, 0.08
     ),
     "checkpoint-manifests": Kind("checkpoint manifests", json_texts(_CHECKPOINT), _try_checkpoint_manifest, 0.10),
     "safetensors": Kind("safetensors headers, the manifest fitting", _safetensors(), _try_safetensors, 0.10),

@@ -6,8 +6,9 @@ import json
 import time
 
 from tests.faults.check import contents, said_well
+from tests.faults.examples import changed, paths_of
 from tests.faults.fault import Outcome, fault
-from tests.faults.inputs import changed, manifest_of, paths_of
+from tests.faults.inputs import manifest_of
 from tests.faults.rows_damage import stopped
 from tests.faults.runs import Stage
 

@@ -103,7 +103,7 @@ def slow(stage: Stage, index: int) -> Outcome:
 @fault(
     "wandb-server-disk-full",
     "Disk full under the W&B server's folder",
-    "the server's folder lies on a tmpfs of 2 MB (as root) that is filled up when the training begins",
+    "the server's folder lies on a tmpfs of 4 MB (as root) that is filled up when the training begins",
     trials=2,
     short=0,
     load="waiting",

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.inputs import KINDS, changed, limited, paths_of, run_kind
+from tests.faults.examples import changed, paths_of
+from tests.faults.inputs import KINDS, limited, run_kind
 
 COUNT = int(os.environ.get("FAULTS_INPUTS", "320"))
 # Not mended yet; a finding of these is told, and not held against the suite.
