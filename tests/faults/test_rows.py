@@ -11,7 +11,6 @@ from tests.faults.fault import NotHere, run_trial
 from tests.faults.runs import Server
 
 # Not mended yet; what is found is told, and not held against the suite.
-KNOWN = {"taken-port": "a MASTER_PORT that is taken gives torch's traceback in place of an error with a hint"}
 CASES = [(name, index) for name, row in rows.REGISTRY.items() for index in range(row.short_trials)]
 
 
@@ -21,8 +20,6 @@ def test_survived(name: str, index: int, work: Path, server: Server) -> None:
         outcome = run_trial(rows.REGISTRY[name], index, work, server)
     except NotHere as reason:
         pytest.skip(str(reason))
-    if not outcome.survived and name in KNOWN:
-        pytest.xfail(KNOWN[name])
     assert outcome.survived, outcome.note
 
 
