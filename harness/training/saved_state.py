@@ -1,4 +1,4 @@
-"""What `state.json` of a checkpoint must look like; a manifest that fits says only that it was not changed by accident."""
+"""What `state.json` of a checkpoint must look like. A manifest that fits says only that nothing changed by accident."""
 
 from __future__ import annotations
 
