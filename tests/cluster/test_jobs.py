@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -46,7 +47,7 @@ def test_what_ends_a_job_early_changes_nothing(
     undisturbed: Task, submit: Submit, disturb: Callable[[Task], None]
 ) -> None:
     """It is queued again by itself, goes on in its run directory, and ends bit-equal to the job left alone."""
-    task = submit("digits.yaml", "--nodes", "2")
+    task = submit("digits.yaml", "--nodes", "2", "tracking.wandb=offline")
     task.wait_for_step(12)
     disturb(task)
     assert task.finish()["Restarts"] == "1"
@@ -54,6 +55,9 @@ def test_what_ends_a_job_early_changes_nothing(
     assert first == 0
     assert second >= 12  # no step is lost
     assert_equal(task, undisturbed)
+    wandb_run_id = json.loads((task.run / "provenance.json").read_text())["wandb_run_id"]
+    starts = [folder.name.rpartition("-")[2] for folder in (task.run / "wandb").glob("offline-run-*")]
+    assert starts == [wandb_run_id] * 2  # one W&B run, written by both starts
 
 
 def assert_equal(task: Task, undisturbed: Task) -> None:
