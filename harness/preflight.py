@@ -101,11 +101,11 @@ def facts(place: Place, *, use_cpu: bool, recipe_sha256: str) -> Facts:
         cores=tuple(sorted(affinity)),
         threads=torch.get_num_threads(),
         recipe_sha256=recipe_sha256,
-        versions={"python": platform.python_version(), **library_versions()},
+        versions={"python": platform.python_version(), **installed_versions()},
     )
 
 
-def library_versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
     """Versions of the libraries that a run stands on, as far as they are installed."""
     found = {}
     for name in LIBRARIES:

@@ -166,7 +166,7 @@ def provenance(world_size: int) -> dict[str, Any]:
         "git": git_state(Path(__file__).resolve().parent),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "libraries": preflight.library_versions(),
+        "libraries": preflight.installed_versions(),
         "cpu": cpu_name(),
         "cpu_cores": usable_cores(),
         "cpu_threads": torch.get_num_threads(),
