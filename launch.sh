@@ -16,7 +16,7 @@
 #   HARNESS_VENV=DIR      the environment to use and set up, instead of .venv
 #   HARNESS_SKIP_SETUP=1  the environment is ready: no set-up
 #
-# Exit codes: 0 done; 2 bad recipe, option or data; 3 diverged; 75 stopped by a signal, checkpoint written.
+# Exit codes: 0 done; 1 broke off (full disk, lost rank); 2 bad recipe, option or data; 3 diverged; 75 stopped by a signal, checkpoint written.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
@@ -181,15 +181,14 @@ environment=()
 [ -z "$threads" ] || [ -n "${OMP_NUM_THREADS:-}" ] || environment+=("OMP_NUM_THREADS=$threads")
 [ "$gpus" != 0 ] || environment+=(ACCELERATE_USE_CPU=true "GOMP_SPINCOUNT=$spin")
 command=("$python" -m)
-if [ "$ranks" != 1 ] || [ "${restarts:-0}" != 0 ]; then
+if [ "$ranks" != 1 ]; then
   config=$root/recipes/launch/cpu.yaml
   [ "$gpus" = 0 ] || config=$root/recipes/launch/multi_gpu.yaml
-  [ "$ranks" != 1 ] || config=$root/recipes/launch/one_gpu.yaml # as Accelerate has it: one process, on a CPU too
-  command+=(harness.launching.ranks)
-  [ "${restarts:-0}" = 0 ] || command+=(--max-restarts "$restarts")
+  command+=(harness.launching.ranks ${restarts:+--max-restarts "$restarts"})
   command+=(accelerate launch --config_file "$config" --num_processes "$ranks" -m)
-elif [ "$gpus" != 0 ]; then
-  environment=() # one process on a GPU keeps torch's own choice of threads
+else
+  [ "$gpus" = 0 ] || environment=() # one process on a GPU keeps torch's own choice of threads
+  [ "${restarts:-0}" = 0 ] || command+=(harness.launching.ranks --max-restarts "$restarts" python -m)
 fi
 command+=(harness train "$recipe" "${arguments[@]:1}")
 

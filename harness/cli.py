@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import harness
 from harness import commands
-from harness.errors import EXIT_BAD_INPUT, EXIT_DONE, HarnessError, from_disk, nearest, print_error
+from harness.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, HarnessError, from_disk, nearest, print_error
 
 # Groups of `harness --help`, each command with its line.
 GROUPS = {
@@ -39,7 +39,7 @@ EXIT_CODE_FILE = "HARNESS_EXIT_CODE_FILE"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 1 disk full, 2 bad input, 3 diverged, 130 interrupted."""
+    """Run a command and return its exit code: 0 done, 1 broke off, 2 bad input, 3 diverged, 130 interrupted."""
     try:
         code = _run(sys.argv[1:] if argv is None else list(argv))
     except HarnessError as error:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = EXIT_BAD_INPUT
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = EXIT_DONE
+        code = EXIT_FAILED if "train" in sys.argv[1:2] else EXIT_DONE
     except OSError as error:
         told = from_disk(error)
         if told is None:
@@ -75,7 +75,7 @@ def _run(argv: list[str]) -> int:
 def _tell_launcher(code: int) -> None:
     """Launchers of several ranks return 1 whatever a rank returned; launch.sh reads the code from this file."""
     path = os.environ.get(EXIT_CODE_FILE)
-    if path and code != EXIT_DONE:
+    if path:
         with open(path, "a") as file:
             file.write(f"{code}\n")
 

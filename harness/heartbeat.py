@@ -58,6 +58,7 @@ class Heartbeat:
         self._store, self._rank, self._world_size = store, rank, world_size
         self._limit_seconds, self._warn = limit_seconds, warn
         self._activity = 0
+        self._beats = 0
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._beat, name="harness-heartbeat", daemon=True)
@@ -98,48 +99,55 @@ class Heartbeat:
         """Which rank failed, is gone or is late, as far as can be told, in words."""
         others = [rank for rank in range(self._world_size) if rank != self._rank]
         try:
-            before = {rank: self._beats(rank) for rank in others}
-            time.sleep(LOOK_SECONDS)  # also the time that a failing rank needs to leave its error
-            after = {rank: self._beats(rank) for rank in others}
+            before = {rank: self._beat_of(rank) for rank in others}
+            self._beat_on(LOOK_SECONDS)  # also the time that a failing rank needs to leave its error
+            after = {rank: self._beat_of(rank) for rank in others}
             failed = {rank: text for rank in others if (text := self._read(f"failed/{rank}")) is not None}
         except RuntimeError:
             return "rank 0, which keeps the ranks' meeting point, is gone or stopped (see its output)"
         if failed:
             return "; ".join(f"rank {rank} failed: {text}" for rank, text in failed.items())
         gone = [rank for rank in others if before[rank] == after[rank]]
-        if gone:
-            silence = f"no sign of life for {LOOK_SECONDS:g} s"
-            return "; ".join(f"rank {rank} is gone or stopped ({silence})" for rank in gone)
-        mine = self._activity
-        late = [rank for rank in others if self._activity_in(after[rank]) < mine]
-        if late:
-            return "; ".join(f"rank {rank} is late ({mine - self._activity_in(after[rank])} steps)" for rank in late)
+        done = {rank: self._activity_in(after[rank]) for rank in others if rank not in gone} | {
+            self._rank: self._activity
+        }
+        late = [rank for rank in done if done[rank] < max(done.values())]
+        found = [f"rank {rank} is gone or stopped (no sign of life for {LOOK_SECONDS:g} s)" for rank in gone]
+        found += [f"rank {rank} is late{' (this one)' if rank == self._rank else ''}" for rank in sorted(late)]
+        if found:
+            return "; ".join(found)
         return "a collective failed although all ranks are alive: see the cause above, or the network between them"
 
     def _beat(self) -> None:
         seen, since, warned = self._activity, time.monotonic(), False
-        beats = 0
         while not self._ended.wait(BEAT_SECONDS):
-            beats += 1
             try:
-                self._write(beats)
+                self._write()
             except RuntimeError:
                 return  # the store is gone, and rank 0 with it: the next collective tells
             if self._activity != seen:
                 seen, since, warned = self._activity, time.monotonic(), False
             elif not warned and seen and time.monotonic() - since > LATE_SHARE * self._limit_seconds:
                 warned = True
-                self._warn(f"WARNING rank {self._rank} has waited {time.monotonic() - since:.0f} s: {self.blame()}")
+                stood = time.monotonic() - since
+                self._warn(f"WARNING rank {self._rank} has stood still for {stood:.0f} s: {self.blame()}")
 
-    def _write(self, beats: int) -> None:
+    def _write(self) -> None:
         with self._lock:
-            self._store.set(f"beat/{self._rank}", f"{beats} {self._activity}")
+            self._beats += 1
+            self._store.set(f"beat/{self._rank}", f"{self._beats} {self._activity}")
+
+    def _beat_on(self, seconds: float) -> None:
+        """Wait, and show the others meanwhile that this rank is alive: several look at one another at the same time."""
+        for _ in range(round(seconds / BEAT_SECONDS)):
+            time.sleep(BEAT_SECONDS)
+            self._write()
 
     def _read(self, key: str) -> str | None:
         with self._lock:
             return self._store.get(key).decode() if self._store.check([key]) else None
 
-    def _beats(self, rank: int) -> str:
+    def _beat_of(self, rank: int) -> str:
         return self._read(f"beat/{rank}") or "0 0"
 
     @staticmethod

@@ -7,6 +7,7 @@ rank writes its facts there; rank 0 reads them all and writes one verdict. A ran
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -282,12 +283,19 @@ def _facts_of(store: dist.Store, rank: int) -> Facts:
 
 
 def _hear_verdict(store: dist.Store) -> dict[str, Any]:
+    limit = datetime.timedelta(seconds=ARRIVAL_LIMIT_SECONDS + FAREWELL_SECONDS)
     try:
-        store.wait(["verdict"], datetime.timedelta(seconds=ARRIVAL_LIMIT_SECONDS + FAREWELL_SECONDS))
+        try:
+            store.wait(["verdict"], limit)
+        except dist.DistError:
+            if not store.check(["facts/0"]):
+                raise
+            store.wait(["verdict"], limit)  # rank 0 came late, and waits for others now
         verdict: dict[str, Any] = json.loads(store.get("verdict"))
-        store.add("heard", 1)
     except dist.DistError:
         return {"missing": [0], "differences": []}
+    with contextlib.suppress(dist.DistError):
+        store.add("heard", 1)
     return verdict
 
 
@@ -316,9 +324,19 @@ def _judge(verdict: Mapping[str, Any], place: Place) -> None:
 
 def _compare_clocks(store: dist.Store, place: Place, note: Callable[[str], None]) -> None:
     """Warn of clocks that differ: logs and lock files of several hosts are read by them."""
-    store.set(f"clock/{place.rank}", str(time.time()))
-    if place.rank == 0:
-        clocks = [float(store.get(f"clock/{rank}")) for rank in range(place.world_size)]
+    clocks: list[float] = []
+    try:
+        store.set(f"clock/{place.rank}", str(time.time()))
+        if place.rank == 0:
+            clocks = [float(store.get(f"clock/{rank}")) for rank in range(place.world_size)]
+    except dist.DistError:
+        raise HarnessError(
+            "a rank went away right after all had come",
+            where="preflight",
+            hint="See the logs of the other ranks; nothing was trained.",
+            exit_code=EXIT_RANK_LOST,
+        ) from None
+    if clocks:
         apart = max(clocks) - min(clocks)
         if apart > CLOCKS_MAY_DIFFER_SECONDS:
             late, early = clocks.index(max(clocks)), clocks.index(min(clocks))

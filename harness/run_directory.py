@@ -8,6 +8,8 @@ from pathlib import Path
 
 RUNS = Path("runs")
 LOCK = ".lock"
+CHECKPOINTS = "checkpoints"
+RUN_FILES = ("recipe.yaml", "provenance.json")
 JOB = "slurm"  # what the scheduler's job keeps there: its script, its recipe, what it prints
 
 
@@ -22,5 +24,24 @@ def new_run_directory(recipe_name: str) -> Path:
 
 
 def is_unused(path: Path) -> bool:
-    """Whether no training has begun in a directory: it is not there, or holds only a lock and the job's own files."""
-    return not path.exists() or all(entry.name in (LOCK, JOB) for entry in path.iterdir())
+    """Whether no training has begun in a directory: it is not there, or holds only a lock, the job's own files and what
+    a process that died left half written."""
+    return not path.exists() or all(entry.name in (LOCK, JOB) or _is_half_written(entry) for entry in path.iterdir())
+
+
+def _is_half_written(entry: Path) -> bool:
+    return entry.name.startswith(".") and entry.name.endswith(".tmp")
+
+
+def run_of(checkpoint_or_run: Path) -> Path | None:
+    """The run directory that a checkpoint lies in, or that a path is; None for a checkpoint taken out of its run."""
+    path = checkpoint_or_run.resolve()
+    for run in (path, path.parent.parent if path.parent.name == CHECKPOINTS else path):
+        if (run / CHECKPOINTS).is_dir() and all((run / name).is_file() for name in RUN_FILES):
+            return run
+    return None
+
+
+def has_checkpoints(run: Path) -> bool:
+    """Whether a checkpoint was ever finished in a run."""
+    return any((run / CHECKPOINTS).glob("step_*"))

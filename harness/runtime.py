@@ -67,8 +67,10 @@ def joined(*, precision: str, seed: int, recipe_sha256: str = "") -> Iterator[Ru
     try:
         with nullcontext() if runtime.heartbeat is None else runtime.heartbeat.explained():
             yield runtime
-    finally:
-        finish(runtime)
+    except BaseException:
+        finish(runtime, failed=True)
+        raise
+    finish(runtime)
 
 
 def start(*, precision: str, seed: int, recipe_sha256: str = "") -> Runtime:
@@ -92,7 +94,8 @@ def start(*, precision: str, seed: int, recipe_sha256: str = "") -> Runtime:
     place = preflight.Place.of_environment()
     network.choose_interface()
     heartbeat = _meet(place, use_cpu=use_cpu, recipe_sha256=recipe_sha256) if place.world_size > 1 else None
-    accelerator = Accelerator(mixed_precision=precision, cpu=use_cpu)
+    with _without_local_rank(alone=place.world_size == 1):
+        accelerator = Accelerator(mixed_precision=precision, cpu=use_cpu)
     if accelerator.num_processes != place.world_size:
         raise HarnessError(
             f"WORLD_SIZE is {place.world_size}, but Accelerate sees {accelerator.num_processes} process(es)",
@@ -100,6 +103,17 @@ def start(*, precision: str, seed: int, recipe_sha256: str = "") -> Runtime:
         )
     set_seed(seed)
     return Runtime(accelerator, accelerator.device, heartbeat)
+
+
+@contextmanager
+def _without_local_rank(*, alone: bool) -> Iterator[None]:
+    """A process that is alone needs no process group; Accelerate would make one where LOCAL_RANK is set."""
+    before = os.environ.pop("LOCAL_RANK", None) if alone else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["LOCAL_RANK"] = before
 
 
 def _meet(place: preflight.Place, *, use_cpu: bool, recipe_sha256: str) -> Heartbeat:
@@ -125,11 +139,16 @@ def _meet(place: preflight.Place, *, use_cpu: bool, recipe_sha256: str) -> Heart
     )
 
 
-def finish(runtime: Runtime) -> None:
-    """Leave the process group, where there is one, so that the process may start another run."""
+def finish(runtime: Runtime, *, failed: bool = False) -> None:
+    """Leave the process group, where there is one, so that the process may start another run.
+
+    Args:
+        failed: an error is on its way out. NCCL's farewell waits for all ranks, which may be waiting for this one: on
+            GPUs it is left out then, and the process ends with the error.
+    """
     if runtime.heartbeat is not None:
         runtime.heartbeat.end()
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_available() and dist.is_initialized() and not (failed and runtime.device.type == "cuda"):
         dist.destroy_process_group()
     # Accelerate keeps its state for the life of the process; a later run may want another precision.
     runtime.accelerator.free_memory()

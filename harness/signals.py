@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -25,8 +25,8 @@ _received: list[signal.Signals] = []
 def noticed() -> Iterator[None]:
     """Notice stop signals inside the block instead of dying of them; the former handlers come back behind it."""
     _received.clear()
-    _notice_launchers_death()
     before = {number: signal.signal(number, _notice) for number in STOP_SIGNALS}
+    _notice_launchers_death()
     try:
         yield
     finally:
@@ -38,11 +38,12 @@ def noticed() -> Iterator[None]:
 def _notice_launchers_death() -> None:
     """Have the kernel send SIGTERM when the launcher of this rank dies: an orphan would train on, and hold the run
     directory against the restart. Only Linux can do so."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or "HARNESS_EXIT_CODE_FILE" in os.environ
+    if not launched or sys.platform != "linux":
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
-    if os.getppid() != parent or parent == 1:  # it died meanwhile
+    if os.getppid() != parent:  # it died meanwhile; in a container the launcher may well be process 1
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -54,6 +55,8 @@ def received() -> str | None:
 def _notice(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT and _received:
         raise KeyboardInterrupt
-    if not _received:
-        os.write(2, f"{signal.Signals(number).name}: stopping after this step, with a checkpoint\n".encode())
+    first = not _received
     _received.append(signal.Signals(number))
+    if first:
+        with suppress(OSError):  # nobody reads any more, as `| tee log` does not after Ctrl-C
+            os.write(2, f"{signal.Signals(number).name}: stopping after this step, with a checkpoint\n".encode())

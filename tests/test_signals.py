@@ -43,3 +43,33 @@ def test_a_rank_stops_when_its_launcher_is_killed(tmp_path: Path) -> None:
     launcher.wait()
     wait_for(tmp_path / "received")
     assert (tmp_path / "received").read_text() == "SIGTERM"
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="a process 1 of its own needs root, on Linux")
+def test_a_launcher_that_is_process_1_as_in_a_container_is_no_dead_one(tmp_path: Path) -> None:
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "none", "PYTHONPATH": str(ROOT)}
+    command = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c", LAUNCHER, RANK, str(tmp_path)]
+    with subprocess.Popen(command, env=environment, cwd=ROOT) as container:
+        wait_for(tmp_path / "ready")
+        time.sleep(0.2)
+        assert not (tmp_path / "received").exists()
+        container.kill()
+
+
+def test_a_signal_counts_though_nobody_reads_the_output() -> None:
+    """As behind `| tee log`, which Ctrl-C ends first."""
+    script = """
+import os, signal
+from harness import signals
+with signals.noticed():
+    signal.raise_signal(signal.SIGINT)
+    code = 0 if signals.received() == "SIGINT" else 1
+os._exit(code)
+"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run([sys.executable, "-c", script], stderr=writer, cwd=ROOT, timeout=60, check=False)
+    finally:
+        os.close(writer)
+    assert done.returncode == 0

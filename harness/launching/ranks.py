@@ -3,7 +3,8 @@
 `python -m harness.launching.ranks accelerate launch [options] -m harness train RECIPE` runs that command in this
 process, and again from the last checkpoint up to `--max-restarts N` times when a rank dies or fails. Accelerate and
 torchrun answer 1 (or a traceback) whatever the ranks returned; here the code comes from the ranks, which write theirs
-to `$HARNESS_EXIT_CODE_FILE`, a line each, when they fail or stop. Signals are handed on.
+to `$HARNESS_EXIT_CODE_FILE`, a line each. Signals are handed on. `python -m harness train RECIPE` in place of
+`accelerate launch …` runs a single process in the same care.
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
-from harness.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_DONE, EXIT_REQUEUE, HarnessError
-from harness.recipe import load
-from harness.run_directory import new_run_directory
+from harness.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE
+from harness.launching.attempts import next_attempt, value_of, with_run_directory
 
-EXIT_FAILED = 1
 CODE_FILE_VARIABLE = "HARNESS_EXIT_CODE_FILE"
 HANDED_ON_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 SHUTDOWN_SECONDS = "120"  # for the checkpoint a rank writes when told to stop; torch's default is 30
@@ -34,20 +34,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     max_restarts = 0
     if words[:1] == ["--max-restarts"] and len(words) > 1 and words[1].isdecimal():
         max_restarts, words = int(words[1]), words[2:]
-    if words[:2] != ["accelerate", "launch"]:
-        print(f"usage: {__spec__.name} [--max-restarts N] accelerate launch [options] -m MODULE …", file=sys.stderr)
+    if words[:2] != ["accelerate", "launch"] and words[:1] != ["python"]:
+        print(
+            f"usage: {__spec__.name} [--max-restarts N] (accelerate launch [options] | python) -m MODULE …",
+            file=sys.stderr,
+        )
         return EXIT_BAD_INPUT
-    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", HANDED_ON_SIGNALS)
-    os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
-    options = _on_loopback(words[2:])
     if max_restarts:
-        options = _with_run_directory(options)
+        words = with_run_directory(words)
     for attempt in range(max_restarts + 1):
-        ended = _attempt(options)
-        if ended.code != EXIT_FAILED or ended.told_to_stop or attempt == max_restarts:
+        ended = _attempt(words)
+        again = next_attempt(words)
+        if ended.code != EXIT_FAILED or ended.told_to_stop or attempt == max_restarts or again is None:
             break
         print(f"launch: starting the ranks again ({attempt + 1} of {max_restarts} restarts)", file=sys.stderr)
-        options = _resuming(options)
+        words = again
     return ended.code
 
 
@@ -59,11 +60,35 @@ class _Ended:
     told_to_stop: bool = False
 
 
-def _attempt(options: list[str]) -> _Ended:
+def _attempt(words: list[str]) -> _Ended:
     with tempfile.TemporaryDirectory(prefix="harness-ranks-") as folder:
         code_file = Path(folder, "exit_code")
         os.environ[CODE_FILE_VARIABLE] = str(code_file)
-        return _launch(options, code_file)
+        if words[0] == "python":
+            return _single([sys.executable, *words[1:]], code_file)
+        return _launch(_on_loopback(words[2:]), code_file)
+
+
+def _single(command: list[str], code_file: Path) -> _Ended:
+    """One process without a launcher; signals are handed on to it."""
+    received: list[int] = []
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        process.send_signal(number)
+
+    process = subprocess.Popen(command)
+    numbers = [signal.Signals[name] for name in HANDED_ON_SIGNALS.split(",")]
+    before = {number: signal.signal(number, hand_on) for number in numbers}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    told = bool(received)
+    if code == EXIT_DONE:
+        return _Ended(code, told)
+    return _Ended(exit_code(code, read_codes(code_file), told_to_stop=told), told)
 
 
 def _launch(options: list[str], code_file: Path) -> _Ended:
@@ -71,6 +96,8 @@ def _launch(options: list[str], code_file: Path) -> _Ended:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", HANDED_ON_SIGNALS)
+    os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
     # The ranks have said what went wrong; the launcher's view of it is shown only where no rank could.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     try:
@@ -81,10 +108,12 @@ def _launch(options: list[str], code_file: Path) -> _Ended:
         if code == EXIT_FAILED:
             print(f"launch: a rank failed\n{error}", file=sys.stderr)
         return _Ended(code)
-    except subprocess.CalledProcessError as error:  # of a single process
-        return _Ended(exit_code(error.returncode, read_codes(code_file)))
     except SignalException as error:
-        return _Ended(exit_code(-int(error.sigval), read_codes(code_file), told_to_stop=True), told_to_stop=True)
+        written = read_codes(code_file)
+        ranks = value_of(options, "--num_processes")
+        if ranks is not None and written == [EXIT_DONE] * int(ranks):
+            return _Ended(EXIT_DONE)  # all had ended when the signal came
+        return _Ended(exit_code(-int(error.sigval), written, told_to_stop=True), told_to_stop=True)
     return _Ended(EXIT_DONE)
 
 
@@ -103,7 +132,9 @@ def exit_code(first_failure: int, written: Sequence[int], *, told_to_stop: bool 
         if code in (EXIT_BAD_INPUT, EXIT_DIVERGED):
             return code
     if told_to_stop:
-        return min(written) if written else 128 - first_failure  # a rank that failed on the way: 1, before 75
+        failures = [code for code in written if code != EXIT_DONE]
+        # A rank that failed on the way: 1, before 75.
+        return min(failures) if failures else 128 + abs(first_failure)
     if first_failure in (EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_REQUEUE):
         return first_failure
     return EXIT_FAILED
@@ -126,27 +157,6 @@ def _on_loopback(options: list[str]) -> list[str]:
 
     loopback.register()
     return ["--rdzv_backend", loopback.BACKEND, *options]
-
-
-def _resuming(options: list[str]) -> list[str]:
-    """The same command for another attempt: it goes on from the last checkpoint."""
-    words = list(options)
-    while "--resume" in words:
-        at = words.index("--resume")
-        del words[at : at + 2]
-    return [*(word for word in words if not word.startswith("--resume=")), "--resume", "auto"]
-
-
-def _with_run_directory(options: list[str]) -> list[str]:
-    """The options with a run directory that a second attempt finds again."""
-    words = options[options.index("train") + 1 :] if "train" in options else []
-    if not words or any(word.split("=")[0] in ("--run-dir", "--resume") for word in words):
-        return options
-    try:
-        recipe = load(words[0], [word for word in words[1:] if "=" in word and not word.startswith("-")])
-    except HarnessError:
-        return options  # the ranks will say what is wrong with it
-    return [*options, "--run-dir", str(new_run_directory(recipe.name))]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.errors import HarnessError
+from harness.errors import EXIT_FAILED, HarnessError
 from harness.launching.slurm import Job, log_path, sbatch_text
 from harness.run_directory import JOB, is_unused, new_run_directory
 
@@ -80,7 +80,15 @@ def submit(
             folder = _make_folder(job.run_directory_of(seed), undo)
             (folder / RECIPE).write_text(resolved_yaml(frozen))
             (folder / SCRIPT).write_text(text)
-        job_id = _sbatch(folder / SCRIPT)
+        try:
+            job_id = _sbatch(folder / SCRIPT)
+        except subprocess.TimeoutExpired:
+            undo.pop_all()  # SLURM may have taken the job, which needs its folder
+            raise HarnessError(
+                f"sbatch did not answer within {SBATCH_LIMIT_SECONDS} s; {folder} is kept",
+                hint=f"`squeue --me` tells whether the job is there; else: sbatch {folder / SCRIPT}",
+                exit_code=EXIT_FAILED,
+            ) from None
         undo.pop_all()
     return Submission(job, text, job_id)
 
@@ -134,11 +142,6 @@ def _sbatch(script: Path) -> str:
     except FileNotFoundError:
         raise HarnessError(
             "there is no sbatch here", hint="Submit on a login node of the cluster; --dry-run shows the script."
-        ) from None
-    except subprocess.TimeoutExpired:
-        raise HarnessError(
-            f"sbatch did not answer within {SBATCH_LIMIT_SECONDS} s",
-            hint="`squeue --me` tells whether the job is there.",
         ) from None
     if done.returncode != 0:
         message = "\n  ".join(done.stderr.strip().splitlines()) or f"sbatch ended with {done.returncode}"

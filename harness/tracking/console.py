@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import TextIO
@@ -104,9 +105,10 @@ class ConsoleTracker(NullTracker):
 
     def _print(self, text: str) -> None:
         self._last_line_at = time.monotonic()
-        if self._bar is not None:
-            self._bar.clear()
-        print(text, file=self._stream, flush=True)
+        with contextlib.suppress(OSError):  # nobody reads any more; the training goes on
+            if self._bar is not None:
+                self._bar.clear()
+            print(text, file=self._stream, flush=True)
 
     def _close_bar(self) -> None:
         if self._bar is not None:

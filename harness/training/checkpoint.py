@@ -33,6 +33,10 @@ _NAME = re.compile(rf"{_PREFIX}(0|[1-9][0-9]{{0,15}})")
 _REPLACED = ".replaced"  # a checkpoint while the new one of its step takes its place
 
 
+class BrokenCheckpoint(HarnessError):
+    """Its files are not what was written: nothing can be done with it."""
+
+
 @dataclass(frozen=True)
 class Saved:
     """A checkpoint that was read and verified.
@@ -150,7 +154,9 @@ def load(path: Path) -> Saved:
     """Read a checkpoint after checking every byte against its manifest.
 
     Raises:
-        HarnessError: a file is missing, cut short or changed, named; or the folder is no checkpoint.
+        BrokenCheckpoint: a file is missing, cut short or changed, named; or the folder is no checkpoint.
+        HarnessError: it is of another version.
+        OSError: the disk fails; the checkpoint may be whole.
     """
     manifest = _read_json(path / MANIFEST)
     files = manifest.get("files")
@@ -168,7 +174,11 @@ def load(path: Path) -> Saved:
             raise _broken(file, "was changed since it was written (SHA-256 differs)")
     state = _read_json(path / STATE)
     if state.get("format_version") != FORMAT_VERSION:
-        raise _broken(path / STATE, f"has format version {state.get('format_version')}, not {FORMAT_VERSION}")
+        raise HarnessError(
+            f"a checkpoint of format version {state.get('format_version')}; this is version {FORMAT_VERSION}",
+            where=str(path),
+            hint="Go on with it by the version of the harness that wrote it.",
+        )
     if wrong := wrong_in(state):
         raise _broken(path / STATE, f"is not what a training writes: {wrong}")
     ema = _load_tensors(path / EMA) if EMA in files else None
@@ -184,14 +194,15 @@ def load(path: Path) -> Saved:
 def last_good(directory: Path) -> tuple[Path | None, list[HarnessError]]:
     """The newest checkpoint that is whole, and why newer ones are not.
 
-    Broken ones are set aside, so that they are kept for a look but not tried again.
+    Broken ones are set aside, so that they are kept for a look but not tried again; of another version, or where the
+    disk fails, nothing is set aside and the error goes on.
     """
     _put_back_replaced(directory)
     problems: list[HarnessError] = []
     for path in reversed(list_checkpoints(directory)):
         try:
             return load(path).path, problems
-        except HarnessError as error:
+        except BrokenCheckpoint as error:
             problems.append(error)
             _set_aside(path, "broken")
     return None, problems
@@ -250,16 +261,16 @@ def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise _broken(path, f"cannot be read ({error})") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text())
-    except OSError:
+    except FileNotFoundError:
         around = [p.name for p in list_checkpoints(path.parent.parent)]
-        raise HarnessError(
+        raise BrokenCheckpoint(
             "no checkpoint here", where=str(path.parent), hint=nearest(path.parent.name, around)
         ) from None
     except ValueError:
@@ -269,8 +280,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _broken(file: Path, what: str) -> HarnessError:
-    return HarnessError(
+def _broken(file: Path, what: str) -> BrokenCheckpoint:
+    return BrokenCheckpoint(
         f"broken checkpoint: {file.name} {what}",
         where=str(file.parent),
         hint="Use an earlier checkpoint, or --resume auto, which finds the last good one.",

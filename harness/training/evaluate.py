@@ -102,3 +102,15 @@ def average_buffers(model: nn.Module) -> None:
             if buffer.is_floating_point():
                 dist.all_reduce(buffer)
                 buffer /= dist.get_world_size()
+
+
+@torch.no_grad()
+def take_buffers_of_first_rank(model: nn.Module) -> None:
+    """The first rank's buffers on every rank: a checkpoint holds those alone, and a resumed run must go on alike.
+
+    The averaged weights' statistics are averages over steps of what each rank had; DDP gives all ranks the first
+    one's statistics before each step, so that these are worth as much as any.
+    """
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)

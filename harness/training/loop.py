@@ -12,7 +12,12 @@ from typing import Any
 from torch import nn
 
 from harness.errors import Diverged
-from harness.training.evaluate import average_buffers, evaluate, recalibrate_batch_norm
+from harness.training.evaluate import (
+    average_buffers,
+    evaluate,
+    recalibrate_batch_norm,
+    take_buffers_of_first_rank,
+)
 from harness.training.parts import Parts
 from harness.training.state import Meter, Progress, Score
 from harness.training.stopping import Stopped
@@ -185,8 +190,9 @@ def _log_epoch(parts: Parts, progress: Progress) -> None:
 
 def evaluate_all(parts: Parts, progress: Progress) -> None:
     """Evaluate the raw weights, and apart from them the averaged ones, over the whole test split."""
-    for _, model in parts.models_to_evaluate():
-        average_buffers(model)
+    average_buffers(parts.bare_model)
+    if parts.ema is not None:
+        take_buffers_of_first_rank(parts.ema.module)
     last: dict[str, Any] = {"step": progress.step, "epoch": parts.epochs_done(progress)}
     for split, model in parts.models_to_evaluate():
         started_at = time.perf_counter()

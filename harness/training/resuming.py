@@ -5,18 +5,20 @@ The first rank decides, under the directory's lock, and tells the others; so ran
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from harness.errors import HarnessError, nearest
+from harness.errors import EXIT_BAD_INPUT, EXIT_FAILED, HarnessError, nearest
 from harness.recipe import Recipe, load
 from harness.recipe.loading import differences
-from harness.run_directory import LOCK, is_unused, new_run_directory, runs_of
+from harness.run_directory import CHECKPOINTS, LOCK, is_unused, new_run_directory, run_of, runs_of
 from harness.runtime import Runtime, broadcast_text
 from harness.training import checkpoint
 
@@ -31,18 +33,19 @@ _MAY_CHANGE = (
     "data.workers",
     "data.path",
 )
-CHECKPOINTS = "checkpoints"
-_RUN_FILES = ("recipe.yaml", "provenance.json")
+# What a disk may answer to-day and not to-morrow: worth another try by whoever started this.
+_TRANSIENT = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
 # Schedules whose shape follows the length of the training.
 _SHAPED_BY_LENGTH = ("cosine", "poly", "tanh", "wsd")
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run writes, and the checkpoint it goes on from."""
+    """Where a run writes, the checkpoint it goes on from, and whether no training had begun there."""
 
     run_directory: Path
     checkpoint: Path | None
+    unused: bool = False
 
 
 def agree_on_start(
@@ -58,21 +61,24 @@ def agree_on_start(
     Raises:
         HarnessError: on every rank alike: the directory is another run's, in use, or no checkpoint fits.
     """
-    message: dict[str, str | None] | None = None
+    message: dict[str, Any] | None = None
     if runtime.is_main:
         try:
             start = _choose(recipe, stack, run_directory, resume)
             message = {"directory": str(start.run_directory), "checkpoint": str(start.checkpoint or "")}
+            message["unused"] = start.unused
         except HarnessError as error:
-            message = {"what": error.what, "where": error.where, "hint": error.hint}
+            message = {"what": error.what, "where": error.where, "hint": error.hint, "exit_code": error.exit_code}
         except OSError as error:
             where = str(error.filename or run_directory)
             hint = "Give a --run-dir that can be made and written to."
-            message = {"what": f"cannot be used ({error.strerror})", "where": where, "hint": hint}
+            code = EXIT_FAILED if error.errno in _TRANSIENT else EXIT_BAD_INPUT
+            message = {"what": f"cannot be used ({error.strerror})", "where": where, "hint": hint, "exit_code": code}
     agreed = json.loads(broadcast_text(json.dumps(message), runtime))
     if "what" in agreed:
-        raise HarnessError(agreed["what"], where=agreed["where"], hint=agreed["hint"])
-    return Start(Path(agreed["directory"]), Path(agreed["checkpoint"]) if agreed["checkpoint"] else None)
+        raise HarnessError(**agreed)
+    checkpoint_path = Path(agreed["checkpoint"]) if agreed["checkpoint"] else None
+    return Start(Path(agreed["directory"]), checkpoint_path, agreed["unused"])
 
 
 def claim(path: Path, stack: ExitStack) -> None:
@@ -122,7 +128,7 @@ def find_checkpoint(path: Path, which: str) -> Path:
 def _choose(recipe: Recipe, stack: ExitStack, given: Path | None, resume: str) -> Start:
     source = None if resume in ("auto", "never") else find_checkpoint(Path(resume), "last")
     path = given or _directory(recipe, resume, source)
-    own = source is not None and _run_of(source) == path.resolve()
+    own = source is not None and run_of(source) == path.resolve()
     empty = is_unused(path)
     if not empty and resume != "auto" and not own:
         raise HarnessError(
@@ -134,22 +140,15 @@ def _choose(recipe: Recipe, stack: ExitStack, given: Path | None, resume: str) -
         claim(path, stack)
     if resume == "auto" and not empty:
         source = _last_good(path, recipe)
-    if source is not None and (run := _run_of(source)) is not None:
+    if source is not None and (run := run_of(source)) is not None:
         _check_same_training(recipe, run)
         _warn_of_another_length(recipe, run)
-    return Start(path, source)
-
-
-def _run_of(source: Path) -> Path | None:
-    """The run directory that a checkpoint lies in, or None for one that was taken out of its run."""
-    run = source.resolve().parent.parent
-    whole = source.resolve().parent.name == CHECKPOINTS and all((run / name).is_file() for name in _RUN_FILES)
-    return run if whole else None
+    return Start(path, source, empty)
 
 
 def _directory(recipe: Recipe, resume: str, source: Path | None) -> Path:
     """A checkpoint's run goes on in its own directory, `auto` in the newest unfinished one; else a new one."""
-    if source is not None and (run := _run_of(source)) is not None:
+    if source is not None and (run := run_of(source)) is not None:
         return run
     unfinished = _newest_unfinished(recipe) if resume == "auto" else None
     return unfinished or new_run_directory(recipe.name)

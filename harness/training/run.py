@@ -12,6 +12,7 @@ from harness.errors import HarnessError
 from harness.files import write_json, write_text
 from harness.recipe import Recipe
 from harness.recipe.loading import fingerprint, resolved_yaml
+from harness.run_directory import is_unused
 from harness.runtime import joined, provenance
 from harness.tracking import NullTracker, Tracker, Trackers
 from harness.tracking.console import ConsoleTracker
@@ -54,6 +55,13 @@ def train(recipe: Recipe, *, run_directory: Path | None, resume: str) -> dict[st
             )
         if runtime.is_main:
             claim(path, stack)
+            if start.unused and not is_unused(path):
+                raise HarnessError(
+                    "another process has begun a training in this run directory meanwhile",
+                    where=str(path),
+                    hint="Give another --run-dir, or go on with it by --resume auto.",
+                )
+            stack.callback(parts.writer.close)  # before the directory is given free
             _describe_run(path, recipe, parts, progress, steps)
         return _train(recipe, parts, path, progress, steps)
 

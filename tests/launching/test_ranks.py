@@ -147,6 +147,39 @@ def test_a_signal_reaches_the_ranks_and_their_code_comes_back(script: Path, numb
         process.communicate()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_single_process_gets_the_signal_and_is_not_started_again(
+    tiny: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "harness.launching.ranks",
+        "--max-restarts",
+        "3",
+        "python",
+        "-m",
+        "harness",
+        "train",
+    ]
+    run, words = tmp_path / "run", [str(tiny), "training.epochs=100000", "evaluation.every_epochs=1000"]
+    launcher = subprocess.Popen(
+        [*command, *words, "--run-dir", str(run)], env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        launcher.send_signal(number)
+        _, text = launcher.communicate(timeout=60)
+    finally:
+        kill_tree(launcher.pid)
+        launcher.communicate()
+    assert launcher.returncode == 75, text
+    assert "starting the ranks again" not in text
+
+
 @pytest.mark.parametrize(
     ("first_failure", "written", "code"),
     [
@@ -165,7 +198,10 @@ def test_which_code_wins_when_a_rank_failed(first_failure: int, written: list[in
     assert exit_code(first_failure, written) == code
 
 
-@pytest.mark.parametrize(("written", "code"), [([75, 75], 75), ([], 128 + 15), ([75, 1], 1), ([75, 3], 3), ([2], 2)])
+@pytest.mark.parametrize(
+    ("written", "code"),
+    [([75, 75], 75), ([], 128 + 15), ([75, 1], 1), ([75, 3], 3), ([2], 2), ([0, 75], 75), ([0], 143)],
+)
 def test_which_code_wins_when_told_to_stop(written: list[int], code: int) -> None:
     assert exit_code(-signal.SIGTERM, written, told_to_stop=True) == code
 
@@ -180,7 +216,7 @@ def test_a_free_port_is_free_and_is_not_handed_to_outgoing_connections() -> None
 
 def test_only_accelerate_launch_is_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rm", "-rf"]) == 2
-    assert "usage: harness.launching.ranks [--max-restarts N] accelerate launch" in capsys.readouterr().err
+    assert "usage: harness.launching.ranks [--max-restarts N] (accelerate launch" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -216,9 +252,9 @@ TrainingStep.__call__ = call
 sys.exit(main(sys.argv[1:]))
 """
     )
-    base = [sys.executable, "-m", "harness.launching.ranks", "--max-restarts", "2", "accelerate", "launch"]
-    config = ROOT / "recipes/launch" / ("cpu.yaml" if ranks == 2 else "one_gpu.yaml")
-    words = ["--config_file", str(config), "--num_processes", str(ranks), str(script), "train", str(tiny)]
+    base = [sys.executable, "-m", "harness.launching.ranks", "--max-restarts", "2"]
+    launch = ["accelerate", "launch", "--config_file", str(ROOT / "recipes/launch/cpu.yaml"), "--num_processes", "2"]
+    words = [*(launch if ranks == 2 else ["python"]), str(script), "train", str(tiny)]
     done = run_limited([*base, *words], 240, environment(PYTHONPATH=str(ROOT)), tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("launch: starting the ranks again (1 of 2 restarts)") == 1

@@ -144,6 +144,26 @@ def test_a_checkpoint_whose_successor_did_not_come_is_put_back(tmp_path: Path) -
     assert [p.name for p in tmp_path.iterdir()] == ["step_1"]
 
 
+@pytest.mark.parametrize("trouble", ["version", "disk"])
+def test_a_checkpoint_that_may_be_whole_is_not_set_aside(
+    tmp_path: Path, trouble: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, 1, *trained("sgd"))
+    if trouble == "version":
+        monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 99)  # as after an upgrade
+        with pytest.raises(HarnessError, match="format version 2; this is version 99"):
+            checkpoint.last_good(tmp_path)
+    else:
+
+        def fails(*_: object) -> None:
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(checkpoint, "_sha256", fails)  # a disk that answers again to-morrow
+        with pytest.raises(OSError, match="Input/output error"):
+            checkpoint.last_good(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
 def test_weights_of_another_network_are_explained() -> None:
     model = nn.Linear(3, 2)
     with pytest.raises(HarnessError) as caught:

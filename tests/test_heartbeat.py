@@ -1,0 +1,83 @@
+"""Who is blamed: ranks here are heartbeats on one real store, alive or not, late or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from harness.errors import HarnessError
+from harness.heartbeat import Heartbeat, RankLost, collective_limit_seconds
+from harness.launching.ports import free_port
+
+Beats = Callable[..., list[Heartbeat]]
+
+
+@pytest.fixture
+def beats() -> Iterator[Beats]:
+    """`beats(4)`: so many ranks, each with its own connection; `limit_seconds` of collectives, `warnings` to fill."""
+    port, running = free_port(), []
+    keeper = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+
+    def start(count: int, *, limit_seconds: float = 300, warnings: list[str] | None = None) -> list[Heartbeat]:
+        for rank in range(count):
+            store = dist.TCPStore("127.0.0.1", port, wait_for_workers=False, timeout=timedelta(seconds=10))
+            heard = [] if warnings is None else warnings
+            running.append(
+                Heartbeat(store, rank=rank, world_size=count, limit_seconds=limit_seconds, warn=heard.append)
+            )
+        return list(running)
+
+    yield start
+    for beat in running:
+        beat.end()
+    del keeper
+
+
+def test_the_late_and_the_gone_are_named_and_nobody_else(beats: Beats) -> None:
+    """All ranks look at the same time, as those do that wait for the same collective."""
+    ranks = beats(4)
+    for rank in ranks:
+        rank.tick()
+    for rank in ranks[:2]:
+        rank.tick()  # rank 2 is one step behind, and alive
+    ranks[3].end()
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(Heartbeat.blame, ranks[:3]))
+    silence = "rank 3 is gone or stopped (no sign of life for 2 s)"
+    assert found == [
+        f"{silence}; rank 2 is late",
+        f"{silence}; rank 2 is late",
+        f"{silence}; rank 2 is late (this one)",
+    ]
+
+
+def test_a_rank_that_stands_still_is_warned_of_before_the_time_is_up(beats: Beats) -> None:
+    warnings: list[str] = []
+    ranks = beats(3, limit_seconds=2, warnings=warnings)
+    for rank in ranks:
+        rank.tick()
+    ranks[0].tick()
+    ranks[1].tick()
+    ranks[2]._ended.wait(5.5)
+    assert len(warnings) == 3
+    assert all("stood still for" in text and "rank 2 is late" in text for text in warnings)
+    assert not any("gone" in text for text in warnings)
+
+
+def test_an_error_is_quoted_and_a_broken_collective_is_explained(beats: Beats) -> None:
+    first, second = beats(2)
+    with pytest.raises(ValueError, match="on fire"), second.explained():
+        raise ValueError("the disk is on fire")
+    with pytest.raises(RankLost, match="rank 1 failed: ValueError: the disk is on fire"), first.explained():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "soon", "nan", ""])
+def test_a_wrong_time_limit_is_named(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARNESS_COLLECTIVE_TIMEOUT_SECONDS", text)
+    with pytest.raises(HarnessError, match="must be a number of seconds above 0"):
+        collective_limit_seconds()
