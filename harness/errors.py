@@ -57,11 +57,10 @@ class Diverged(HarnessError):
         super().__init__(what, where=where, hint=hint, exit_code=EXIT_DIVERGED)
 
 
-# What a disk answers that is full, failing, read-only or another's; anything else is a mistake of ours.
-_DISK_ERRORS = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-    *(errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE),
-)
+# What a disk answers that is full or failing: another time it may not.
+TRANSIENT_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE)
+# And one that is read-only or another's; anything else is a mistake of ours.
+_DISK_ERRORS = (*TRANSIENT_DISK_ERRORS, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def from_disk(error: OSError) -> HarnessError | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from harness.errors import HarnessError
+from harness.errors import EXIT_BAD_INPUT, EXIT_FAILED, TRANSIENT_DISK_ERRORS, HarnessError
 
 
 @contextlib.contextmanager
@@ -40,7 +40,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise HarnessError(
             f"cannot be written: {error.strerror or error}",
             where=str(path),
-            hint="see that the disk has free space and that you may write to the folder",
+            hint="See that the disk has space and that you may write to the folder.",
+            exit_code=EXIT_FAILED if error.errno in TRANSIENT_DISK_ERRORS else EXIT_BAD_INPUT,
         ) from error
 
 

@@ -5,7 +5,6 @@ The first rank decides, under the directory's lock, and tells the others; so ran
 
 from __future__ import annotations
 
-import errno
 import json
 import sys
 from contextlib import ExitStack
@@ -15,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from harness.errors import EXIT_BAD_INPUT, EXIT_FAILED, HarnessError, nearest
+from harness.errors import EXIT_BAD_INPUT, EXIT_FAILED, TRANSIENT_DISK_ERRORS, HarnessError, nearest
 from harness.recipe import Recipe, load
 from harness.recipe.loading import differences
 from harness.run_directory import CHECKPOINTS, LOCK, is_unused, new_run_directory, run_of, runs_of
@@ -33,8 +32,6 @@ _MAY_CHANGE = (
     "data.workers",
     "data.path",
 )
-# What a disk may answer to-day and not to-morrow: worth another try by whoever started this.
-_TRANSIENT = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
 # Schedules whose shape follows the length of the training.
 _SHAPED_BY_LENGTH = ("cosine", "poly", "tanh", "wsd")
 
@@ -72,7 +69,7 @@ def agree_on_start(
         except OSError as error:
             where = str(error.filename or run_directory)
             hint = "Give a --run-dir that can be made and written to."
-            code = EXIT_FAILED if error.errno in _TRANSIENT else EXIT_BAD_INPUT
+            code = EXIT_FAILED if error.errno in TRANSIENT_DISK_ERRORS else EXIT_BAD_INPUT
             message = {"what": f"cannot be used ({error.strerror})", "where": where, "hint": hint, "exit_code": code}
     agreed = json.loads(broadcast_text(json.dumps(message), runtime))
     if "what" in agreed:

@@ -75,7 +75,7 @@ def _train(recipe: Recipe, parts: Parts, path: Path, progress: Progress, steps: 
         fit(parts, _cadence(recipe, parts, steps), progress)
         result = _result(recipe, parts, progress)
         if parts.runtime.is_main:
-            _write_result(path / "result.json", result)
+            write_json(path / "result.json", result)
         together = True
     except Stopped:
         together = True
@@ -85,14 +85,6 @@ def _train(recipe: Recipe, parts: Parts, path: Path, progress: Progress, steps: 
         if together:  # launchers end the other ranks soon after the first has ended, and this one has most to finish
             parts.runtime.accelerator.wait_for_everyone()
     return {**result, "run_directory": str(path)}
-
-
-def _write_result(path: Path, result: dict[str, Any]) -> None:
-    try:
-        write_json(path, result)
-    except HarnessError as error:
-        hint = "Free some space; the same command with --resume auto writes it."
-        raise HarnessError(error.what, where=error.where, hint=hint, exit_code=1) from None
 
 
 def _describe_run(path: Path, recipe: Recipe, parts: Parts, progress: Progress, steps: int) -> None:
