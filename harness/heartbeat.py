@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
@@ -23,6 +23,7 @@ LOOK_SECONDS = 2.0  # between two looks at the beats of a rank; one that is aliv
 LATE_SHARE = 0.8  # of the collectives' time limit: from here on the late rank is named
 STORE_LIMIT_SECONDS = 10.0
 MAX_TEXT = 2_000
+_STORE_IS_GONE = "rank 0, or the launcher, which keeps the ranks' meeting point, is gone or stopped (see its output)"
 
 
 class RankLost(HarnessError):
@@ -92,11 +93,19 @@ class Heartbeat:
 
     def tell(self, text: str) -> None:
         """Leave this rank's error for the others."""
-        with self._quietly():
+        with suppress(RuntimeError), self._connection():  # the store may be gone; then there is nobody to tell
             self._store.set(f"failed/{self._rank}", " ".join(text.split())[:MAX_TEXT])
 
     def blame(self) -> str:
         """Which rank failed, is gone or is late, as far as can be told, in words."""
+        found: list[str] = []
+        # In a thread: a store whose process stands still answers nothing, and torch's client then waits for ever.
+        look = threading.Thread(target=lambda: found.append(self._look()), name="harness-blame", daemon=True)
+        look.start()
+        look.join(LOOK_SECONDS + STORE_LIMIT_SECONDS)
+        return found[0] if found else _STORE_IS_GONE
+
+    def _look(self) -> str:
         others = [rank for rank in range(self._world_size) if rank != self._rank]
         try:
             before = {rank: self._beat_of(rank) for rank in others}
@@ -104,16 +113,15 @@ class Heartbeat:
             after = {rank: self._beat_of(rank) for rank in others}
             failed = {rank: text for rank in others if (text := self._read(f"failed/{rank}")) is not None}
         except RuntimeError:
-            return "rank 0, which keeps the ranks' meeting point, is gone or stopped (see its output)"
+            return _STORE_IS_GONE
         if failed:
             return "; ".join(f"rank {rank} failed: {text}" for rank, text in failed.items())
         gone = [rank for rank in others if before[rank] == after[rank]]
-        done = {rank: self._activity_in(after[rank]) for rank in others if rank not in gone} | {
-            self._rank: self._activity
-        }
-        late = [rank for rank in done if done[rank] < max(done.values())]
+        done = {rank: int(after[rank].split()[1]) for rank in others if rank not in gone}
+        done[self._rank] = self._activity
+        late = [rank for rank in sorted(done) if done[rank] < max(done.values())]
         found = [f"rank {rank} is gone or stopped (no sign of life for {LOOK_SECONDS:g} s)" for rank in gone]
-        found += [f"rank {rank} is late{' (this one)' if rank == self._rank else ''}" for rank in sorted(late)]
+        found += [f"rank {rank} is late{' (this one)' if rank == self._rank else ''}" for rank in late]
         if found:
             return "; ".join(found)
         return "a collective failed although all ranks are alive: see the cause above, or the network between them"
@@ -133,7 +141,7 @@ class Heartbeat:
                 self._warn(f"WARNING rank {self._rank} has stood still for {stood:.0f} s: {self.blame()}")
 
     def _write(self) -> None:
-        with self._lock:
+        with self._connection():
             self._beats += 1
             self._store.set(f"beat/{self._rank}", f"{self._beats} {self._activity}")
 
@@ -144,24 +152,26 @@ class Heartbeat:
             self._write()
 
     def _read(self, key: str) -> str | None:
-        with self._lock:
+        with self._connection():
             return self._store.get(key).decode() if self._store.check([key]) else None
 
     def _beat_of(self, rank: int) -> str:
+        """How often a rank has beaten, and its activity."""
         return self._read(f"beat/{rank}") or "0 0"
 
-    @staticmethod
-    def _activity_in(beat: str) -> int:
-        return int(beat.split()[1])
-
     @contextmanager
-    def _quietly(self) -> Iterator[None]:
-        """The store may be gone with rank 0; then there is nobody to tell."""
-        with self._lock:
-            try:
-                yield
-            except RuntimeError:
-                return
+    def _connection(self) -> Iterator[None]:
+        """The connection for one request.
+
+        Raises:
+            RuntimeError: another request waits for an answer that does not come; torch's own errors too.
+        """
+        if not self._lock.acquire(timeout=STORE_LIMIT_SECONDS / 2):
+            raise RuntimeError("the ranks' store does not answer")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
 
 def is_broken_collective(error: RuntimeError) -> bool:

@@ -67,7 +67,7 @@ def assert_equal(task: Task, undisturbed: Task) -> None:
     assert list((task.run.parent).iterdir()) == [task.run]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_job_that_is_preempted_makes_room_and_goes_on(
     undisturbed: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,7 +95,7 @@ def test_a_job_that_is_preempted_makes_room_and_goes_on(
         assert_equal(task, undisturbed)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_time_limit_changes_nothing(submit: Submit) -> None:
     """SLURM looks at time limits every half minute: the warning comes 20 to 50 s after the job began.
 
@@ -155,7 +155,7 @@ def test_a_rank_that_dies_is_started_again_within_the_job(undisturbed: Task, sub
     assert_equal(task, undisturbed)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_that_dies_too_often_fails_the_job(submit: Submit) -> None:
     task = submit("digits.yaml", "--max-restarts", "0", "training.steps=100000")
     task.wait_for_step(3)
@@ -174,7 +174,7 @@ def test_what_would_fail_again_is_not_tried_again(submit: Submit, override: str,
     assert "restart" not in task.output()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_cancelled_job_stays_cancelled_and_can_be_gone_on_with(submit: Submit, cluster: Sandbox) -> None:
     task = submit("digits.yaml", "--tasks-per-node", "2")
     task.wait_for_step(5)
@@ -188,7 +188,7 @@ def test_a_cancelled_job_stays_cancelled_and_can_be_gone_on_with(submit: Submit,
     assert again.starts() == [0, reached]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_job_that_may_not_be_queued_again_says_how_to_go_on(submit: Submit, cluster: Sandbox) -> None:
     task = submit("digits.yaml")
     task.wait_for_step(3)

@@ -154,6 +154,7 @@ def rank_throws(stage: Stage, index: int) -> Outcome:
     f"two forked ranks, one of them in turn sent SIGSTOP at a random step, {TIMEOUT_VARIABLE}=8; the other must end "
     "and name the rank that is late, then both are restarted",
     trials=10,
+    short=0,
 )
 def rank_stalls(stage: Stage, index: int) -> Outcome:
     if not any(TIMEOUT_VARIABLE in path.read_text() for path in (ROOT / "harness").rglob("*.py")):

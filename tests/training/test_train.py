@@ -176,7 +176,7 @@ def test_settings_train(train: Train, tiny: Path, overrides: tuple[str, ...]) ->
     assert all(0 < r["loss"] < 5 for r in metrics(run))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_compiled_training_is_evaluated_as_its_weights_are(
     train: Train, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
