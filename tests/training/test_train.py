@@ -275,27 +275,53 @@ def test_a_signal_stops_with_a_checkpoint_and_nothing_is_lost(
     assert [r["step"] for r in metrics(run)] == list(range(1, 281))
 
 
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(tiny: Path, tmp_path: Path, free_port: int) -> None:
-    run = tmp_path / "run"
-    command = [sys.executable, "-m", "harness", "train", str(tiny), "training.epochs=1000", "--run-dir", str(run)]
+def start_pair(tiny: Path, run: Path, port: int, *words: str) -> list[subprocess.Popen[str]]:
+    """Two ranks without a launcher between."""
+    command = [sys.executable, "-m", "harness", "train", str(tiny), *words, "--run-dir", str(run)]
     common = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    ranks = [
+    common |= {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(port)}
+    return [
         subprocess.Popen(
             command,
-            env=os.environ | common | {"RANK": str(r), "LOCAL_RANK": str(r), "MASTER_PORT": str(free_port)},
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
         )
-        for r in range(2)
+        for rank in range(2)
     ]
+
+
+def end_of(ranks: list[subprocess.Popen[str]], code: int) -> list[str]:
+    errors = [rank.communicate(timeout=90)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [code] * len(ranks), errors
+    return errors
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(tiny: Path, tmp_path: Path, free_port: int) -> None:
+    run = tmp_path / "run"
+    ranks = start_pair(tiny, run, free_port, "training.epochs=1000")
     wait_for_step(run, 5)
     ranks[1].send_signal(signal.SIGUSR1)
-    errors = [rank.communicate(timeout=60)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [75, 75], errors
-    steps = [int(e.split("after step ")[1].split(";")[0]) for e in errors]
+    steps = [int(e.split("after step ")[1].split(";")[0]) for e in end_of(ranks, 75)]
     assert steps[0] == steps[1]
     assert (run / "checkpoints" / f"step_{steps[0]}").is_dir()
+
+
+@pytest.mark.slow
+def test_two_ranks_with_statistics_of_their_own_go_on_bit_equal(tiny: Path, tmp_path: Path, free_port: int) -> None:
+    """Without synchronised BatchNorm ranks differ in their running statistics; a checkpoint holds the first one's."""
+    words = ("training.epochs=12", "training.sync_batch_norm=false", "ema.decay=0.9")
+    end_of(start_pair(tiny, tmp_path / "whole", free_port, *words), 0)
+    run = tmp_path / "run"
+    ranks = start_pair(tiny, run, free_port, *words)
+    wait_for_step(run, 10)
+    ranks[0].send_signal(signal.SIGTERM)
+    end_of(ranks, 75)
+    end_of(start_pair(tiny, run, free_port, *words, "--resume", "auto"), 0)
+    for name in ("model", "ema", "optimizer"):
+        assert_equal(weights(tmp_path / "whole", 84, name), weights(run, 84, name))
+    assert result(run)["ema"] == result(tmp_path / "whole")["ema"]
 
 
 def wait_for_step(run: Path, step: int) -> None:
