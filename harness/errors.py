@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable
 
 EXIT_DONE = 0
-EXIT_FAILED = 1  # it was started and broke off for a reason outside, such as a full disk
+EXIT_FAILED = 1  # broken off by something outside that may pass, such as a full disk
 EXIT_BAD_INPUT = 2  # recipe, option or data: nothing was started
 EXIT_DIVERGED = 3  # the loss or a gradient is not finite
 EXIT_REQUEUE = 75  # stopped by a signal, checkpoint written (sysexits.h EX_TEMPFAIL)

@@ -58,7 +58,7 @@ def full_cache(stage: Stage, index: int) -> Outcome:
     code = process.wait()
     detect = time.monotonic() - process.started_at
     wrong = said_well(process.text())
-    if code != 2 or stage.run.exists():
+    if code != 1 or stage.run.exists():
         wrong.append(f"exit code {code}, run directory there: {stage.run.exists()}")
     remount(disk, "size=64m")
     again = stage.train(env=environment)
