@@ -73,7 +73,8 @@ def agree_on_start(
             message = {"what": f"cannot be used ({error.strerror})", "where": where, "hint": hint, "exit_code": code}
     agreed = json.loads(broadcast_text(json.dumps(message), runtime))
     if "what" in agreed:
-        raise HarnessError(**agreed)
+        where, hint, code = agreed["where"], agreed["hint"], agreed["exit_code"]
+        raise HarnessError(agreed["what"], where=where, hint=hint, exit_code=code)
     checkpoint_path = Path(agreed["checkpoint"]) if agreed["checkpoint"] else None
     return Start(Path(agreed["directory"]), checkpoint_path, agreed["unused"])
 
