@@ -95,8 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="harness",
         description=f"{harness.__doc__}\n\n" + "\n\n".join(lines),
-        epilog="harness COMMAND --help tells more about one. Exit codes: 0 done, 2 bad recipe, option or data,\n"
-        "3 diverged, 75 stopped by a signal with a checkpoint written.",
+        epilog="harness COMMAND --help tells more about one. Exit codes: 0 done, 1 broken off,\n"
+        "2 bad recipe, option or data, 3 diverged, 75 stopped by a signal with a checkpoint written.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="harness [--version] COMMAND …",
     )

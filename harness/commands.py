@@ -176,7 +176,7 @@ def build_recipe(parser: argparse.ArgumentParser) -> None:
     _recipe_arguments(show)
     show.set_defaults(run=_recipe_show)
     validate = actions.add_parser("validate", help="every error of some recipes")
-    validate.add_argument("recipes", nargs="+", metavar="RECIPE")
+    validate.add_argument("recipes", nargs="+", metavar="RECIPE", help="files, and key.path=value for all of them")
     validate.set_defaults(run=_recipe_validate)
     schema = actions.add_parser("schema", help="JSON Schema of recipes, for editors")
     schema.set_defaults(run=_recipe_schema)
@@ -194,9 +194,10 @@ def _recipe_validate(arguments: argparse.Namespace) -> int:
     from harness.recipe import load
 
     code = EXIT_DONE
-    for path in arguments.recipes:
+    overrides = [word for word in arguments.recipes if "=" in word and not Path(word).exists()]
+    for path in [word for word in arguments.recipes if word not in overrides]:
         try:
-            load(path)
+            load(path, overrides)
             print(f"{path}: valid")
         except HarnessError as error:
             print_error(error)

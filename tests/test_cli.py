@@ -120,6 +120,12 @@ def test_recipe_commands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     assert json.loads(capsys.readouterr().out)["properties"]["base"]
 
 
+def test_validate_takes_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe", "validate", DEBUG, SEED, "training.epochs=3"]) == 0
+    assert main(["recipe", "validate", DEBUG, "training.epochs=two"]) == 2
+    assert "training.epochs: input should be a valid integer" in capsys.readouterr().err
+
+
 def test_summary_prints_the_seeds_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["summary", SEED]) == 0
     out = capsys.readouterr().out
