@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
-from harness.errors import HarnessError
+from harness.errors import EXIT_FAILED, HarnessError
 
 BEAT_SECONDS = 0.5
 LOOK_SECONDS = 2.0  # between two looks at the beats of a rank; one that is alive beats meanwhile
@@ -33,7 +33,7 @@ class RankLost(HarnessError):
         super().__init__(
             f"this rank cannot go on: {blame}",
             hint="The same command with --resume auto goes on from the last checkpoint.",
-            exit_code=1,
+            exit_code=EXIT_FAILED,
         )
 
 

@@ -40,7 +40,7 @@ def interface_towards(head: str, *, several_machines: bool) -> str | None:
     several machines, the others reach it by the interface of the default route.
     """
     address = _own_address_towards(head)
-    if several_machines and _is_loopback(address) and not _is_loopback(head) and head != "localhost":
+    if several_machines and _is_loopback(address) and not is_loopback_host(head):
         address = _own_address_towards(ELSEWHERE) or address
     if address is None:
         return None
@@ -68,6 +68,11 @@ def _own_address_towards(head: str) -> str | None:
         except OSError:
             continue
     return None
+
+
+def is_loopback_host(host: str) -> bool:
+    """Whether a name or address means this machine's loopback by itself, without asking anyone."""
+    return host == "localhost" or _is_loopback(host)
 
 
 def _is_loopback(address: str | None) -> bool:

@@ -22,14 +22,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from harness.errors import HarnessError, ManyErrors
+from harness.errors import EXIT_FAILED, HarnessError, ManyErrors
+from harness.network import is_loopback_host
 
 ARRIVAL_LIMIT_SECONDS = 60.0
 FAREWELL_SECONDS = 5.0
 CLOCKS_MAY_DIFFER_SECONDS = 30.0
 LIBRARIES = ("torch", "torchvision", "accelerate", "timm", "wandb", "ffcv", "numpy", "safetensors")
 _POLL_SECONDS = 0.02
-EXIT_RANK_LOST = 1
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def connect(place: Place, **options: Any) -> dist.Store:
 
 def _listen(place: Place) -> int:
     """A listening socket: on loopback alone where that is the master's address, else on all addresses."""
-    loopback = is_loopback(place.address)
+    loopback = is_loopback_host(place.address)
     try:
         if loopback:
             server = socket.create_server((place.address, place.port), backlog=max(128, place.world_size))
@@ -238,14 +238,9 @@ def _listen(place: Place) -> int:
             f"the ranks cannot meet at port {place.port}: {error.strerror}",
             where=f"MASTER_ADDR={place.address}",
             hint="Another program has the port: give another MASTER_PORT (--main_process_port).",
-            exit_code=EXIT_RANK_LOST,
+            exit_code=EXIT_FAILED,
         ) from None
     return server.detach()
-
-
-def is_loopback(address: str) -> bool:
-    """Whether an address or name leads nowhere but to this machine's loopback."""
-    return address == "localhost" or address.startswith("127.") or address == "::1"
 
 
 def _wait_for_listener(place: Place) -> None:
@@ -262,7 +257,7 @@ def _wait_for_listener(place: Place) -> None:
                     f"{place.address}:{place.port} ({error.strerror or error})",
                     where=f"rank {place.rank}",
                     hint="See rank 0's log; check MASTER_ADDR, MASTER_PORT and the network between the nodes.",
-                    exit_code=EXIT_RANK_LOST,
+                    exit_code=EXIT_FAILED,
                 ) from None
             time.sleep(0.1)
 
@@ -315,7 +310,7 @@ def _judge(verdict: Mapping[str, Any], place: Place) -> None:
             f"{word} {names} of {place.world_size} did not come within {ARRIVAL_LIMIT_SECONDS:.0f} s",
             where="preflight",
             hint="See the logs of the missing ranks; nothing was trained.",
-            exit_code=EXIT_RANK_LOST,
+            exit_code=EXIT_FAILED,
         )
     if verdict["differences"]:
         hint = "Start all ranks from one environment and one recipe, one rank a GPU."
@@ -334,7 +329,7 @@ def _compare_clocks(store: dist.Store, place: Place, note: Callable[[str], None]
             "a rank went away right after all had come",
             where="preflight",
             hint="See the logs of the other ranks; nothing was trained.",
-            exit_code=EXIT_RANK_LOST,
+            exit_code=EXIT_FAILED,
         ) from None
     if clocks:
         apart = max(clocks) - min(clocks)
