@@ -13,7 +13,7 @@
 # HARNESS_VENV=DIR  the environment to use, instead of .venv
 #
 # Rows that mount small disks need root, and those of W&B the openwandb package; else they say so and are left out. Takes
-# about an hour on two cores. Exit code 1 when a fault was not survived.
+# half an hour on two cores. Exit code 1 when a fault was not survived.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${HARNESS_VENV:-.venv}/bin/python
