@@ -319,18 +319,18 @@ def build_doctor(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from harness.doctor import examine, examine_numerics, render
+    from harness.doctor import examine, examine_network, render
 
     if arguments.numerics:
         from harness.recipe import load
 
         if arguments.recipe is None:
             raise HarnessError("--numerics needs a recipe", hint="harness doctor --numerics recipes/seed.yaml")
-        report = examine_numerics(load(arguments.recipe, arguments.overrides))
+        network = examine_network(load(arguments.recipe, arguments.overrides))
         if arguments.json:
-            _print_json(report.to_json())
+            _print_json({**network.numerics.to_json(), "kernels": network.kernels})
         else:
-            print(report.render())
+            print(f"{network.numerics.render()}\nkernels: {network.kernels}")
         return EXIT_DONE
     facts = examine()
     if arguments.json:

@@ -7,11 +7,10 @@ from typing import Any
 from harness.data.loaders import ffcv_available
 from harness.data.paths import cache_directory, data_directories
 from harness.errors import HarnessError
-from harness.models.numerics import NumericsReport
 from harness.recipe import Recipe
 from harness.runtime import joined, provenance
 from harness.tracking.wandb_tracker import resolve_mode
-from harness.training.network import open_network
+from harness.training.network import Network, open_network
 
 
 def examine() -> dict[str, Any]:
@@ -31,11 +30,11 @@ def examine() -> dict[str, Any]:
     }
 
 
-def examine_numerics(recipe: Recipe) -> NumericsReport:
-    """Check every distinct layer shape of the recipe's network on this machine, remembering nothing."""
+def examine_network(recipe: Recipe) -> Network:
+    """The recipe's network with every distinct layer shape checked on this machine, remembering nothing."""
     with joined(precision=recipe.training.precision, seed=recipe.seed) as runtime:
         classes = recipe.data.num_classes or 10
-        return open_network(recipe, num_classes=classes, device=runtime.device, world_size=1, remember=False)[1]
+        return open_network(recipe, num_classes=classes, device=runtime.device, world_size=1, remember=False)
 
 
 def render(facts: dict[str, Any]) -> str:

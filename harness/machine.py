@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import platform
 from pathlib import Path
@@ -16,6 +18,18 @@ def cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def processor() -> str:
+    """Model name and a digest of the instruction sets: some virtual machines give several processors one name."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        fields = dict(line.split(":", 1) for line in lines if ":" in line)
+        fields = {name.strip(): value.strip() for name, value in fields.items()}
+        flags = " ".join(sorted(fields.get("flags", "").split()))
+        digest = hashlib.sha256(flags.encode()).hexdigest()[:12]
+        return f"{fields.get('model name', platform.machine())} {fields.get('model', '')} {digest}"
+    return f"{platform.machine()} {platform.processor()}"
 
 
 def usable_cores(root: Path = Path("/")) -> int:

@@ -90,7 +90,7 @@ def _model(recipe: Recipe) -> nn.Module:
     """The recipe's network as training has it on this processor."""
     torch.manual_seed(recipe.seed)
     classes = recipe.data.num_classes or 10
-    return open_network(recipe, num_classes=classes, device=torch.device("cpu"), world_size=1)[0]
+    return open_network(recipe, num_classes=classes, device=torch.device("cpu"), world_size=1).model
 
 
 def _affordable_share(model: nn.Module, recipe: Recipe) -> float:

@@ -8,14 +8,15 @@ import importlib.metadata
 import json
 import math
 import os
-import platform
 from pathlib import Path
 
 import torch
 
 from harness.errors import HarnessError
 from harness.files import write_json
+from harness.machine import processor
 from harness.models.kernel_check import Fault
+from harness.models.kernels.library import SOURCE
 
 CHECK_VERSION = 1  # raise it when the check itself changes, so that old verdicts are not used
 # What can change the choice of a kernel, apart from the arguments.
@@ -102,20 +103,10 @@ def machine(device: torch.device, *, precision: str, memory_format: str) -> dict
         described["cuda"] = f"{torch.version.cuda} {torch.backends.cudnn.version()}"
         described["cudnn.benchmark"] = str(torch.backends.cudnn.benchmark)
     else:
-        described["processor"] = _processor()
+        described["processor"] = processor()
         described["instructions"] = torch.backends.cpu.get_cpu_capability()
         described["threads"] = str(torch.get_num_threads())
+        described["kernels"] = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
         described["onednn"] = str(torch.backends.mkldnn.enabled)
     return described
 
-
-def _processor() -> str:
-    """Model name and instruction sets: some virtual machines give several processors one name."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        fields = dict(line.split(":", 1) for line in lines if ":" in line)
-        fields = {name.strip(): value.strip() for name, value in fields.items()}
-        flags = " ".join(sorted(fields.get("flags", "").split()))
-        digest = hashlib.sha256(flags.encode()).hexdigest()[:12]
-        return f"{fields.get('model name', platform.machine())} {fields.get('model', '')} {digest}"
-    return f"{platform.machine()} {platform.processor()}"

@@ -14,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Path = Literal["direct", "space_to_batch", "other_memory_format", "float32"]
+from harness.models.kernels import depthwise
+from harness.models.kernels.library import available
+
+Path = Literal["direct", "compiled", "space_to_batch", "other_memory_format", "float32"]
 
 
 def space_to_batch_conv2d(
@@ -95,7 +98,8 @@ def space_to_batch_applies(conv: nn.Conv2d) -> bool:
 class SafeConv2d(nn.Conv2d):
     """`nn.Conv2d` by a chosen `path`: the same function, parameters and state dict keys.
 
-    Paths: `direct` (the library's kernel for the tensor as it comes), `space_to_batch` (see
+    Paths: `direct` (the library's kernel for the tensor as it comes), `compiled` (see
+    `kernels.depthwise`), `space_to_batch` (see
     `space_to_batch_conv2d`), `other_memory_format` (contiguous for a channels_last input and the reverse),
     `float32` (no reduced precision in this layer). The result has the dtype and memory format of `direct`.
     """
@@ -111,8 +115,9 @@ class SafeConv2d(nn.Conv2d):
         """
         if type(conv) not in (nn.Conv2d, SafeConv2d):
             raise ValueError(f"{type(conv).__name__} is no plain Conv2d")
-        if path == "space_to_batch" and not space_to_batch_applies(conv):
-            raise ValueError(f"space_to_batch cannot compute {conv}")
+        applies = {"compiled": depthwise.applies, "space_to_batch": space_to_batch_applies}
+        if path in applies and not applies[path](conv):
+            raise ValueError(f"{path} cannot compute {conv}")
         conv.__class__ = cls
         assert isinstance(conv, SafeConv2d)
         conv.path = path
@@ -123,6 +128,10 @@ class SafeConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, channels out, H', W'), as `nn.Conv2d`."""
+        if self.path == "compiled" and available(_compute_dtype(input)):
+            x_BCHW = input.to(_compute_dtype(input))
+            y_BCHW = depthwise.depthwise_conv2d(x_BCHW, self.weight, self.bias, dilation=self.dilation[0])
+            return y_BCHW.contiguous(memory_format=_format(_is_channels_last(input)))
         if self.path == "space_to_batch":
             height, width = self.dilation
             return space_to_batch_conv2d(input, self.weight, self.bias, dilation=(height, width), groups=self.groups)
@@ -197,7 +206,7 @@ def candidate_paths(layer: nn.Module, precision: str) -> list[Path]:
         layer: any layer of one tensor in, one tensor out.
         precision: the recipe's: no, bf16 or fp16.
     """
-    paths: list[Path] = []
+    paths: list[Path] = ["direct"] if getattr(layer, "path", "direct") == "compiled" else []
     if type(layer) in (nn.Conv2d, SafeConv2d):
         assert isinstance(layer, nn.Conv2d)
         paths += ["space_to_batch"] if space_to_batch_applies(layer) else []

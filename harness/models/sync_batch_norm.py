@@ -35,12 +35,7 @@ class _SyncBatchNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns y (B, C, H, W) of x's dtype; float64 mean (C,), biased variance (C,) and count (1,) of all ranks."""
         local_count, local_mean, local_variance = _local_statistics(x_BCHW, weight_C.dtype)
-        # Σx² of a rank from its own variance: summed in float32 it would lose the digits that matter.
-        squares = local_count * (local_variance + local_mean.square())
-        sums = torch.cat([local_count, local_count * local_mean, squares])
-        dist.all_reduce(sums)
-        count, (mean, second_moment) = sums[:1], (sums[1:] / sums[:1]).chunk(2)
-        variance = (second_moment - mean.square()).clamp_min(0)
+        mean, variance, count = over_ranks(local_mean, local_variance, local_count)
         y_BCHW = _normalise(x_BCHW, mean, variance, weight_C, bias_C, eps)
         ctx.save_for_backward(x_BCHW, weight_C, mean, variance, count)
         ctx.eps = eps
@@ -85,8 +80,32 @@ def _normalise(x_BCHW: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, b
     return F.batch_norm(x_BCHW, mean.to(weight.dtype), variance.to(weight.dtype), weight, bias, eps=eps)
 
 
-def _several_ranks() -> bool:
+def several_ranks() -> bool:
+    """Whether this process trains together with others."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def over_ranks(mean: Tensor, variance: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (C,), biased variance (C,) and count (1,) of all ranks' values from those of each, float64; one all-reduce."""
+    # Σx² of a rank from its own variance: summed in float32 it would lose the digits that matter.
+    sums = torch.cat([count, count * mean, count * (variance + mean.square())])
+    dist.all_reduce(sums)
+    all_count, (all_mean, second_moment) = sums[:1], (sums[1:] / sums[:1]).chunk(2)
+    return all_mean, (second_moment - all_mean.square()).clamp_min(0), all_count
+
+
+def update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+    """Take a batch's mean and biased variance (C,) of `count` (1,) values into a layer's running statistics."""
+    if not norm.track_running_stats or norm.running_mean is None or norm.running_var is None:
+        return
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    momentum = norm.momentum
+    if momentum is None:  # a plain average over all batches
+        momentum = 1.0 / float(norm.num_batches_tracked)
+    unbiased = variance * (count / (count - 1))
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+    norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
 
 
 def _synchronised(norm: nn.BatchNorm2d, x_BCHW: Tensor) -> Tensor:
@@ -98,15 +117,7 @@ def _synchronised(norm: nn.BatchNorm2d, x_BCHW: Tensor) -> Tensor:
     bias = x_BCHW.new_zeros(norm.num_features, dtype=dtype) if norm.bias is None else norm.bias
     with torch.autocast(x_BCHW.device.type, enabled=False):
         y_BCHW, mean, variance, count = _SyncBatchNorm.apply(x_BCHW, weight.to(dtype), bias.to(dtype), norm.eps)
-    if norm.track_running_stats and norm.running_mean is not None and norm.running_var is not None:
-        assert norm.num_batches_tracked is not None
-        norm.num_batches_tracked.add_(1)
-        momentum = norm.momentum
-        if momentum is None:  # a plain average over all batches
-            momentum = 1.0 / float(norm.num_batches_tracked)
-        unbiased = variance * (count / (count - 1))
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
+    update_running_statistics(norm, mean, variance, count)
     return y_BCHW
 
 
@@ -121,7 +132,7 @@ class CpuSyncBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W) of the same dtype; ranks may have different B."""
-        if self.training and _several_ranks():
+        if self.training and several_ranks():
             return _synchronised(self, input)
         return super().forward(input)
 
@@ -133,7 +144,7 @@ class CpuSyncBatchNormAct2d(BatchNormAct2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W) of the same dtype; ranks may have different B."""
-        if self.training and _several_ranks():
+        if self.training and several_ranks():
             result: Tensor = self.act(self.drop(_synchronised(self, x)))
             return result
         return super().forward(x)

@@ -59,9 +59,9 @@ def evaluate_run(path: Path, *, which: str, recalibrate_batches: int = 0) -> dic
         )
         store = open_data(recipe)
         _warn_of_other_images(saved, store, runtime)
-        model, _ = open_network(
+        model = open_network(
             recipe, num_classes=len(store.manifest.classes), device=runtime.device, world_size=runtime.world_size
-        )
+        ).model
         loader = open_loader(recipe, store, "test", runtime.device)
         stack.callback(loader.close)
         result: dict[str, Any] = {

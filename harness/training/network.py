@@ -1,6 +1,9 @@
-"""The recipe's network as it is trained on this machine: built, placed, checked, mended."""
+"""The recipe's network as it is trained on this machine: built, placed, sped up, checked, mended."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from filelock import FileLock
@@ -8,25 +11,39 @@ from torch import nn
 
 from harness.data.paths import writable_cache_directory
 from harness.models.build import build_model
+from harness.models.fast_paths import adopt_compiled_kernels
 from harness.models.mask_dropout import adopt_mask_dropout
 from harness.models.numerics import NumericsReport, check_and_repair
 from harness.recipe import Recipe
+from harness.recipe.schema import Training
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
+@dataclass(frozen=True)
+class Network:
+    """A network that is ready to be trained or evaluated.
+
+    Attributes:
+        model: on its device, with correct paths where a kernel is wrong.
+        numerics: the report of the check.
+        kernels: a phrase: whether its passes on a CPU are compiled ones, and if not, why.
+    """
+
+    model: nn.Module
+    numerics: NumericsReport
+    kernels: str
+
+
 def open_network(
     recipe: Recipe, *, num_classes: int, device: torch.device, world_size: int, remember: bool = True
-) -> tuple[nn.Module, NumericsReport]:
+) -> Network:
     """Build the network on the device and check each of its layers there, in the recipe's precision and layout.
 
     Args:
         num_classes: of the data.
         world_size: ranks that share the recipe's global batch.
         remember: take and keep the verdicts of this machine in the cache; otherwise check anew.
-
-    Returns:
-        The network, with correct paths where a kernel is wrong, and the report of the check.
 
     Raises:
         HarnessError: an unknown network or argument, or a wrong kernel without a correct path.
@@ -39,9 +56,11 @@ def open_network(
         args=recipe.model.args,
     )
     model = model.to(device).to(memory_format=MEMORY_FORMATS[training.memory_format])
+    cache = writable_cache_directory()
+    kernels = "torch's own"
     if device.type == "cpu":
         adopt_mask_dropout(model)
-    cache = writable_cache_directory()
+        kernels = _speed_up(model, training, cache)
     with FileLock(cache / "numerics.lock"):  # one rank of a machine checks, the others find its verdict
         report = check_and_repair(
             model,
@@ -52,4 +71,15 @@ def open_network(
             memory_format=training.memory_format,
             cache_directory=cache if remember else None,
         )
-    return model, report
+    return Network(model, report, kernels)
+
+
+def _speed_up(model: nn.Module, training: Training, cache: Path) -> str:
+    """Compiled passes where the recipe allows and has use for them; says in a phrase which there are."""
+    if training.kernels == "plain":
+        return "plain (training.kernels)"
+    if training.compile:  # which fuses by itself
+        return "plain (training.compile)"
+    if training.precision == "fp16" or training.memory_format != "channels_last":
+        return "plain (they are for channels_last, precision no or bf16)"
+    return adopt_compiled_kernels(model, cache)

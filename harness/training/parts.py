@@ -18,13 +18,12 @@ from harness.data.loaders import build_loader
 from harness.data.order import BatchPlan, evaluation_batches
 from harness.data.prepare import DataStore, prepare
 from harness.errors import HarnessError
-from harness.models.numerics import NumericsReport
 from harness.models.sync_batch_norm import convert_sync_batch_norm
 from harness.recipe import Recipe
 from harness.runtime import Runtime
 from harness.tracking import NullTracker, Tracker
 from harness.training import checkpoint, optimizer_state
-from harness.training.network import open_network
+from harness.training.network import Network, open_network
 from harness.training.optim import Mix, Schedule, build_optimizer, build_schedule
 from harness.training.state import Progress
 from harness.training.step import TrainingStep
@@ -54,7 +53,7 @@ class Parts:
     checkpoint_directory: Path
     writer: CheckpointWriter
     keep_best: bool
-    numerics: NumericsReport
+    network: Network
     identity: dict[str, Any]
     tracker: Tracker = field(default_factory=NullTracker)
 
@@ -177,9 +176,10 @@ def assemble(recipe: Recipe, runtime: Runtime, checkpoint_directory: Path) -> Pa
     store = open_data(recipe)
     plan = plan_batches(recipe, store, runtime)
     num_classes = len(store.manifest.classes)
-    bare_model, numerics = open_network(
+    network = open_network(
         recipe, num_classes=num_classes, device=runtime.device, world_size=runtime.world_size
     )
+    bare_model = network.model
     if recipe.training.sync_batch_norm and runtime.world_size > 1:
         bare_model = convert_sync_batch_norm(bare_model, runtime.device.type)
     ema = None
@@ -222,7 +222,7 @@ def assemble(recipe: Recipe, runtime: Runtime, checkpoint_directory: Path) -> Pa
         checkpoint_directory=checkpoint_directory,
         writer=CheckpointWriter(checkpoint_directory, keep_last=recipe.checkpoint.keep_last),
         keep_best=recipe.checkpoint.keep_best,
-        numerics=numerics,
+        network=network,
         identity=_identity(recipe, store),
     )
 

@@ -169,8 +169,9 @@ def _announce(parts: Parts, recipe: Recipe, path: Path, progress: Progress, step
         f"{parts.memory_format}, loader {recipe.data.loader}, global batch {parts.plan.global_batch_size}, "
         f"{steps} steps of {parts.plan.steps_per_epoch} an epoch"
     )
-    for line in parts.numerics.render().splitlines():
+    for line in parts.network.numerics.render().splitlines():
         note(f"  {line}")
+    note(f"  kernels: {parts.network.kernels}")
     if progress.step:
         note(f"  resumed at step {progress.step} of {steps}")
     note(f"  run directory {path}")
@@ -211,5 +212,6 @@ def _result(recipe: Recipe, parts: Parts, progress: Progress) -> dict[str, Any]:
         "data_source": parts.store.manifest.source,
         "world_size": parts.runtime.world_size,
         "precision": recipe.training.precision,
+        "kernels": parts.network.kernels,
         "seed": recipe.seed,
     }

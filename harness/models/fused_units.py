@@ -1,0 +1,102 @@
+"""Units of a branch whose normalisation, ReLU and dropout run as one pass on a CPU.
+
+Legend of shape letters: B images, C channels, H height and W width in pixels.
+
+A unit keeps its layers, parameters and names: `adopt_fused_units` changes the class of the Sequential that holds them.
+Wherever the fused pass does not apply (another dtype, a hook on one of the layers, gradients in evaluation mode) the
+layers run one by one, which is the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from harness.models.kernels.library import available
+from harness.models.kernels.norm_relu_drop import LEVELS, NormReluDrop, moments, normalise_relu_drop
+from harness.models.sync_batch_norm import over_ranks, several_ranks, update_running_statistics
+
+_NAMES = (["norm", "act"], ["norm", "act", "drop"])  # as `units.py` calls them
+
+
+class FusedUnit(nn.Sequential):
+    """A Sequential that ends in `norm`, `act` and perhaps `drop`: the same function, fewer passes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H, W)."""
+        x = input
+        for layer in self._before_norm():
+            x = layer(x)
+        if self._fuses(x):
+            return self._fused(x)
+        for layer in self._tail():
+            x = layer(x)
+        return x
+
+    def _before_norm(self) -> Iterator[nn.Module]:
+        for name, layer in self.named_children():
+            if name == "norm":
+                return
+            yield layer
+
+    def _tail(self) -> list[nn.Module]:
+        return [layer for name, layer in self.named_children() if name in _NAMES[-1]]
+
+    def _fuses(self, x: Tensor) -> bool:
+        tail = self._tail()
+        if x.device.type != "cpu" or not available(x.dtype) or x.dim() != 4 or x.numel() == 0:
+            return False
+        if any(layer._forward_hooks or layer._forward_pre_hooks for layer in tail):
+            return False
+        if not self.norm.training:
+            return not torch.is_grad_enabled() and not self._threshold()
+        alone = not self._synchronised() and x.numel() == x.shape[1]  # one value a channel, which the layer refuses
+        return not alone and self._threshold() < LEVELS
+
+    def _synchronised(self) -> bool:
+        return getattr(self.norm, "synchronises_ranks", False) and several_ranks()
+
+    def _threshold(self) -> int:
+        """How many of LEVELS random numbers drop a value."""
+        drop = getattr(self, "drop", None)
+        return round(drop.p * LEVELS) if drop is not None and drop.training else 0
+
+    def _fused(self, x: Tensor) -> Tensor:
+        norm, x = self.norm, x.contiguous(memory_format=torch.channels_last)
+        if not norm.training:
+            slope = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
+            offset = norm.bias.double() - norm.running_mean.double() * slope
+            return normalise_relu_drop(x, slope.float(), offset.float())
+        synchronised = self._synchronised()
+        mean, variance = moments(x.detach())
+        count = torch.tensor([x.numel() / x.shape[1]], dtype=torch.float64)
+        if synchronised:
+            mean, variance, count = over_ranks(mean, variance, count)
+        update_running_statistics(norm, mean, variance, count)
+        arguments = (norm.weight, norm.bias, mean, variance, count, norm.eps, self._threshold(), synchronised)
+        result: Tensor = NormReluDrop.apply(x, *arguments)
+        return result
+
+
+def adopt_fused_units(model: nn.Module) -> int:
+    """Fuse every Sequential of a model that ends so, in place; returns how many there are."""
+    units = [module for module in model.modules() if type(module) is nn.Sequential and _can_fuse(module)]
+    for unit in units:
+        unit.__class__ = FusedUnit
+    return len(units)
+
+
+def _can_fuse(unit: nn.Sequential) -> bool:
+    names = [name for name, _ in unit.named_children()]
+    if not any(names[-len(tail) :] == tail for tail in _NAMES):
+        return False
+    norm = unit.get_submodule("norm")
+    return (
+        type(norm) is nn.BatchNorm2d
+        and norm.affine
+        and norm.track_running_stats
+        and type(unit.get_submodule("act")) is nn.ReLU
+        and ("drop" not in names or isinstance(unit.get_submodule("drop"), nn.Dropout))
+    )

@@ -1,0 +1,74 @@
+"""Depthwise 3×3 convolution of any dilation by the compiled kernels.
+
+Legend of shape letters: B images, C channels, H height and W width in pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from harness.models.kernels.library import call
+
+
+def applies(conv: nn.Conv2d) -> bool:
+    """Whether the kernels compute this layer: depthwise, 3×3, stride 1, size kept by zeros."""
+    return (
+        conv.groups == conv.in_channels == conv.out_channels
+        and conv.kernel_size == (3, 3)
+        and conv.stride == (1, 1)
+        and conv.dilation[0] == conv.dilation[1]
+        and conv.padding in ("same", conv.dilation)
+        and conv.padding_mode == "zeros"
+    )
+
+
+def depthwise_conv2d(x_BCHW: Tensor, weight: Tensor, bias: Tensor | None, *, dilation: int) -> Tensor:
+    """What `F.conv2d` gives with padding = dilation and a group for each channel.
+
+    Args:
+        x_BCHW: float32 or bfloat16 on the CPU; the result has its dtype and is channels_last.
+        weight: (C, 1, 3, 3); products and sums are in float32, so it is not rounded to x's dtype.
+        bias: (C,) or None.
+        dilation: distance of the taps, pixels.
+    """
+    result: Tensor = _Depthwise.apply(x_BCHW.contiguous(memory_format=torch.channels_last), weight, bias, dilation)
+    return result
+
+
+class _Depthwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BCHW: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+        exact = weight.detach().float().contiguous()
+        ctx.save_for_backward(x_BCHW, exact)
+        ctx.dilation, ctx.weight_dtype = dilation, weight.dtype
+        y_BCHW = torch.empty_like(x_BCHW, memory_format=torch.channels_last)
+        offset = None if bias is None else bias.detach().float().contiguous()
+        call("depthwise", x_BCHW.dtype, x_BCHW, exact, offset, y_BCHW, *_sizes(x_BCHW), dilation, 0)
+        return y_BCHW
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_BCHW: Tensor) -> tuple[Tensor | None, ...]:
+        x_BCHW, weight = ctx.saved_tensors
+        gradient_BCHW = gradient_BCHW.contiguous(memory_format=torch.channels_last)
+        dtype, sizes = x_BCHW.dtype, _sizes(x_BCHW)
+        x_gradient = weight_gradient = bias_gradient = None
+        if ctx.needs_input_grad[0]:
+            x_gradient = torch.empty_like(x_BCHW, memory_format=torch.channels_last)
+            call("depthwise", dtype, gradient_BCHW, weight, None, x_gradient, *sizes, ctx.dilation, 1)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            sums = torch.empty(10, len(weight), dtype=torch.float64)  # nine taps and the bias
+            call("depthwise_weight", dtype, x_BCHW, gradient_BCHW, sums, *sizes, ctx.dilation)
+            weight_gradient = sums[:9].t().reshape(weight.shape).to(ctx.weight_dtype)
+            bias_gradient = sums[9].to(ctx.weight_dtype) if ctx.needs_input_grad[2] else None
+        return x_gradient, weight_gradient, bias_gradient, None
+
+
+def _sizes(x_BCHW: Tensor) -> tuple[int, int, int, int]:
+    """Images, height, width, channels, as the kernels take them."""
+    images, channels, height, width = x_BCHW.shape
+    return images, height, width, channels

@@ -1,0 +1,141 @@
+"""Compiles `kernels.cpp` on first use, checks what came out, and keeps it in the cache.
+
+Nothing depends on it: without a compiler, or where the compiled code is wrong, layers take their plain paths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from harness.machine import processor
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = (
+    *("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp"),
+    *("-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"),
+)
+DEFINES: dict[torch.dtype, tuple[str, ...]] = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
+COMPILE_SECONDS = 120
+
+_P, _N, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_ARGUMENTS = {
+    "moments": [_P, _N, _N, _P, _P, _I],
+    "norm_relu_drop": [_P, _P, _P, _P, _N, _N, ctypes.c_uint64, ctypes.c_uint32, _I],
+    "norm_relu_drop_sums": [_P, _P, _P, _P, _N, _N, _F, _P, _I],
+    "norm_relu_drop_backward": [_P, _P, _P, _P, _P, _P, _P, _N, _N, _F, _I],
+    "depthwise": [_P, _P, _P, _P, _N, _N, _N, _N, _N, _I, _I],
+    "depthwise_weight": [_P, _P, _P, _N, _N, _N, _N, _N, _I],
+}
+
+_libraries: dict[torch.dtype, ctypes.CDLL] = {}
+
+
+class NoKernels(Exception):
+    """The kernels cannot be had on this machine; the message says why."""
+
+
+def available(dtype: torch.dtype) -> bool:
+    """Whether `call` works for tensors of this type in this process."""
+    return dtype in _libraries
+
+
+def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
+    """Run a kernel on dense CPU tensors with torch's number of threads; `open_kernels` must have succeeded."""
+    values = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
+    getattr(_libraries[dtype], name)(*values, torch.get_num_threads())
+
+
+def open_kernels(cache_directory: Path) -> None:
+    """Make the kernels available in this process, compiled once for this processor, compiler and source.
+
+    Args:
+        cache_directory: the compiled files are kept in its folder `kernels/<user id>`, and taken from there only
+            where they are this user's own; processes wait for one another.
+
+    Raises:
+        NoKernels: there is no C++ compiler, or it fails.
+    """
+    if _libraries:
+        return
+    compiler = shutil.which(os.environ.get("CXX", "") or "c++") or shutil.which("g++")
+    if compiler is None:
+        raise NoKernels("no C++ compiler")
+    folder = cache_directory / "kernels" / str(os.getuid())
+    found = {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for dtype, defines in DEFINES.items():
+            command = [compiler, *FLAGS, *defines]
+            path = folder / f"{_key(command)}.so"
+            with FileLock(path.with_suffix(".lock")):
+                if not path.exists() or path.stat().st_uid != os.getuid():
+                    _compile([*command, str(SOURCE)], path)
+            found[dtype] = _load(path)
+    except OSError as error:  # a full disk, or a folder of someone else
+        raise NoKernels(f"{folder}: {error.strerror or error}") from None
+    _libraries.update(found)
+
+
+def close_kernels() -> None:
+    """Layers take their plain paths from here on."""
+    _libraries.clear()
+
+
+@contextlib.contextmanager
+def closed() -> Iterator[None]:
+    """As on a machine without the kernels, for the stretch of a test or a benchmark."""
+    kept = dict(_libraries)
+    close_kernels()
+    try:
+        yield
+    finally:
+        _libraries.update(kept)
+
+
+def _key(command: list[str]) -> str:
+    version = _output([command[0], "--version"])
+    digest = hashlib.sha256(SOURCE.read_bytes())
+    for part in (*command, version, processor()):
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()[:24]
+
+
+def _compile(command: list[str], path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        made = Path(scratch, path.name)
+        _output([*command, "-o", str(made)])
+        made.chmod(made.stat().st_mode & ~0o111)  # to be loaded, not run
+        made.replace(path)
+
+
+def _output(command: list[str]) -> str:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoKernels(f"{command[0]} does not run: {error}") from None
+    if result.returncode:
+        raise NoKernels(f"{command[0]} failed: {(result.stderr.strip() or 'no message').splitlines()[0]}")
+    return result.stdout
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL(str(path))  # its OpenMP is the one that torch has loaded: the same soname
+    except OSError as error:
+        raise NoKernels(f"{path} does not load: {error}") from None
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, None
+    return library

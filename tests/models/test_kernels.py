@@ -1,0 +1,364 @@
+"""The compiled passes against the plain layers: the same function, gradients and statistics, on any machine."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from harness.models import fast_paths
+from harness.models.fast_paths import adopt_compiled_kernels
+from harness.models.fused_units import FusedUnit
+from harness.models.kernels import library, self_check
+from harness.models.kernels.depthwise import applies, depthwise_conv2d
+from harness.models.kernels.library import NoKernels, available, closed, open_kernels
+from harness.models.kernels.norm_relu_drop import LEVELS, moments, normalise_relu_drop
+from harness.models.safe_conv import SafeConv2d
+from harness.models.units import branch_unit, conv_stem
+
+DRAWS = 10_000_000
+WIDTHS = (1, 3, 16, 31, 32, 33, 48, 64, 100)  # parts of a block of 32 channels, whole ones and both
+DTYPES = (torch.float32, torch.bfloat16)
+ROUNDING = {torch.float32: 3e-6, torch.bfloat16: 6e-3}  # of the norm
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Opened for this file alone."""
+    with closed():
+        open_kernels(tmp_path_factory.mktemp("kernels"))
+        yield
+
+
+def images(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return values.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def distance(result: Tensor, exact: Tensor) -> float:
+    return float((result.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30))
+
+
+# --- depthwise convolution
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", WIDTHS)
+@pytest.mark.parametrize("dilation", [1, 2, 3, 8])
+def test_depthwise_is_the_convolution_and_its_derivative(dtype: torch.dtype, channels: int, dilation: int) -> None:
+    """Margins wider than the image included; the reference is float64."""
+    x, gradient = images(3, channels, 11, 7, dtype=dtype), images(3, channels, 11, 7, dtype=dtype, seed=1)
+    weight, bias = images(channels, 1, 3, 3, seed=2), images(1, channels, 1, 1, seed=3).flatten()
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    y = depthwise_conv2d(*leaves, dilation=dilation)
+    y.backward(gradient)
+    exact = [t.double().requires_grad_() for t in (x, weight, bias)]
+    right = nn.functional.conv2d(*exact, padding=dilation, dilation=dilation, groups=channels)
+    right.backward(gradient.double())
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert distance(y.detach(), right.detach()) < ROUNDING[dtype]
+    for leaf, other in zip(leaves, exact, strict=True):
+        assert leaf.grad is not None
+        assert other.grad is not None
+        assert leaf.grad.dtype == leaf.dtype
+        assert distance(leaf.grad, other.grad) < ROUNDING[dtype]
+
+
+def test_depthwise_takes_any_layout_no_bias_and_frozen_weights() -> None:
+    x, weight = images(2, 5, 6, 6).contiguous().requires_grad_(), images(5, 1, 3, 3, seed=2)
+    y = depthwise_conv2d(x, weight, None, dilation=2)
+    torch.testing.assert_close(y, nn.functional.conv2d(x, weight, padding=2, dilation=2, groups=5))
+    y.sum().backward()
+    assert x.grad is not None
+    assert weight.grad is None
+
+
+def test_which_layers_are_depthwise_enough() -> None:
+    assert applies(nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8))
+    assert applies(nn.Conv2d(8, 8, 3, padding="same", groups=8))
+    for other in (
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.Conv2d(8, 16, 3, padding=1, groups=8),
+        nn.Conv2d(8, 8, 5, padding=2, groups=8),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8, stride=2),
+        nn.Conv2d(8, 8, 3, padding=1, dilation=2, groups=8),
+        nn.Conv2d(8, 8, 3, padding=(1, 2), dilation=(1, 2), groups=8),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8, padding_mode="reflect"),
+    ):
+        assert not applies(other)
+        with pytest.raises(ValueError, match="compiled cannot compute"):
+            SafeConv2d.adopt(other, "compiled")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_no_bit(threads: int) -> None:
+    """Sums have a fixed order: a run that is resumed with other threads has the same sums."""
+    x, gradient = images(7, 40, 9, 9, dtype=torch.bfloat16), images(7, 40, 9, 9, dtype=torch.bfloat16, seed=1)
+    before = torch.get_num_threads()
+
+    def results() -> list[Tensor]:
+        weight = images(40, 1, 3, 3, seed=2).requires_grad_()
+        y = depthwise_conv2d(x, weight, None, dilation=2)
+        y.backward(gradient)
+        assert weight.grad is not None
+        return [y.detach(), weight.grad, *moments(x), normalise_relu_drop(x, *ones(40), threshold=999, key=3)]
+
+    try:
+        torch.set_num_threads(1)
+        one = results()
+        torch.set_num_threads(threads)
+        assert all(torch.equal(a, b) for a, b in zip(one, results(), strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- normalisation, ReLU, dropout
+
+
+def ones(channels: int) -> tuple[Tensor, Tensor]:
+    return torch.ones(channels), torch.zeros(channels)
+
+
+def unit_of(channels: int, dropout: float, *, fused: bool) -> nn.Sequential:
+    torch.manual_seed(0)
+    unit = branch_unit(channels, channels, dilation=2, norm="batch", activation="relu", dropout=dropout)
+    with torch.no_grad():
+        unit.norm.weight.uniform_(0.5, 1.5)
+        unit.norm.bias.uniform_(-0.5, 0.5)
+    unit = unit.to(memory_format=torch.channels_last)
+    if fused:
+        fast_paths.adopt_fused_units(holder := nn.ModuleList([unit]))
+        assert type(holder[0]) is FusedUnit
+    return unit
+
+
+@pytest.mark.parametrize("channels", WIDTHS[1:])  # of one channel, the scale of the weights is taken away too
+def test_a_unit_without_dropout_is_the_plain_one(channels: int) -> None:
+    """Output, all gradients and the running statistics, to float32's rounding; the reference is float64."""
+    x, gradient = images(3, channels, 12, 9), images(3, channels, 12, 9, seed=1)
+    fused, exact = unit_of(channels, 0.0, fused=True), unit_of(channels, 0.0, fused=False).double()
+    inputs = [x.clone().requires_grad_(), x.double().requires_grad_()]
+    outputs = [unit(each) for unit, each in zip((fused, exact), inputs, strict=True)]
+    outputs[0].backward(gradient)
+    outputs[1].backward(gradient.double())
+    assert distance(outputs[0].detach(), outputs[1].detach()) < 1e-5
+    assert distance(inputs[0].grad, inputs[1].grad) < 1e-5  # type: ignore[arg-type]
+    right = dict(exact.named_parameters())
+    for name, parameter in fused.named_parameters():
+        if not name.endswith("wise.bias"):  # normalisation takes these away: 0 but for rounding, on either path
+            assert distance(parameter.grad, right[name].grad) < 1e-4, name  # type: ignore[arg-type]
+    for name, buffer in fused.named_buffers():
+        torch.testing.assert_close(buffer.double(), exact.get_buffer(name).double(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradient_of_dropout_has_the_mask_of_the_output(dtype: torch.dtype) -> None:
+    """Against float64 with the mask that was drawn; `check_fused_pass` says which result is wrong."""
+    self_check.check_fused_pass()
+    unit = unit_of(48, 0.5, fused=True)
+    x = images(4, 48, 10, 10, dtype=dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        y = unit(x)
+    y.sum().backward()
+    assert y.dtype == dtype
+    assert 0.15 < (y != 0).double().mean().item() < 0.35  # half of the half that ReLU lets through
+
+
+@pytest.mark.parametrize("threshold", [1, 6554, 16384, 32768, 65535])
+def test_share_dropped_over_ten_million_draws(threshold: int) -> None:
+    kept = draws(threshold).double()
+    share = threshold / LEVELS
+    assert abs(1 - kept.mean().item() - share) < 5 * math.sqrt(share * (1 - share) / DRAWS)
+
+
+def draws(threshold: int, *, key: int = 12345, channels: int = 64) -> Tensor:
+    """Which of ten million values are kept, (rows, channels)."""
+    x = torch.ones(1, channels, DRAWS // channels, 1).contiguous(memory_format=torch.channels_last)
+    y = normalise_relu_drop(x, *ones(channels), threshold=threshold, key=key)
+    kept = y != 0
+    expected = torch.tensor(LEVELS / (LEVELS - threshold))
+    assert torch.equal(y[kept], expected.expand(int(kept.sum())))
+    return kept.permute(0, 2, 3, 1).reshape(-1, channels)
+
+
+def test_draws_know_nothing_of_each_other() -> None:
+    """Of other channels, of the next row, of the same place in the next chunk and under a neighbouring key."""
+    kept = draws(16384).double()
+    bound = 5.5 / math.sqrt(len(kept))  # of 64 × 64 correlations
+    correlation = torch.corrcoef(kept.T) - torch.eye(64)
+    assert correlation.abs().max().item() < bound
+    assert (kept.mean(0) - 0.75).abs().max().item() < 5 * math.sqrt(0.1875 / len(kept))
+    flat = kept.flatten() - 0.75
+    for lag in (64, 256 * 64, 32, 16 * 64):
+        assert abs((flat[lag:] * flat[:-lag]).mean().item() / 0.1875) < 5 / math.sqrt(DRAWS - lag), lag
+    for key in (12346, 12345 ^ 1 << 32, 12345 ^ 1 << 63):
+        other = draws(16384, key=key).double().flatten() - 0.75
+        assert abs((flat * other).mean().item() / 0.1875) < 5 / math.sqrt(DRAWS), key
+
+
+def test_keys_come_from_torchs_generator() -> None:
+    unit, x = unit_of(32, 0.25, fused=True), images(2, 32, 8, 8)
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(unit(x))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+
+
+def test_large_means_cost_no_digits() -> None:
+    x = images(8, 32, 16, 16) + 1000
+    mean, variance = moments(x)
+    exact_variance, exact_mean = torch.var_mean(x.double(), dim=(0, 2, 3), correction=0)
+    torch.testing.assert_close(mean, exact_mean, rtol=1e-8, atol=0)
+    torch.testing.assert_close(variance, exact_variance, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_a_number_stays_so(dtype: torch.dtype) -> None:
+    """A training that diverges has to be seen."""
+    x = images(1, 32, 4, 4, dtype=dtype)
+    x[0, 5, 1, 1], x[0, 6, 2, 2] = math.nan, math.inf
+    y = normalise_relu_drop(x, *ones(32))
+    assert math.isnan(y[0, 5, 1, 1].item())
+    assert y[0, 6, 2, 2].item() == math.inf
+    assert int(y.isfinite().sum()) == y.numel() - 2
+    unit = unit_of(32, 0.0, fused=True)
+    x = x.float().requires_grad_()
+    unit(x).sum().backward()
+    assert not x.grad.isfinite().all()  # type: ignore[union-attr]
+
+
+def test_bfloat16_is_rounded_to_the_nearest_even() -> None:
+    values = torch.randn(1, 32, 64, 64, generator=torch.Generator().manual_seed(0)).abs()
+    values = values.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    slope = torch.linspace(0.9, 1.1, 32)
+    y = normalise_relu_drop(values, slope, torch.zeros(32))
+    assert torch.equal(y, (values.float() * slope.view(1, -1, 1, 1)).to(torch.bfloat16))
+
+
+def test_evaluation_uses_running_statistics_and_recalibration_their_average() -> None:
+    fused, plain = unit_of(40, 0.25, fused=True), unit_of(40, 0.25, fused=False)
+    x = images(4, 40, 9, 9)
+    for unit in (fused, plain):
+        unit.eval()
+        unit.norm.reset_running_stats()
+        unit.norm.momentum = None
+        unit.norm.train()
+        with torch.no_grad():
+            unit(x)
+            unit(2 * x)
+        unit.eval()
+    torch.testing.assert_close(fused.norm.running_mean, plain.norm.running_mean)
+    torch.testing.assert_close(fused.norm.running_var, plain.norm.running_var)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
+    x.requires_grad_()  # gradients in evaluation mode take the plain layers
+    fused(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_other_units_stay_what_they_are() -> None:
+    style = {"dilation": 1, "dropout": 0.1}
+    for unit in (
+        branch_unit(4, 4, norm="batch", activation="gelu", **style),  # type: ignore[arg-type]
+        branch_unit(4, 4, norm="group", activation="relu", **style),  # type: ignore[arg-type]
+        nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()),
+    ):
+        assert fast_paths.adopt_fused_units(unit) == 0
+    assert fast_paths.adopt_fused_units(conv_stem(3, 8, norm="batch", activation="relu")) == 1
+
+
+def test_hooks_doubles_and_closed_kernels_take_the_plain_layers() -> None:
+    unit, x = unit_of(8, 0.0, fused=True), images(2, 8, 5, 5)
+    expected = unit(x)
+    seen: list[int] = []
+    handle = unit.norm.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(unit(x), expected, rtol=1e-4, atol=1e-5)
+    assert seen == [1]
+    handle.remove()
+    with closed():
+        torch.testing.assert_close(unit(x), expected, rtol=1e-4, atol=1e-5)
+    assert copy.deepcopy(unit).double()(x.double()).dtype == torch.float64
+    with pytest.raises(ValueError, match="more than 1 value"):
+        unit(images(1, 8, 1, 1))
+
+
+# --- having them or not
+
+
+def test_without_a_compiler_the_layers_stay_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    model = nn.ModuleList([unit_of(8, 0.1, fused=False)])
+    with closed():
+        assert adopt_compiled_kernels(model, tmp_path) == "plain (no C++ compiler)"
+        assert not available(torch.float32)
+    assert type(model[0]) is nn.Sequential
+    assert type(model[0].conv.depthwise) is nn.Conv2d
+
+
+def test_a_compiler_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'no such flag' >&2; exit 1\n")
+    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(compiler))
+    with closed(), pytest.raises(NoKernels, match="no such flag"):
+        open_kernels(tmp_path)
+    assert not list((tmp_path / "kernels").rglob("*.so"))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "what"),
+    [
+        ("v.a < 0 ? zero : v.a", "v.a", "output"),
+        ("halves(&means[c])", "halves(&means[0])", "gradient"),
+        ("sums[1] + v * v", "sums[1] + v", "variance"),
+        ("(words & 0xFFFF) >= threshold", "words >= threshold", "dropout"),
+        ("passed.b != 0", "passed.a != 0", "gradient"),
+    ],
+)
+def test_a_wrong_pass_is_found_and_not_used(
+    right: str, wrong: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = library.SOURCE.read_text()
+    assert right in source
+    (tmp_path / "kernels.cpp").write_text(source.replace(right, wrong))
+    monkeypatch.setattr(library, "SOURCE", tmp_path / "kernels.cpp")
+    model = nn.ModuleList([unit_of(8, 0.1, fused=False)])
+    with closed():
+        verdict = adopt_compiled_kernels(model, tmp_path)
+        assert verdict.startswith("plain (the compiled")
+        assert what in verdict
+        assert not available(torch.float32)
+    assert type(model[0]) is nn.Sequential
+
+
+def test_it_is_compiled_once_and_never_taken_from_another_user(tmp_path: Path) -> None:
+    with closed():
+        open_kernels(tmp_path)
+    files = sorted(tmp_path.rglob("*.so"))
+    assert len(files) == 2
+    first = [file.stat().st_ino for file in files]
+    with closed():
+        open_kernels(tmp_path)
+    assert [file.stat().st_ino for file in files] == first
+    if os.geteuid() == 0:
+        os.chown(files[0], 12345, 12345)
+        with closed():
+            open_kernels(tmp_path)
+        assert files[0].stat().st_uid == os.getuid()
+        assert files[0].stat().st_ino != first[0]
+
+
+def test_a_cache_that_cannot_be_written_means_plain_layers(tmp_path: Path) -> None:
+    (tmp_path / "kernels").write_text("a file where the folder should be")
+    with closed():
+        assert adopt_compiled_kernels(nn.ModuleList(), tmp_path).startswith("plain (")
