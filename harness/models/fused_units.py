@@ -24,6 +24,8 @@ _NAMES = (["norm", "act"], ["norm", "act", "drop"])  # as `units.py` calls them
 class FusedUnit(nn.Sequential):
     """A Sequential that ends in `norm`, `act` and perhaps `drop`: the same function, fewer passes."""
 
+    norm: nn.BatchNorm2d
+
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H, W)."""
         x = input
@@ -66,12 +68,13 @@ class FusedUnit(nn.Sequential):
     def _fused(self, x: Tensor) -> Tensor:
         norm, x = self.norm, x.contiguous(memory_format=torch.channels_last)
         if not norm.training:
-            slope = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
-            offset = norm.bias.double() - norm.running_mean.double() * slope
-            return normalise_relu_drop(x, slope.float(), offset.float())
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            statistics = (norm.running_mean.double(), norm.running_var.double())
+            return normalise_relu_drop(x, norm.weight, norm.bias, *statistics, eps=norm.eps)
         synchronised = self._synchronised()
         mean, variance = moments(x.detach())
-        count = torch.tensor([x.numel() / x.shape[1]], dtype=torch.float64)
+        count = x.numel() / x.shape[1]
         if synchronised:
             mean, variance, count = over_ranks(mean, variance, count)
         update_running_statistics(norm, mean, variance, count)
@@ -97,6 +100,7 @@ def _can_fuse(unit: nn.Sequential) -> bool:
         type(norm) is nn.BatchNorm2d
         and norm.affine
         and norm.track_running_stats
+        and norm.weight.dtype is torch.float32
         and type(unit.get_submodule("act")) is nn.ReLU
         and ("drop" not in names or isinstance(unit.get_submodule("drop"), nn.Dropout))
     )

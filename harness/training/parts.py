@@ -176,9 +176,7 @@ def assemble(recipe: Recipe, runtime: Runtime, checkpoint_directory: Path) -> Pa
     store = open_data(recipe)
     plan = plan_batches(recipe, store, runtime)
     num_classes = len(store.manifest.classes)
-    network = open_network(
-        recipe, num_classes=num_classes, device=runtime.device, world_size=runtime.world_size
-    )
+    network = open_network(recipe, num_classes=num_classes, device=runtime.device, world_size=runtime.world_size)
     bare_model = network.model
     if recipe.training.sync_batch_norm and runtime.world_size > 1:
         bare_model = convert_sync_batch_norm(bare_model, runtime.device.type)

@@ -109,7 +109,7 @@ def test_threads_change_no_bit(threads: int) -> None:
         y = depthwise_conv2d(x, weight, None, dilation=2)
         y.backward(gradient)
         assert weight.grad is not None
-        return [y.detach(), weight.grad, *moments(x), normalise_relu_drop(x, *ones(40), threshold=999, key=3)]
+        return [y.detach(), weight.grad, *moments(x), relu_drop(x, threshold=999, key=3)]
 
     try:
         torch.set_num_threads(1)
@@ -123,8 +123,12 @@ def test_threads_change_no_bit(threads: int) -> None:
 # --- normalisation, ReLU, dropout
 
 
-def ones(channels: int) -> tuple[Tensor, Tensor]:
-    return torch.ones(channels), torch.zeros(channels)
+def relu_drop(x: Tensor, *, weight: Tensor | None = None, threshold: int = 0, key: int = 0) -> Tensor:
+    """The pass with a mean of 0 and a variance of 1, so that nothing but the weight is applied."""
+    channels = x.shape[1]
+    weight = torch.ones(channels) if weight is None else weight
+    statistics = torch.zeros(channels, dtype=torch.float64), torch.ones(channels, dtype=torch.float64)
+    return normalise_relu_drop(x, weight, torch.zeros(channels), *statistics, eps=0, threshold=threshold, key=key)
 
 
 def unit_of(channels: int, dropout: float, *, fused: bool) -> nn.Sequential:
@@ -182,7 +186,7 @@ def test_share_dropped_over_ten_million_draws(threshold: int) -> None:
 def draws(threshold: int, *, key: int = 12345, channels: int = 64) -> Tensor:
     """Which of ten million values are kept, (rows, channels)."""
     x = torch.ones(1, channels, DRAWS // channels, 1).contiguous(memory_format=torch.channels_last)
-    y = normalise_relu_drop(x, *ones(channels), threshold=threshold, key=key)
+    y = relu_drop(x, threshold=threshold, key=key)
     kept = y != 0
     expected = torch.tensor(LEVELS / (LEVELS - threshold))
     assert torch.equal(y[kept], expected.expand(int(kept.sum())))
@@ -227,7 +231,7 @@ def test_what_is_not_a_number_stays_so(dtype: torch.dtype) -> None:
     """A training that diverges has to be seen."""
     x = images(1, 32, 4, 4, dtype=dtype)
     x[0, 5, 1, 1], x[0, 6, 2, 2] = math.nan, math.inf
-    y = normalise_relu_drop(x, *ones(32))
+    y = relu_drop(x)
     assert math.isnan(y[0, 5, 1, 1].item())
     assert y[0, 6, 2, 2].item() == math.inf
     assert int(y.isfinite().sum()) == y.numel() - 2
@@ -241,7 +245,7 @@ def test_bfloat16_is_rounded_to_the_nearest_even() -> None:
     values = torch.randn(1, 32, 64, 64, generator=torch.Generator().manual_seed(0)).abs()
     values = values.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
     slope = torch.linspace(0.9, 1.1, 32)
-    y = normalise_relu_drop(values, slope, torch.zeros(32))
+    y = relu_drop(values, weight=slope)
     assert torch.equal(y, (values.float() * slope.view(1, -1, 1, 1)).to(torch.bfloat16))
 
 
@@ -328,10 +332,12 @@ def test_a_compiler_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_wrong_pass_is_found_and_not_used(
     right: str, wrong: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = library.SOURCE.read_text()
+    for path in library.FOLDER.glob("*.*"):
+        (tmp_path / path.name).write_text(path.read_text())
+    source = (tmp_path / "kernels.cpp").read_text()
     assert right in source
     (tmp_path / "kernels.cpp").write_text(source.replace(right, wrong))
-    monkeypatch.setattr(library, "SOURCE", tmp_path / "kernels.cpp")
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
     model = nn.ModuleList([unit_of(8, 0.1, fused=False)])
     with closed():
         verdict = adopt_compiled_kernels(model, tmp_path)
