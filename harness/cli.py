@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import harness
-from harness import commands
+from harness import commands, commands_speed
 from harness.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, HarnessError, from_disk, nearest, print_error
 
 # Groups of `harness --help`, each command with its line.
@@ -28,12 +28,14 @@ GROUPS = {
         "data": "convert and verify data",
     },
     "Measure": {
-        "bench": "measure the loaders beside their peers",
+        "bench": "measure the loaders beside their peers, training on several ranks, all-reduces",
+        "scale": "predict step time and efficiency on many GPUs",
         "doctor": "what this machine has; --numerics checks its kernels",
     },
 }
+BUILDERS = vars(commands) | vars(commands_speed)
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
-    name: (text, getattr(commands, f"build_{name}")) for group in GROUPS.values() for name, text in group.items()
+    name: (text, BUILDERS[f"build_{name}"]) for group in GROUPS.values() for name, text in group.items()
 }
 EXIT_CODE_FILE = "HARNESS_EXIT_CODE_FILE"
 

@@ -284,27 +284,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-# --- bench, doctor
-
-
-def build_bench(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    loader = actions.add_parser("loader", help="images a second of our loaders, torchvision's and stock FFCV's")
-    loader.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds, peers in turn (default 5)")
-    loader.add_argument("--workers", type=int, default=None, metavar="N", help="threads or processes (all cores)")
-    _add_json_option(loader)
-    loader.set_defaults(run=_bench_loader)
-
-
-def _bench_loader(arguments: argparse.Namespace) -> int:
-    from harness.benchmarks.report import bench_loader_here, render
-
-    result = bench_loader_here(rounds=arguments.rounds, workers=arguments.workers)
-    if arguments.json:
-        _print_json(result)
-    else:
-        print(render(result))
-    return EXIT_DONE
+# --- doctor
 
 
 def build_doctor(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from harness.benchmarks.machine import describe_machine
 from harness.data.augment import Augmentation
 from harness.data.beton import write_beton
 from harness.data.loaders import build_loader, ffcv_available
 from harness.data.order import BatchPlan
 from harness.data.store import Split
 from harness.errors import HarnessError
-from harness.machine import cpu_name
 
 CROP_PADDING_PX = 4
 SYNTHETIC_IMAGES = 50_000
@@ -92,7 +91,7 @@ def bench_loader(
         results = _measure(contestants, rounds, device)
     settings = {"data": data, "images": count, "image_size_px": [height_px, width_px], "rounds": rounds}
     settings |= {"batch_size": how["batch_size"], "workers": workers, "crop_padding_px": CROP_PADDING_PX}
-    machine = _machine(device)
+    machine = describe_machine(device, ("torch", "torchvision", "ffcv", "numba", "numpy"))
     return {"contestants": results, "ratios": _ratios(results), "settings": settings, "machine": machine}
 
 
@@ -228,18 +227,3 @@ def _ratios(results: Mapping[str, dict[str, float] | None]) -> dict[str, float]:
             if one is not None and other is not None:
                 ratios[f"{ours}_over_{peer}"] = one["images_per_second_median"] / other["images_per_second_median"]
     return ratios
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    def version_of(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    return {
-        "cpu": cpu_name(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "versions": {name: version_of(name) for name in ("torch", "torchvision", "ffcv", "numba", "numpy")},
-    }

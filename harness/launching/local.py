@@ -11,12 +11,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -28,6 +25,7 @@ from filelock import FileLock
 from harness.data.paths import writable_cache_directory
 from harness.errors import HarnessError
 from harness.files import write_json
+from harness.launching.trial import run_trial
 from harness.machine import available_memory_gib, cpu_name, usable_cores
 from harness.recipe import Recipe, load
 
@@ -170,47 +168,9 @@ def measure(recipe_path: str | Path, overrides: Sequence[str], splits: Sequence[
     """
     world = max(split.ranks for split in splits)
     plan = ",".join(f"{split.ranks}x{split.threads}" for split in splits)
-    with tempfile.TemporaryDirectory(prefix="harness-splits-") as folder:
-        command = [sys.executable, "-m", "harness.launching.probe", plan, folder, str(recipe_path), *overrides]
-        processes = [_start_probe(command, rank, world, folder) for rank in range(world)]
-        try:
-            _wait(processes)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        result_file = Path(folder, "result.json")
-        if not result_file.exists():
-            raise subprocess.SubprocessError(_last_words(folder) or f"exit code {processes[0].returncode}")
-        result = json.loads(result_file.read_text())
-    if "error" in result:
-        raise HarnessError(**result["error"])
-    return dict(zip(splits, result["images_per_second"], strict=True))
-
-
-def _start_probe(command: list[str], rank: int, world: int, folder: str) -> subprocess.Popen[bytes]:
-    environment = os.environ | {
-        "RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""
-    }  # fmt: skip
-    with Path(folder, f"rank{rank}.log").open("wb") as log:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-
-
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Until all have ended, or one has failed: the others would wait for it."""
-    deadline = time.monotonic() + PROBE_LIMIT_SECONDS
-    while any(process.poll() is None for process in processes):
-        if any(process.returncode for process in processes):
-            return
-        if time.monotonic() > deadline:
-            raise subprocess.SubprocessError(f"it took longer than {PROBE_LIMIT_SECONDS} s")
-        time.sleep(0.02)
-
-
-def _last_words(folder: str) -> str:
-    """The last line that a process printed, which names the exception it died of."""
-    logs = (path.read_text(errors="replace").strip() for path in sorted(Path(folder).glob("rank*.log")))
-    return next((text.splitlines()[-1] for text in logs if text), "")
+    arguments = [plan, str(recipe_path), *overrides]
+    speeds = run_trial("harness.launching.probe", arguments, ranks=world, limit_seconds=PROBE_LIMIT_SECONDS)
+    return dict(zip(splits, speeds, strict=True))
 
 
 def _splits(recipe: Recipe, cores: int) -> list[Split]:

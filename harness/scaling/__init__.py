@@ -1,0 +1,1 @@
+"""What more ranks will bring: costs of collectives, networks, and predictions of step time and efficiency."""
