@@ -28,6 +28,7 @@ from harness.recipe import load
 from harness.runtime import joined
 from harness.training.loop import Cadence, run_epoch
 from harness.training.parts import assemble
+from harness.training.startup import Startup
 from harness.training.state import Progress
 
 LR, MOMENTUM, CLASSES = 0.008, 0.95, 10
@@ -234,7 +235,7 @@ def harness(*, recipe: str, overrides: list[str], **settings: Any) -> Round:
     stack = ExitStack()  # open until the process ends
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="harness-bench-")))
     runtime = stack.enter_context(joined(precision=loaded.training.precision, seed=0))
-    parts = assemble(loaded, runtime, directory)
+    parts = assemble(loaded, runtime, directory, Startup())
     stack.callback(parts.close)
     parts = replace(parts, train_loader=_OneBatch(*task.batch()))
     never = 1 << 60

@@ -105,6 +105,8 @@ def run_epoch(parts: Parts, cadence: Cadence, progress: Progress) -> None:
         progress.step, progress.step_in_epoch = progress.step + 1, progress.step_in_epoch + 1
         parts.runtime.tick()
         parts.tracker.tick(progress.step)
+        if line := parts.startup.first_step():
+            parts.tracker.note(f"  {line}")
         if due.anything and not math.isfinite(window.close(log=due.log).loss):
             parts.step.raise_diverged(refetch(), progress.step)
         if due.epoch_end or progress.step == cadence.total_steps:
