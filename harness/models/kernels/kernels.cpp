@@ -117,6 +117,15 @@ void moments(const T* x, int64_t rows, int64_t channels, double* mean, double* v
   }
 }
 
+// Takes the moments of `count` values into running statistics, the variance as an unbiased one.
+void take_moments(const double* mean, const double* variance, double count, double momentum, float* running_mean,
+                  float* running_variance, int64_t channels, int) {
+  for (int64_t c = 0; c < channels; c++) {
+    running_mean[c] += (float)(momentum * (mean[c] - running_mean[c]));
+    running_variance[c] += (float)(momentum * (variance[c] * (count / (count - 1)) - running_variance[c]));
+  }
+}
+
 // y = keep · max(0, (x - mean) / √(variance + eps) · weight + bias) · scale
 void norm_relu_drop(const T* x, T* y, const float* weight, const float* bias, const double* mean,
                     const double* variance, double eps, int64_t rows, int64_t channels, uint64_t key,
@@ -194,10 +203,9 @@ void depthwise(const T* x, const float* weight, const float* bias, T* y, int64_t
   }
 }
 
-// Gradients of weight (channels, 3, 3) and bias (channels,), as [tap][channels] with the bias last: sums over an image
-// in float32, over images in float64.
-void depthwise_weight(const T* x, const T* dy, double* sums, int64_t images, int64_t height, int64_t width,
-                      int64_t channels, int64_t dilation, int threads) {
+// Gradients of weight (channels, 3, 3) and bias (channels,): sums over an image in float32, over images in float64.
+void depthwise_weight(const T* x, const T* dy, float* dweight, float* dbias, int64_t images, int64_t height,
+                      int64_t width, int64_t channels, int64_t dilation, int threads) {
   int64_t padding = padded(channels), pitch = width * channels;
   std::vector<float> partial(images * (TAPS + 1) * padding);
   std::vector<T> zeros(pitch);
@@ -219,7 +227,12 @@ void depthwise_weight(const T* x, const T* dy, double* sums, int64_t images, int
         memcpy(&partial[(image * (TAPS + 1) + t) * padding + c], &sum[t], sizeof sum[t]);
     });
   }
-  add_up(partial, images, TAPS + 1, channels, sums, threads);
+  std::vector<double> sums((TAPS + 1) * channels);
+  add_up(partial, images, TAPS + 1, channels, sums.data(), threads);
+  for (int64_t c = 0; c < channels; c++) {
+    for (int64_t t = 0; t < TAPS; t++) dweight[c * TAPS + t] = (float)sums[t * channels + c];
+    dbias[c] = (float)sums[TAPS * channels + c];
+  }
 }
 
 }  // extern "C"

@@ -33,11 +33,12 @@ _P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _F, _D = ctypes.c_float, ctypes.c_double
 _ARGUMENTS = {
     "moments": [_P, _N, _N, _P, _P, _I],
+    "take_moments": [_P, _P, _D, _D, _P, _P, _N, _I],
     "norm_relu_drop": [_P, _P, _P, _P, _P, _P, _D, _N, _N, ctypes.c_uint64, ctypes.c_uint32, _I],
     "norm_relu_drop_sums": [_P, _P, _P, _P, _P, _D, _N, _N, _F, _P, _I],
     "norm_relu_drop_backward": [_P, _P, _P, _P, _P, _P, _P, _D, _P, _D, _N, _N, _F, _I],
     "depthwise": [_P, _P, _P, _P, _N, _N, _N, _N, _N, _I, _I],
-    "depthwise_weight": [_P, _P, _P, _N, _N, _N, _N, _N, _I],
+    "depthwise_weight": [_P, _P, _P, _P, _N, _N, _N, _N, _N, _I],
 }
 
 _libraries: dict[torch.dtype, ctypes.CDLL] = {}
