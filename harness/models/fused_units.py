@@ -18,6 +18,9 @@ from harness.models.kernels.library import available
 from harness.models.kernels.norm_relu_drop import LEVELS, NormReluDrop, moments, normalise_relu_drop, take_moments
 from harness.models.sync_batch_norm import over_ranks, several_ranks
 
+FEW_VALUES = (
+    1 << 17
+)  # of a tensor: with fewer, and no dropout, calling torch twice takes less time than calling us once
 _NAMES = ("norm", "act", "drop")  # as `units.py` calls them; `drop` may be missing
 
 
@@ -45,6 +48,8 @@ class FusedUnit(nn.Sequential):
         if x.device.type != "cpu" or not available(x.dtype) or x.dim() != 4 or x.numel() == 0:
             return False
         if any(layer._forward_hooks or layer._forward_pre_hooks for layer in tail):
+            return False
+        if x.numel() < FEW_VALUES and not self._threshold():
             return False
         if not self.norm.training:
             return not torch.is_grad_enabled() and not self._threshold()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from harness.data.paths import writable_cache_directory
+from harness.models import fused_units
 from harness.models.fast_paths import adopt_compiled_kernels
 from harness.models.sync_batch_norm import convert_sync_batch_norm
 
@@ -86,6 +87,7 @@ def _fused(norm: nn.Module) -> nn.Module:
     unit = nn.Sequential(OrderedDict(norm=norm, act=nn.ReLU()))
     verdict = adopt_compiled_kernels(unit, writable_cache_directory())
     assert "1 units" in verdict, verdict
+    fused_units.FEW_VALUES = 0
     return unit
 
 

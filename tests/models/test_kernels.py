@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.models import fast_paths
+from harness.models import fast_paths, fused_units
 from harness.models.fast_paths import adopt_compiled_kernels
 from harness.models.fused_units import FusedUnit
 from harness.models.kernels import library, self_check
@@ -24,7 +24,7 @@ from harness.models.safe_conv import SafeConv2d
 from harness.models.units import branch_unit, conv_stem
 
 DRAWS = 10_000_000
-WIDTHS = (1, 3, 16, 31, 32, 33, 48, 64, 100)  # parts of a block of 32 channels, whole ones and both
+WIDTHS = (1, 3, 8, 16, 24, 31, 32, 33, 48, 64, 100)  # parts of a block of 32 channels, whole ones and both
 DTYPES = (torch.float32, torch.bfloat16)
 ROUNDING = {torch.float32: 3e-6, torch.bfloat16: 6e-3}  # of the norm
 
@@ -32,7 +32,8 @@ ROUNDING = {torch.float32: 3e-6, torch.bfloat16: 6e-3}  # of the norm
 @pytest.fixture(scope="module", autouse=True)
 def _kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Opened for this file alone."""
-    with closed():
+    with closed(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_units, "FEW_VALUES", 0)
         open_kernels(tmp_path_factory.mktemp("kernels"))
         yield
 
@@ -294,6 +295,15 @@ def test_hooks_doubles_and_closed_kernels_take_the_plain_layers() -> None:
     assert copy.deepcopy(unit).double()(x.double()).dtype == torch.float64
     with pytest.raises(ValueError, match="more than 1 value"):
         unit(images(1, 8, 1, 1))
+
+
+def test_little_work_without_dropout_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_units, "FEW_VALUES", 2 * 32 * 8 * 8)
+    few, enough = images(1, 32, 8, 8), images(2, 32, 8, 8)
+    for dropout, fused in ((0.0, False), (0.25, True)):
+        unit = unit_of(32, dropout, fused=True)
+        assert unit._fuses(few, []) is fused  # type: ignore[operator]
+        assert unit._fuses(enough, [])  # type: ignore[operator]
 
 
 # --- having them or not

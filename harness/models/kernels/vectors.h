@@ -36,10 +36,11 @@ inline Pair halves(const float* p) {
   return v;
 }
 
+// load: n values, the rest of the block 0. n is known at compile time in the loops that count.
 #ifdef BFLOAT16
-inline Pair unpack(const T* p) {
-  U u;
-  memcpy(&u, p, sizeof u);
+inline Pair load(const T* p, int64_t n) {
+  U u = {};
+  memcpy(&u, p, sizeof(T) * n);
   return {(F)(u << 16), (F)(u & 0xFFFF0000u)};
 }
 
@@ -49,32 +50,22 @@ inline U rounded(F f) {
   return f == f ? near : u * 0 + 0x7FC00000u;
 }
 
-inline void pack(T* p, Pair v) {
+inline void store(T* p, Pair v, int64_t n) {
   U u = (rounded(v.a) >> 16) | (rounded(v.b) & 0xFFFF0000u);
-  memcpy(p, &u, sizeof u);
+  memcpy(p, &u, sizeof(T) * n);
 }
 
 inline int64_t place(int64_t channel) { return channel / BLOCK * BLOCK + channel % 2 * LANES + channel % BLOCK / 2; }
 #else
-inline Pair unpack(const T* p) { return halves(p); }
-inline void pack(T* p, Pair v) { memcpy(p, &v, sizeof v); }
+inline Pair load(const T* p, int64_t n) {
+  Pair v = {};
+  memcpy(&v, p, sizeof(T) * n);
+  return v;
+}
+
+inline void store(T* p, Pair v, int64_t n) { memcpy(p, &v, sizeof(T) * n); }
 inline int64_t place(int64_t channel) { return channel; }
 #endif
-
-// n values, the rest of the block 0. n is BLOCK at compile time in the loops that count.
-inline Pair load(const T* p, int64_t n) {
-  if (n == BLOCK) return unpack(p);
-  T values[BLOCK] = {};
-  for (int64_t i = 0; i < n; i++) values[i] = p[i];
-  return unpack(values);
-}
-
-inline void store(T* p, Pair v, int64_t n) {
-  if (n == BLOCK) return pack(p, v);
-  T values[BLOCK];
-  pack(values, v);
-  for (int64_t i = 0; i < n; i++) p[i] = values[i];
-}
 
 inline int64_t padded(int64_t channels) { return (channels + BLOCK - 1) / BLOCK * BLOCK; }
 
@@ -86,12 +77,20 @@ std::vector<float> arranged(int64_t channels, const Value& value) {
   return result;
 }
 
-// Calls body(first channel, number of channels) for each block; the number is a constant where the block is full.
+// Calls body(first channel, number of channels) for each block. The number is a constant for whole blocks and for the
+// parts that networks have: images' three channels, and widths that are multiples of 8.
 template <typename Body>
 inline void each_block(int64_t channels, const Body& body) {
   int64_t c = 0;
   for (; c + BLOCK <= channels; c += BLOCK) body(c, std::integral_constant<int64_t, BLOCK>{});
-  if (c < channels) body(c, channels - c);
+  switch (channels - c) {
+    case 0: return;
+    case 3: return body(c, std::integral_constant<int64_t, 3>{});
+    case 8: return body(c, std::integral_constant<int64_t, 8>{});
+    case 16: return body(c, std::integral_constant<int64_t, 16>{});
+    case 24: return body(c, std::integral_constant<int64_t, 24>{});
+    default: return body(c, channels - c);
+  }
 }
 
 inline int64_t chunks_of(int64_t rows) { return (rows + CHUNK_ROWS - 1) / CHUNK_ROWS; }
