@@ -95,15 +95,17 @@ def _epoch(parts: Parts, cadence: Cadence, progress: Progress) -> None:
         count = plan.global_count(progress.step_in_epoch)
         due = cadence.due(progress.step + 1, ends_epoch=progress.step_in_epoch + 1 == plan.steps_per_epoch)
         refetch = partial(parts.train_loader.batches, ids_per_micro, epoch=progress.epoch)
-        parts.step(
-            batches,
-            refetch=refetch,
-            micro_batches=len(ids_per_micro),
-            step=progress.step,
-            global_count=count,
-            meter=window.meter,
-            check=due.anything,
-        )
+        with parts.profiler.step(progress.step):
+            parts.step(
+                batches,
+                refetch=refetch,
+                micro_batches=len(ids_per_micro),
+                step=progress.step,
+                global_count=count,
+                meter=window.meter,
+                check=due.anything,
+                phase=parts.profiler.phase,
+            )
         progress.step, progress.step_in_epoch = progress.step + 1, progress.step_in_epoch + 1
         parts.runtime.tick()
         parts.tracker.tick(progress.step)

@@ -25,6 +25,7 @@ from harness.tracking import NullTracker, Tracker
 from harness.training import checkpoint, optimizer_state
 from harness.training.network import Network, open_network
 from harness.training.optim import Mix, Schedule, build_optimizer, build_schedule
+from harness.training.profiler import NullProfiler, Profiler
 from harness.training.state import Progress
 from harness.training.step import TrainingStep
 from harness.training.stopping import StopVote
@@ -56,6 +57,7 @@ class Parts:
     network: Network
     identity: dict[str, Any]
     tracker: Tracker = field(default_factory=NullTracker)
+    profiler: Profiler = field(default_factory=NullProfiler)
 
     def models_to_evaluate(self) -> Iterator[tuple[str, nn.Module]]:
         """Splits' names in the metrics and the networks: raw weights, then averaged ones where there are any."""
@@ -176,9 +178,7 @@ def assemble(recipe: Recipe, runtime: Runtime, checkpoint_directory: Path) -> Pa
     store = open_data(recipe)
     plan = plan_batches(recipe, store, runtime)
     num_classes = len(store.manifest.classes)
-    network = open_network(
-        recipe, num_classes=num_classes, device=runtime.device, world_size=runtime.world_size
-    )
+    network = open_network(recipe, num_classes=num_classes, device=runtime.device, world_size=runtime.world_size)
     bare_model = network.model
     if recipe.training.sync_batch_norm and runtime.world_size > 1:
         bare_model = convert_sync_batch_norm(bare_model, runtime.device.type)
