@@ -8,7 +8,7 @@
 #   --gpus N      use N GPUs (0: the CPU); default: all that are there
 #   --ranks N     start N processes; default: one a GPU, or on the CPU as many as measured fastest
 #   --max-restarts N   when a rank dies, start all again from the last checkpoint, up to N times (default 0)
-#   other options go to `harness train`, such as --run-dir DIR and --resume auto|never|PATH
+#   other options go to `harness train`, such as --run-dir DIR, --resume auto|never|PATH and --profile
 #
 # Environment:
 #   DRY_RUN=1             print the command that would run, and stop

@@ -60,6 +60,7 @@ def build_train(parser: argparse.ArgumentParser) -> None:
         metavar="auto|never|PATH",
         help="go on from the last good checkpoint, start anew (default), or from a checkpoint or run",
     )
+    parser.add_argument("--profile", action="store_true", help="time and trace some steps; see DIR/profile")
     parser.set_defaults(run=_train)
 
 
@@ -70,7 +71,7 @@ def _train(arguments: argparse.Namespace) -> int:
     with signals.noticed():  # from here on, before torch is imported
         from harness.training.run import train
 
-        result = train(recipe, run_directory=arguments.run_dir, resume=arguments.resume)
+        result = train(recipe, run_directory=arguments.run_dir, resume=arguments.resume, profile=arguments.profile)
     if os.environ.get("RANK", "0") == "0":
         print(
             f"test accuracy {result['correct']}/{result['total']} ({result['accuracy']:.2%}), "

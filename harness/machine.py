@@ -47,6 +47,19 @@ def usable_cores(root: Path = Path("/")) -> int:
     return len(siblings) if quota is None else max(1, min(len(siblings), int(quota)))
 
 
+def rank_has_its_own_cores() -> bool:
+    """Whether SLURM has bound this rank, one task a rank, to cores that no other rank of the node may use.
+
+    Then `usable_cores` counts this rank's cores. Elsewhere it counts what all ranks of the machine share.
+    """
+    names = ("SLURM_STEP_NUM_TASKS", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_CPUS_ON_NODE")
+    try:
+        tasks, ranks, ranks_here, cpus_here = (int(os.environ[name]) for name in names)
+    except (KeyError, ValueError):
+        return False
+    return tasks == ranks and len(os.sched_getaffinity(0)) * ranks_here <= cpus_here
+
+
 def _siblings(root: Path, cpu: int) -> str:
     """The hardware threads that share a core with this one; its own number where the system does not tell."""
     try:

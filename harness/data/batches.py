@@ -5,6 +5,7 @@ Shapes: B batch, C = 3 channels, H height, W width.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -45,6 +46,25 @@ class Loader(Protocol):
     def close(self) -> None:
         """Release threads, processes and memory. Closing twice does no harm."""
         ...
+
+
+class WaitTimer(Iterator[Batch]):
+    """Batches as they come, and how long they were waited for."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches, self._seconds = batches, 0.0
+
+    def __next__(self) -> Batch:
+        started_at = time.perf_counter()
+        try:
+            return next(self._batches)
+        finally:
+            self._seconds += time.perf_counter() - started_at
+
+    def take_seconds(self) -> float:
+        """Seconds in which the caller stood still since this was last asked: on the host, whatever a GPU did then."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
 
 def checked_batches(ids_per_batch: Sequence[np.ndarray], count: int) -> list[np.ndarray]:

@@ -2,8 +2,9 @@
 
 FFCV reads the file and runs the pipeline in a thread, some batches ahead. Three things are ours:
 
-- the operation, compiled once and kept on disk, is told by an array what to do with each sample, so no epoch
-  is frozen into compiled code and no generator decides a pixel;
+- the operation, a decoder that reads FFCV's map of the file, is compiled once a machine, not in every process as
+  FFCV's own are. An array tells it what to do with each sample, so no epoch is frozen into compiled code and no
+  generator decides a pixel;
 - the batches are those that were asked for, of any lengths: nothing is padded, dropped or sharded here;
 - the thread ends when it is told to, and an error in it is raised where the batch was asked for (FFCV's own
   would leave the reader waiting for ever).
@@ -20,13 +21,13 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from queue import Empty, Full
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torchvision.transforms import Normalize
 
 from harness.data.augment import Augmentation, normalisation_table
 from harness.data.batches import Batch, checked_batches, to_device
@@ -35,17 +36,22 @@ from harness.errors import HarnessError
 if TYPE_CHECKING:
     from harness.data.store import Split
 
+
 _threads = torch.get_num_threads()
 try:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ffcv 1.0.2 still imports distutils
         import numba
-        from ffcv import transforms
+
+        from harness.data.compiling import plain_dictionaries
+
+        with plain_dictionaries():
+            import ffcv  # noqa: F401
         from ffcv.fields.rgb_image import SimpleRGBImageDecoder
         from ffcv.loader import Loader as StockLoader
         from ffcv.loader.epoch_iterator import EpochIterator
         from ffcv.pipeline.allocation_query import AllocationQuery
-        from ffcv.pipeline.operation import Operation
+        from ffcv.pipeline.compiler import Compiler
         from ffcv.pipeline.state import State
 
         from harness.data.fused import fuse_batch
@@ -65,8 +71,8 @@ BATCHES_AHEAD = 3
 _PIPELINE_LOCK = threading.Lock()
 
 
-class FusedOperation(Operation):
-    """uint8 (B, H, W, C) → normalised float32 (B, C, H, W), channels_last.
+class FusedDecoder(SimpleRGBImageDecoder):
+    """Bytes of the file → normalised float32 (B, C, H, W), channels_last.
 
     `how_NF` and `table_CV` are as in `fuse_batch`; `how_NF` is replaced for each epoch.
     """
@@ -78,19 +84,21 @@ class FusedOperation(Operation):
         self.cutout_size = augmentation.cutout_size_px
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
-        """jit_mode=False: FFCV calls our function as Python, which reads the arrays of this epoch."""
-        height, width, channels = previous_state.shape
-        state = replace(previous_state, jit_mode=False, shape=(channels, height, width), dtype=torch.float32)
+        """What the batches are, and the memory for them."""
+        state, _ = super().declare_state_and_memory(previous_state)
+        height, width, channels = state.shape
+        state = replace(state, jit_mode=False, shape=(channels, height, width), dtype=torch.float32)
         return state, AllocationQuery((height, width, channels), np.dtype(np.float32))
 
     def generate_code(self) -> Callable[..., torch.Tensor]:
-        """The function FFCV calls with a batch, the memory for its result and the sample ids."""
+        """The function FFCV calls with sample ids, the memory for its result, and what it knows of the file."""
+        starts_N = self.metadata["data_ptr"].astype(np.int64)
 
-        def fuse(images_BHWC: np.ndarray, out_BHWC: np.ndarray, ids_B: np.ndarray) -> torch.Tensor:
-            fuse_batch(images_BHWC, ids_B, self.how_NF, self.table_CV, self.reflect, self.cutout_size, out_BHWC)
+        def fuse(ids_B: np.ndarray, out_BHWC: np.ndarray, metadata: np.ndarray, file: tuple[Any, ...]) -> torch.Tensor:
+            how = self.how_NF, self.table_CV, self.reflect, self.cutout_size
+            fuse_batch(file[0], starts_N, ids_B, *how, out_BHWC)
             return torch.from_numpy(out_BHWC).permute(0, 3, 1, 2)
 
-        fuse.with_indices = True  # type: ignore[attr-defined]
         return fuse
 
 
@@ -195,9 +203,10 @@ class FfcvLoader:
         self._count, self._height_px, self._width_px, _ = split.images_BHWC.shape
         self._labels_B = split.labels_B
         self._workers = max(1, min(workers, numba.config.NUMBA_NUM_THREADS))
-        self._fused = FusedOperation(augmentation, normalisation_table(mean, std), self._how(0, np.arange(0)))
-        pipelines = {"image": [SimpleRGBImageDecoder(), self._fused], "label": None}
-        self._loader: StockLoader | None = _stock(split.path, pipelines, batch_size=1, workers=self._workers)
+        self._fused = FusedDecoder(augmentation, normalisation_table(mean, std), self._how(0, np.arange(0)))
+        pipelines = {"image": [self._fused], "label": None}
+        with _as_python():
+            self._loader: StockLoader | None = _stock(split.path, pipelines, batch_size=1, workers=self._workers)
         self._epoch: _Epoch | None = None
 
     def batches(self, ids_per_batch: Sequence[np.ndarray], *, epoch: int) -> Iterator[Batch]:
@@ -247,6 +256,17 @@ class FfcvLoader:
         self._loader = None
 
 
+@contextmanager
+def _as_python() -> Iterator[None]:
+    """FFCV compiles nothing of the pipelines that are made meanwhile: ours calls a compiled function of its own."""
+    before = Compiler.is_enabled
+    Compiler.set_enabled(False)
+    try:
+        yield
+    finally:
+        Compiler.set_enabled(before)
+
+
 def _stock(path: str | os.PathLike[str], pipelines: dict[str, Any], *, batch_size: int, workers: int) -> StockLoader:
     """FFCV's Loader, leaving PyTorch's number of threads and numpy's generator alone."""
     threads = torch.get_num_threads()
@@ -285,6 +305,9 @@ def stock_epochs(
     Returns:
         A function; each call gives one epoch's float32 (B, C, H, W) batches.
     """
+    from ffcv import transforms
+    from torchvision.transforms import Normalize
+
     raw_mean = tuple(round(255 * value) for value in mean)
     pipelines = {
         "image": [

@@ -19,7 +19,7 @@ import torch
 from harness.data.augment import Augmentation, check_normalisation
 from harness.data.batches import Loader
 from harness.errors import HarnessError, nearest
-from harness.machine import usable_cores
+from harness.machine import rank_has_its_own_cores, usable_cores
 
 if TYPE_CHECKING:
     from harness.data.store import Split
@@ -79,7 +79,9 @@ def build_loader(
 
 
 def _cores_of_this_rank() -> int:
-    """The machine's usable cores shared out among the ranks on it, at least 1."""
+    """The cores that this rank is bound to, or its share of those that all ranks of the machine use; at least 1."""
+    if rank_has_its_own_cores():
+        return usable_cores()
     return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 

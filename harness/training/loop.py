@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from harness.data.batches import WaitTimer
 from harness.errors import Diverged
 from harness.training.evaluate import (
     average_buffers,
@@ -84,8 +85,9 @@ def run_epoch(parts: Parts, cadence: Cadence, progress: Progress) -> None:
     plan = parts.plan
     remaining = cadence.total_steps - progress.step
     micro_batches = plan.micro_batches(progress.epoch, progress.step_in_epoch)[:remaining]
-    batches = parts.train_loader.batches(list(chain.from_iterable(micro_batches)), epoch=progress.epoch)
-    window = _Window(parts, progress)
+    ids_per_batch = list(chain.from_iterable(micro_batches))
+    batches = WaitTimer(parts.train_loader.batches(ids_per_batch, epoch=progress.epoch))
+    window = _Window(parts, progress, batches)
     parts.model.train()
     for ids_per_micro in micro_batches:
         if parts.stop.agreed():
@@ -93,15 +95,17 @@ def run_epoch(parts: Parts, cadence: Cadence, progress: Progress) -> None:
         count = plan.global_count(progress.step_in_epoch)
         due = cadence.due(progress.step + 1, ends_epoch=progress.step_in_epoch + 1 == plan.steps_per_epoch)
         refetch = partial(parts.train_loader.batches, ids_per_micro, epoch=progress.epoch)
-        parts.step(
-            batches,
-            refetch=refetch,
-            micro_batches=len(ids_per_micro),
-            step=progress.step,
-            global_count=count,
-            meter=window.meter,
-            check=due.anything,
-        )
+        with parts.profiler.step(progress.step):
+            parts.step(
+                batches,
+                refetch=refetch,
+                micro_batches=len(ids_per_micro),
+                step=progress.step,
+                global_count=count,
+                meter=window.meter,
+                check=due.anything,
+                phase=parts.profiler.phase,
+            )
         progress.step, progress.step_in_epoch = progress.step + 1, progress.step_in_epoch + 1
         parts.runtime.tick()
         parts.tracker.tick(progress.step)
@@ -138,9 +142,9 @@ def _stop(parts: Parts, progress: Progress, window: _Window) -> None:
 class _Window:
     """The stretch since the last log line: what was learnt in it, and how fast."""
 
-    def __init__(self, parts: Parts, progress: Progress) -> None:
+    def __init__(self, parts: Parts, progress: Progress, batches: WaitTimer) -> None:
         self.meter = Meter(parts.runtime.device)
-        self._parts, self._progress = parts, progress
+        self._parts, self._progress, self._batches = parts, progress, batches
         self._from_step = progress.step
         self._started_at = time.perf_counter()
 
@@ -151,7 +155,8 @@ class _Window:
         """Add the stretch to the epoch's sums, log it where a line is due, begin a new one, and return its score."""
         progress, score = self._progress, self.meter.read()  # the read waits for the device
         seconds, steps = time.perf_counter() - self._started_at, progress.step - self._from_step
-        progress.add(score, seconds)
+        loader_wait_seconds = self._batches.take_seconds()
+        progress.add(score, seconds, loader_wait_seconds)
         if log:
             self._parts.tracker.log(
                 {
@@ -164,6 +169,7 @@ class _Window:
                     "grad_norm": self._parts.step.grad_norm_value(),
                     "images_per_second": score.total / seconds,
                     "milliseconds_per_step": 1000 * seconds / max(1, steps),
+                    "loader_wait_seconds": loader_wait_seconds,
                 }
             )
         self.meter.reset()
@@ -183,6 +189,7 @@ def _log_epoch(parts: Parts, progress: Progress) -> None:
             "epoch": round(progress.epoch + progress.step_in_epoch / parts.plan.steps_per_epoch, 4),
             "steps": progress.step_in_epoch,
             "seconds": seconds,
+            "loader_wait_seconds": progress.epoch_loader_wait_seconds,
             **score.to_json(),
             "lr": parts.step.lr,
             "images_per_second": score.total / max(seconds, 1e-9),

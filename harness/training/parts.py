@@ -25,6 +25,7 @@ from harness.tracking import NullTracker, Tracker
 from harness.training import checkpoint, optimizer_state
 from harness.training.network import Network, open_network
 from harness.training.optim import Mix, Schedule, build_optimizer, build_schedule
+from harness.training.profiler import NullProfiler, Profiler
 from harness.training.startup import Startup
 from harness.training.state import Progress
 from harness.training.step import TrainingStep
@@ -58,6 +59,7 @@ class Parts:
     identity: dict[str, Any]
     startup: Startup
     tracker: Tracker = field(default_factory=NullTracker)
+    profiler: Profiler = field(default_factory=NullProfiler)
 
     def models_to_evaluate(self) -> Iterator[tuple[str, nn.Module]]:
         """Splits' names in the metrics and the networks: raw weights, then averaged ones where there are any."""

@@ -21,18 +21,20 @@ from harness.tracking.wandb_tracker import WandbTracker, resolve_mode
 from harness.training import checkpoint
 from harness.training.loop import Cadence, fit
 from harness.training.parts import Parts, assemble, total_steps
+from harness.training.profiler import Profiler, StepProfiler, TooFewSteps, plan_steps
 from harness.training.resuming import agree_on_start, claim
 from harness.training.startup import Startup
 from harness.training.state import Progress
 from harness.training.stopping import Stopped
 
 
-def train(recipe: Recipe, *, run_directory: Path | None, resume: str) -> dict[str, Any]:
+def train(recipe: Recipe, *, run_directory: Path | None, resume: str, profile: bool = False) -> dict[str, Any]:
     """Train a recipe and return its result (also written as `result.json`).
 
     Args:
         run_directory: where to write; None makes `runs/<recipe>/<run-id>`.
         resume: "auto", "never" or the path of a checkpoint or run.
+        profile: tell where the time of some steps goes, in the run directory's `profile/`.
 
     Raises:
         HarnessError: see its text; with exit code 2 nothing was started and nothing was overwritten.
@@ -67,6 +69,8 @@ def train(recipe: Recipe, *, run_directory: Path | None, resume: str) -> dict[st
                 )
             stack.callback(parts.writer.close)  # before the directory is given free
             _describe_run(path, recipe, parts, progress, steps)
+            if profile:
+                parts.profiler = _profiler(path, parts, progress, steps)
         return _train(recipe, parts, path, progress, steps)
 
 
@@ -86,10 +90,24 @@ def _train(recipe: Recipe, parts: Parts, path: Path, progress: Progress, steps: 
         together = True
         raise
     finally:
+        for line in parts.profiler.close():
+            parts.tracker.note(line)
         parts.tracker.finish(result)
         if together:  # launchers end the other ranks soon after the first has ended, and this one has most to finish
             parts.runtime.accelerator.wait_for_everyone()
     return {**result, "run_directory": str(path)}
+
+
+def _profiler(path: Path, parts: Parts, progress: Progress, steps: int) -> Profiler:
+    plan = plan_steps(progress.step, steps, parts.plan.steps_per_epoch)
+    if plan is None:
+        return TooFewSteps()
+    facts = {
+        "rank": parts.runtime.rank,
+        "world_size": parts.runtime.world_size,
+        "global_batch_size": parts.plan.global_batch_size,
+    }
+    return StepProfiler(plan, path / "profile", device=parts.runtime.device, facts=facts)
 
 
 def _describe_run(path: Path, recipe: Recipe, parts: Parts, progress: Progress, steps: int) -> None:

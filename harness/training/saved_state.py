@@ -52,6 +52,7 @@ class SavedProgress(Part):
     step_in_epoch: Count
     epoch_score: SavedSums
     epoch_seconds: Seconds
+    epoch_loader_wait_seconds: Seconds = 0.0  # checkpoints from before it was counted lack it
     train_seconds: Seconds
     images_seen: Count
     last: SavedEvaluation | None

@@ -78,6 +78,7 @@ class Progress:
         step_in_epoch: optimizer steps done of the epoch under way.
         epoch_score: sums over the epoch under way, all ranks.
         epoch_seconds: training time of the epoch under way.
+        epoch_loader_wait_seconds: of it, what this rank waited for batches.
         train_seconds: training time of the whole run, over all starts, evaluations left out.
         images_seen: images trained on, all ranks.
         last: the latest evaluation.
@@ -89,22 +90,25 @@ class Progress:
     step_in_epoch: int = 0
     epoch_score: Score = field(default_factory=lambda: Score(0.0, 0, 0))
     epoch_seconds: float = 0.0
+    epoch_loader_wait_seconds: float = 0.0
     train_seconds: float = 0.0
     images_seen: int = 0
     last: dict[str, Any] | None = None
     best: dict[str, Any] | None = None
 
-    def add(self, score: Score, seconds: float) -> None:
-        """A stretch of training."""
+    def add(self, score: Score, seconds: float, loader_wait_seconds: float) -> None:
+        """A stretch of training, and how much of it was waited for batches."""
         self.epoch_score = self.epoch_score + score
         self.epoch_seconds += seconds
+        self.epoch_loader_wait_seconds += loader_wait_seconds
         self.train_seconds += seconds
         self.images_seen += score.total
 
     def next_epoch(self) -> None:
         """The epoch under way is whole."""
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
-        self.epoch_score, self.epoch_seconds = Score(0.0, 0, 0), 0.0
+        self.epoch_score = Score(0.0, 0, 0)
+        self.epoch_seconds = self.epoch_loader_wait_seconds = 0.0
 
     def take_evaluation(self, evaluation: dict[str, Any], *, judged_by: str) -> None:
         """Keep an evaluation, and as the best one when its split `judged_by` has the most correct images."""

@@ -17,6 +17,7 @@ from harness.runtime import Runtime, seed_step
 from harness.training.diagnosis import first_bad_layer
 from harness.training.network import MEMORY_FORMATS
 from harness.training.optim import Mix, Schedule
+from harness.training.profiler import UNPROFILED, Phase
 from harness.training.state import Meter
 
 
@@ -72,6 +73,7 @@ class TrainingStep:
         global_count: int,
         meter: Meter,
         check: bool,
+        phase: Phase = UNPROFILED.phase,
     ) -> None:
         """Perform step number `step` (0 is the first).
 
@@ -82,43 +84,52 @@ class TrainingStep:
             global_count: images of the step over all ranks: each weighs the same whatever the sharding.
             meter: takes loss and correct answers of this rank.
             check: whether this is a log step.
+            phase: is entered around each part of the step, see `harness.training.profiler`.
 
         Raises:
             Diverged: loss or gradient is not finite; names the step and the first layer. Weights are as before it.
         """
         self.lr = self._schedule.apply(step)
         for micro in range(micro_batches):
+            with phase("loader_wait"):
+                batch = next(batches)
             self._forward_backward(
-                next(batches),
+                batch,
                 step=step,
                 micro=micro,
                 scale=self._runtime.world_size / global_count,
                 last=micro == micro_batches - 1,
                 meter=meter,
+                phase=phase,
             )
-        self._clip(check=check)
-        if (check or self._check_always) and not self._finite():
-            self.raise_diverged(refetch(), step + 1)
-        self._update.step()
-        self._update.zero_grad(set_to_none=True)
-        if self._ema is not None:
-            self._ema.update(self._bare_model, step=step + 1)
+        with phase("optimizer"):
+            self._clip(check=check)
+            if (check or self._check_always) and not self._finite():
+                self.raise_diverged(refetch(), step + 1)
+            self._update.step()
+            self._update.zero_grad(set_to_none=True)
+            if self._ema is not None:
+                self._ema.update(self._bare_model, step=step + 1)
 
     def grad_norm_value(self) -> float | None:
         """The gradient's L2 norm at the latest checked step, before clipping (waits for the device)."""
         return None if self.grad_norm is None else float(self.grad_norm)
 
-    def _forward_backward(self, batch: Batch, *, step: int, micro: int, scale: float, last: bool, meter: Meter) -> None:
+    def _forward_backward(
+        self, batch: Batch, *, step: int, micro: int, scale: float, last: bool, meter: Meter, phase: Phase
+    ) -> None:
         runtime = self._runtime
         runtime.tick()  # the batch is here: what may be late now is another rank
         seed_step(self._seed, step, runtime.rank, micro, runtime.device)
         context = nullcontext() if last else runtime.accelerator.no_sync(self._model)
         with context:
-            images, target = self._mixed(batch)
-            logits_BK = self._model(images)
-            loss_sum = self._mix.loss_sum(logits_BK, target)
-            # DDP averages over ranks: times the world size, over the count of all ranks, is the mean over images.
-            runtime.accelerator.backward(loss_sum * scale)
+            with phase("forward"):
+                images, target = self._mixed(batch)
+                logits_BK = self._model(images)
+                loss_sum = self._mix.loss_sum(logits_BK, target)
+            with phase("backward"):
+                # DDP averages over ranks: times the world size, over the count of all ranks, is the mean over images.
+                runtime.accelerator.backward(loss_sum * scale)
         meter.add(loss_sum, logits_BK, batch.labels_B)
 
     def _clip(self, *, check: bool) -> None:

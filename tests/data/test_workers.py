@@ -1,5 +1,6 @@
 """How many workers a loader has where the recipe does not say."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,30 @@ def test_the_cores_are_shared_out_among_the_ranks_of_the_machine(
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     else:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    assert workers_of_a_loader(tmp_path) == expected
+
+
+# What SLURM tells a task: tasks of the step, and CPUs on the node for each CPU that this process may use.
+@pytest.mark.parametrize(
+    ("tasks", "cpus", "expected"),
+    [
+        pytest.param(2, 2, 8, id="each task bound to its half"),
+        pytest.param(2, 1, 4, id="tasks that share the cores"),
+        pytest.param(1, 2, 4, id="torchrun in one task of half a node"),
+    ],
+)
+def test_cores_that_slurm_has_shared_out_are_not_shared_out_again(
+    tasks: int, cpus: int, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaders, "usable_cores", lambda: 8)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", str(tasks))
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", str(cpus * len(os.sched_getaffinity(0))))
+    assert workers_of_a_loader(tmp_path) == expected
+
+
+def workers_of_a_loader(tmp_path: Path) -> int:
     loader = loaders.build_loader(
         "torch",
         synthetic_split(tmp_path, count=4),
@@ -31,4 +56,4 @@ def test_the_cores_are_shared_out_among_the_ranks_of_the_machine(
         workers=None,
     )
     assert isinstance(loader, TorchLoader)
-    assert loader._workers == expected
+    return loader._workers

@@ -16,7 +16,7 @@ from typing import Any
 from tests.faults.fault import Outcome
 from tests.faults.runs import TIMING, Process, Stage
 
-CLOCKS = {*TIMING, "train_seconds", "epoch_seconds"}
+CLOCKS = {*TIMING, "train_seconds", "epoch_seconds", "epoch_loader_wait_seconds"}
 Record = dict[str, Any]
 
 

@@ -153,7 +153,7 @@ def test_recalibrated_statistics_are_those_without_dropout() -> None:
 
 def test_progress_survives_json_and_knows_the_best() -> None:
     progress = Progress()
-    progress.add(Score(3.0, 2, 4), 1.5)
+    progress.add(Score(3.0, 2, 4), 1.5, 0.25)
     for step, correct in ((1, 5), (2, 7), (3, 7), (4, 6)):
         progress.take_evaluation({"step": step, "test": {"correct": correct}}, judged_by="test")
     assert progress.best is not None
