@@ -17,7 +17,7 @@ from harness.launching.trial import run_trial
 from harness.machine import usable_cores
 from harness.recipe import Recipe, load
 
-LIMIT_SECONDS = 550.0
+LIMIT_SECONDS = 1800.0
 # Each cost: the time of the whole step less that of the step without, or the other way round for a saving.
 COSTS = {
     "gradient_exchange": ("full", "no_exchange"),
@@ -85,15 +85,14 @@ def _check(recipe: Recipe, ranks: Sequence[int], rounds: int) -> None:
         raise HarnessError(
             "fp16 needs a GPU", where="training.precision", hint="On a CPU use training.precision=bf16 or no."
         )
-    micro, rest = divmod(training.global_batch_size, training.gradient_accumulation_steps)
-    wrong = [count for count in ranks if rest or micro % count or micro // count < 2]
+    micro = training.global_batch_size // training.gradient_accumulation_steps
+    wrong = [count for count in ranks if micro % count or micro // count < 2]
     if wrong:
+        part = wrong[0] * training.gradient_accumulation_steps
         raise HarnessError(
-            f"{training.global_batch_size} images in {training.gradient_accumulation_steps} micro-batches do not "
-            f"divide among {wrong[0]} ranks with 2 images each or more",
+            f"a micro-batch of {micro} images does not divide among {wrong[0]} ranks with 2 images each or more",
             where="--ranks",
-            hint=f"Choose other ranks, or training.global_batch_size="
-            f"{2 * wrong[0] * training.gradient_accumulation_steps}.",
+            hint=f"Choose other ranks, or training.global_batch_size={max(2, -(-micro // wrong[0])) * part}.",
         )
 
 
