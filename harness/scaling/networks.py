@@ -83,6 +83,11 @@ _PCIE4 = Link.of(alpha_us=2.5, gbps=252)  # 16 lanes of 16 GT/s, 128b/130b (PCI 
 _TCP_ALPHA_US = 48.0
 _TCP = "latency: TCP, half of a round trip of 92 to 100 us, Scalable Logic 2014"
 
+# The middle of five runs of `harness bench allreduce` on two cores of an AMD EPYC beside other work, torch 2.14.1:
+# 168 to 205 µs, 7.7 to 10.9 Gbit/s, 1.5 to 1.75 ms (docs/results.md).
+LOOPBACK_LINK = Link.of(alpha_us=200, gbps=8)
+LOOPBACK_WAIT_SECONDS = 1.6e-3  # for a core, of ranks that share them
+
 NETWORKS: dict[str, Network] = {
     network.name: network
     for network in (
@@ -107,7 +112,7 @@ NETWORKS: dict[str, Network] = {
             adapter_per_rank=False, source=f"{_TCP}; bandwidth: IEEE 802.3by; PCIe 4.0 x16 within a node",
         ),
         Network(
-            "loopback-gloo", Link.of(alpha_us=202, gbps=7.9), algorithm="ring",
+            "loopback-gloo", LOOPBACK_LINK, algorithm="ring",
             source="harness bench allreduce on two cores of an AMD EPYC, torch 2.14.1; a core for each rank",
         ),
     )

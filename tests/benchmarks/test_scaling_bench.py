@@ -27,6 +27,10 @@ def test_real_ranks_are_measured(tiny: Path) -> None:
         for unit in ("images_per_second", "step_ms"):
             assert 0 < variant[f"{unit}_min"] <= variant[f"{unit}_median"] <= variant[f"{unit}_max"]
         assert variant["images_per_second_max"] == pytest.approx(16 / variant["step_ms_min"] * 1e3)
+    assert one["predicted"] is None
+    told, without = two["predicted"], two["variants"]["independent"]["step_ms_median"]
+    assert told["step_ms"] == pytest.approx(without + told["sync_batch_norm_ms"] + told["gradient_exchange_ms"])
+    assert min(told["sync_batch_norm_ms"], told["gradient_exchange_ms"]) > 0
     assert result["speedup_over_one_rank"]["1"] == 1
     assert result["machine"]["versions"]["torch"]
 
