@@ -12,6 +12,14 @@ from harness.errors import EXIT_DONE
 DEFAULT_RECIPE = Path("recipes", "debug.yaml")  # a training of seconds
 
 
+_PEER_BENCHMARKS = {  # what it measures, and its usual number of rounds
+    "step": ("a training step of the seed's network: PyTorch, Accelerate, Lightning, timm and ours", 5),
+    "overhead": ("the same loops around a network so small that overhead remains", 9),
+    "startup": ("seconds to --help and to the first step of a training", 5),
+    "all": ("loader, step, overhead and startup", 5),
+}
+
+
 def build_bench(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     loader = actions.add_parser("loader", help="images a second of our loaders, torchvision's and stock FFCV's")
@@ -19,6 +27,13 @@ def build_bench(parser: argparse.ArgumentParser) -> None:
     loader.add_argument("--workers", type=int, default=None, metavar="N", help="threads or processes (all cores)")
     _add_json_option(loader)
     loader.set_defaults(run=_bench_loader)
+    for name, (text, rounds) in _PEER_BENCHMARKS.items():
+        action = actions.add_parser(name, help=text)
+        action.add_argument(
+            "--rounds", type=int, default=rounds, metavar="N", help=f"rounds, peers in turn (default {rounds})"
+        )
+        _add_json_option(action)
+        action.set_defaults(run=_bench_peers, name=name)
     scaling = actions.add_parser(
         "scaling", help="training on several CPU ranks: speed, and what gradient exchange, buckets and SyncBN cost"
     )
@@ -44,6 +59,18 @@ def _bench_loader(arguments: argparse.Namespace) -> int:
 
     result = bench_loader_here(rounds=arguments.rounds, workers=arguments.workers)
     return _print(result, None if arguments.json else render(result))
+
+
+def _bench_peers(arguments: argparse.Namespace) -> int:
+    from harness.benchmarks import report
+
+    if arguments.name == "all":
+        results = report.bench_all(rounds=arguments.rounds)
+        text = "\n\n".join(f"# {name}\n{report.render(result)}" for name, result in results.items())
+        return _print(results, None if arguments.json else text)
+    bench = {"step": report.bench_step, "overhead": report.bench_overhead, "startup": report.bench_startup}
+    result = bench[arguments.name](rounds=arguments.rounds)
+    return _print(result, None if arguments.json else report.render(result))
 
 
 def _bench_scaling(arguments: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "harness").rglob("*.py"))
+CPP_FILES = sorted(p for kind in ("*.cpp", "*.h") for p in (ROOT / "harness").rglob(kind))
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 60
 
@@ -117,7 +118,12 @@ def calls_of(path: Path) -> Iterator[tuple[ast.Call, str]]:
 
 def test_there_is_a_house_to_look_at() -> None:
     """The other tests loop over files; a wrong folder would let them all pass."""
-    assert {"harness/errors.py", "harness/data/order.py", "harness/launching/local.py"} <= set(map(name_of, FILES))
+    assert {
+        "harness/errors.py",
+        "harness/models/kernels/kernels.cpp",
+        "harness/data/order.py",
+        "harness/launching/local.py",
+    } <= set(map(name_of, FILES + CPP_FILES))
     unknown = {name_of(path): room_of(module_of(path)) for path in FILES if room_of(module_of(path)) not in MAY_IMPORT}
     assert not unknown, f"rooms without rules, add them to MAY_IMPORT: {unknown}"
 
@@ -164,6 +170,13 @@ def test_a_package_has_one_door(package: str, allowed: set[str] | str) -> None:
     else:
         assert users
         assert users <= allowed
+
+
+@pytest.mark.parametrize("path", CPP_FILES, ids=name_of)
+def test_sizes_of_compiled_files(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert len(lines) <= MAX_FILE_LINES
+    assert max(map(len, lines)) <= 120
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

@@ -9,50 +9,51 @@ layers run one by one, which is the reference.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from harness.models.kernels.library import available
-from harness.models.kernels.norm_relu_drop import LEVELS, NormReluDrop, moments, normalise_relu_drop
-from harness.models.sync_batch_norm import over_ranks, several_ranks, update_running_statistics
+from harness.models.kernels.norm_relu_drop import LEVELS, NormReluDrop, moments, normalise_relu_drop, take_moments
+from harness.models.sync_batch_norm import over_ranks, several_ranks
 
-_NAMES = (["norm", "act"], ["norm", "act", "drop"])  # as `units.py` calls them
+FEW_VALUES = (
+    1 << 17
+)  # of a tensor: with fewer, and no dropout, calling torch twice takes less time than calling us once
+_NAMES = ("norm", "act", "drop")  # as `units.py` calls them; `drop` may be missing
 
 
 class FusedUnit(nn.Sequential):
     """A Sequential that ends in `norm`, `act` and perhaps `drop`: the same function, fewer passes."""
 
+    norm: nn.BatchNorm2d
+
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H, W)."""
         x = input
-        for layer in self._before_norm():
+        for name, layer in self._modules.items():
+            if name == "norm":
+                break
+            assert layer is not None
             x = layer(x)
-        if self._fuses(x):
+        tail = [self._modules[name] for name in _NAMES if name in self._modules]
+        if self._fuses(x, tail):
             return self._fused(x)
-        for layer in self._tail():
+        for layer in tail:
             x = layer(x)
         return x
 
-    def _before_norm(self) -> Iterator[nn.Module]:
-        for name, layer in self.named_children():
-            if name == "norm":
-                return
-            yield layer
-
-    def _tail(self) -> list[nn.Module]:
-        return [layer for name, layer in self.named_children() if name in _NAMES[-1]]
-
-    def _fuses(self, x: Tensor) -> bool:
-        tail = self._tail()
+    def _fuses(self, x: Tensor, tail: list[Any]) -> bool:
         if x.device.type != "cpu" or not available(x.dtype) or x.dim() != 4 or x.numel() == 0:
             return False
         if any(layer._forward_hooks or layer._forward_pre_hooks for layer in tail):
             return False
+        if x.numel() < FEW_VALUES and not self._threshold():
+            return False
         if not self.norm.training:
             return not torch.is_grad_enabled() and not self._threshold()
-        alone = not self._synchronised() and x.numel() == x.shape[1]  # one value a channel, which the layer refuses
+        alone = x.numel() == x.shape[1] and not self._synchronised()  # one value a channel, which the layer refuses
         return not alone and self._threshold() < LEVELS
 
     def _synchronised(self) -> bool:
@@ -60,21 +61,22 @@ class FusedUnit(nn.Sequential):
 
     def _threshold(self) -> int:
         """How many of LEVELS random numbers drop a value."""
-        drop = getattr(self, "drop", None)
-        return round(drop.p * LEVELS) if drop is not None and drop.training else 0
+        drop = self._modules.get("drop")
+        return round(drop.p * LEVELS) if isinstance(drop, nn.Dropout) and drop.training else 0
 
     def _fused(self, x: Tensor) -> Tensor:
         norm, x = self.norm, x.contiguous(memory_format=torch.channels_last)
         if not norm.training:
-            slope = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
-            offset = norm.bias.double() - norm.running_mean.double() * slope
-            return normalise_relu_drop(x, slope.float(), offset.float())
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            statistics = (norm.running_mean.double(), norm.running_var.double())
+            return normalise_relu_drop(x, norm.weight, norm.bias, *statistics, eps=norm.eps)
         synchronised = self._synchronised()
         mean, variance = moments(x.detach())
-        count = torch.tensor([x.numel() / x.shape[1]], dtype=torch.float64)
+        count = x.numel() / x.shape[1]
         if synchronised:
             mean, variance, count = over_ranks(mean, variance, count)
-        update_running_statistics(norm, mean, variance, count)
+        take_moments(norm, mean, variance, count)
         arguments = (norm.weight, norm.bias, mean, variance, count, norm.eps, self._threshold(), synchronised)
         result: Tensor = NormReluDrop.apply(x, *arguments)
         return result
@@ -90,13 +92,14 @@ def adopt_fused_units(model: nn.Module) -> int:
 
 def _can_fuse(unit: nn.Sequential) -> bool:
     names = [name for name, _ in unit.named_children()]
-    if not any(names[-len(tail) :] == tail for tail in _NAMES):
+    if names[-2:] != [*_NAMES[:2]] and names[-3:] != [*_NAMES]:
         return False
     norm = unit.get_submodule("norm")
     return (
         type(norm) is nn.BatchNorm2d
         and norm.affine
         and norm.track_running_stats
+        and norm.weight.dtype is torch.float32
         and type(unit.get_submodule("act")) is nn.ReLU
         and ("drop" not in names or isinstance(unit.get_submodule("drop"), nn.Dropout))
     )

@@ -32,21 +32,20 @@ class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_BCHW: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns y (B, C, H, W) of x's dtype; float64 mean (C,), biased variance (C,) and count (1,) of all ranks."""
-        local_count, local_mean, local_variance = _local_statistics(x_BCHW, weight_C.dtype)
-        mean, variance, count = over_ranks(local_mean, local_variance, local_count)
+    ) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Returns y (B, C, H, W) of x's dtype; float64 mean (C,), biased variance (C,) and count of all ranks."""
+        mean, variance, count = over_ranks(*_local_statistics(x_BCHW, weight_C.dtype))
         y_BCHW = _normalise(x_BCHW, mean, variance, weight_C, bias_C, eps)
-        ctx.save_for_backward(x_BCHW, weight_C, mean, variance, count)
-        ctx.eps = eps
-        ctx.mark_non_differentiable(mean, variance, count)
+        ctx.save_for_backward(x_BCHW, weight_C, mean, variance)
+        ctx.eps, ctx.count = eps, count
+        ctx.mark_non_differentiable(mean, variance)
         return y_BCHW, mean, variance, count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_BCHW: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of this rank's x, and this rank's share of those of weight and bias."""
-        x_BCHW, weight_C, mean, variance, count = ctx.saved_tensors
+        x_BCHW, weight_C, mean, variance = ctx.saved_tensors
         fixed = mean.to(weight_C.dtype), variance.to(weight_C.dtype)
         # As if mean and variance were constants: γ/σ · gradient, Σ gradient · x̂ and Σ gradient.
         x_gradient, weight_gradient, bias_gradient = torch.ops.aten.native_batch_norm_backward(
@@ -56,23 +55,22 @@ class _SyncBatchNorm(torch.autograd.Function):
             sums = torch.cat([bias_gradient.double(), weight_gradient.double()])
             dist.all_reduce(sums)
             # What they add through x: -γ/σ · (mean of the gradient + x̂ · mean of gradient · x̂), again a batch norm.
-            factor = -weight_C.double() * (variance + ctx.eps).rsqrt() / count
+            factor = -weight_C.double() * (variance + ctx.eps).rsqrt() / ctx.count
             bias, weight = (factor.repeat(2) * sums).to(weight_C.dtype).chunk(2)
             x_gradient += _normalise(x_BCHW, mean, variance, weight, bias, ctx.eps)
         return x_gradient, weight_gradient, bias_gradient, None
 
 
-def _local_statistics(x_BCHW: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Count (1,), mean (C,) and biased variance (C,) of this rank in float64, summed in `dtype`."""
+def _local_statistics(x_BCHW: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+    """Mean (C,) and biased variance (C,) of this rank in float64, summed in `dtype`, and the count of values."""
     channels = x_BCHW.shape[1]
     count = x_BCHW.numel() // channels
     if count == 1:  # which the library refuses
         values = x_BCHW.detach().reshape(channels).double()
-        return x_BCHW.new_ones(1, dtype=torch.float64), values, torch.zeros_like(values)
+        return values, torch.zeros_like(values), count
     mean, variance = (torch.zeros(channels, dtype=dtype, device=x_BCHW.device) for _ in range(2))
     F.batch_norm(x_BCHW, mean, variance, training=True, momentum=1.0)  # leaves them in the running statistics
-    variance = variance.double() * ((count - 1) / count)
-    return x_BCHW.new_full((1,), count, dtype=torch.float64), mean.double(), variance
+    return mean.double(), variance.double() * ((count - 1) / count), count
 
 
 def _normalise(x_BCHW: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -85,17 +83,17 @@ def several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def over_ranks(mean: Tensor, variance: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (C,), biased variance (C,) and count (1,) of all ranks' values from those of each, float64; one all-reduce."""
+def over_ranks(mean: Tensor, variance: Tensor, count: float) -> tuple[Tensor, Tensor, float]:
+    """Mean (C,), biased variance (C,) and count of all ranks' values from those of each, float64; one all-reduce."""
     # Σx² of a rank from its own variance: summed in float32 it would lose the digits that matter.
-    sums = torch.cat([count, count * mean, count * (variance + mean.square())])
+    sums = torch.cat([mean.new_tensor([count]), count * mean, count * (variance + mean.square())])
     dist.all_reduce(sums)
-    all_count, (all_mean, second_moment) = sums[:1], (sums[1:] / sums[:1]).chunk(2)
-    return all_mean, (second_moment - all_mean.square()).clamp_min(0), all_count
+    all_mean, second_moment = (sums[1:] / sums[:1]).chunk(2)
+    return all_mean, (second_moment - all_mean.square()).clamp_min(0), float(sums[0])
 
 
-def update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-    """Take a batch's mean and biased variance (C,) of `count` (1,) values into a layer's running statistics."""
+def update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: float) -> None:
+    """Take a batch's mean and biased variance (C,) of `count` values into a layer's running statistics."""
     if not norm.track_running_stats or norm.running_mean is None or norm.running_var is None:
         return
     assert norm.num_batches_tracked is not None

@@ -102,8 +102,8 @@ class Training(Section):
     compile: bool = Field(False, description="torch.compile the model")
     kernels: Literal["auto", "plain"] = Field(
         "auto",
-        description="on CPUs, auto compiles faster passes of the same functions for channels_last, with precision no or "
-        "bf16, where there is a C++ compiler; plain has torch's own",
+        description="on CPUs with a C++ compiler, auto has faster passes of the same functions (for channels_last, "
+        "precision no or bf16); plain has torch's own",
     )
     sync_batch_norm: bool = Field(True, description="batch statistics over all ranks, not each rank alone")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of the label spread")

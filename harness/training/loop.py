@@ -72,15 +72,15 @@ def fit(parts: Parts, cadence: Cadence, progress: Progress) -> None:
         Stopped: a signal asked for it; a checkpoint is written.
     """
     while progress.step < cadence.total_steps:
-        _epoch(parts, cadence, progress)
+        run_epoch(parts, cadence, progress)
     if progress.last is None or progress.last["step"] != progress.step:
         evaluate_all(parts, progress)  # nothing was left to train: the weights as they are
         parts.save(progress)
     parts.writer.wait()
 
 
-def _epoch(parts: Parts, cadence: Cadence, progress: Progress) -> None:
-    """The rest of the epoch under way."""
+def run_epoch(parts: Parts, cadence: Cadence, progress: Progress) -> None:
+    """Train the rest of the epoch under way, with what falls due in it."""
     plan = parts.plan
     remaining = cadence.total_steps - progress.step
     micro_batches = plan.micro_batches(progress.epoch, progress.step_in_epoch)[:remaining]
@@ -105,6 +105,8 @@ def _epoch(parts: Parts, cadence: Cadence, progress: Progress) -> None:
         progress.step, progress.step_in_epoch = progress.step + 1, progress.step_in_epoch + 1
         parts.runtime.tick()
         parts.tracker.tick(progress.step)
+        if line := parts.startup.first_step():
+            parts.tracker.note(f"  {line}")
         if due.anything and not math.isfinite(window.close(log=due.log).loss):
             parts.step.raise_diverged(refetch(), progress.step)
         if due.epoch_end or progress.step == cadence.total_steps:

@@ -25,6 +25,7 @@ from harness.tracking import NullTracker, Tracker
 from harness.training import checkpoint, optimizer_state
 from harness.training.network import Network, open_network
 from harness.training.optim import Mix, Schedule, build_optimizer, build_schedule
+from harness.training.startup import Startup
 from harness.training.state import Progress
 from harness.training.step import TrainingStep
 from harness.training.stopping import StopVote
@@ -55,6 +56,7 @@ class Parts:
     keep_best: bool
     network: Network
     identity: dict[str, Any]
+    startup: Startup
     tracker: Tracker = field(default_factory=NullTracker)
 
     def models_to_evaluate(self) -> Iterator[tuple[str, nn.Module]]:
@@ -167,7 +169,7 @@ def open_loader(recipe: Recipe, store: DataStore, split: Literal["train", "test"
     )
 
 
-def assemble(recipe: Recipe, runtime: Runtime, checkpoint_directory: Path) -> Parts:
+def assemble(recipe: Recipe, runtime: Runtime, checkpoint_directory: Path, startup: Startup) -> Parts:
     """Build all parts of a training.
 
     Raises:
@@ -175,10 +177,10 @@ def assemble(recipe: Recipe, runtime: Runtime, checkpoint_directory: Path) -> Pa
     """
     store = open_data(recipe)
     plan = plan_batches(recipe, store, runtime)
+    startup.lap("data")
     num_classes = len(store.manifest.classes)
-    network = open_network(
-        recipe, num_classes=num_classes, device=runtime.device, world_size=runtime.world_size
-    )
+    network = open_network(recipe, num_classes=num_classes, device=runtime.device, world_size=runtime.world_size)
+    startup.lap("network")
     bare_model = network.model
     if recipe.training.sync_batch_norm and runtime.world_size > 1:
         bare_model = convert_sync_batch_norm(bare_model, runtime.device.type)
@@ -196,14 +198,10 @@ def assemble(recipe: Recipe, runtime: Runtime, checkpoint_directory: Path) -> Pa
         bare_model=bare_model,
         optimizer=optimizer,
         schedule=schedule,
-        mix=Mix(**recipe.mix.model_dump(), label_smoothing=recipe.training.label_smoothing, num_classes=num_classes),
         ema=ema,
-        seed=recipe.seed,
-        memory_format=recipe.training.memory_format,
-        clip_grad_norm=recipe.training.clip_grad_norm,
-        fp16=recipe.training.precision == "fp16",
+        **_step_settings(recipe, num_classes),
     )
-    return Parts(
+    parts = Parts(
         runtime=runtime,
         store=store,
         plan=plan,
@@ -224,7 +222,22 @@ def assemble(recipe: Recipe, runtime: Runtime, checkpoint_directory: Path) -> Pa
         keep_best=recipe.checkpoint.keep_best,
         network=network,
         identity=_identity(recipe, store),
+        startup=startup,
     )
+    startup.lap("loaders")
+    return parts
+
+
+def _step_settings(recipe: Recipe, num_classes: int) -> dict[str, Any]:
+    """What a training step takes from the recipe."""
+    training = recipe.training
+    return {
+        "mix": Mix(**recipe.mix.model_dump(), label_smoothing=training.label_smoothing, num_classes=num_classes),
+        "seed": recipe.seed,
+        "memory_format": training.memory_format,
+        "clip_grad_norm": training.clip_grad_norm,
+        "fp16": training.precision == "fp16",
+    }
 
 
 def share_of_test(recipe: Recipe, store: DataStore, runtime: Runtime) -> list[np.ndarray]:

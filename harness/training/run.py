@@ -22,6 +22,7 @@ from harness.training import checkpoint
 from harness.training.loop import Cadence, fit
 from harness.training.parts import Parts, assemble, total_steps
 from harness.training.resuming import agree_on_start, claim
+from harness.training.startup import Startup
 from harness.training.state import Progress
 from harness.training.stopping import Stopped
 
@@ -36,14 +37,17 @@ def train(recipe: Recipe, *, run_directory: Path | None, resume: str) -> dict[st
     Raises:
         HarnessError: see its text; with exit code 2 nothing was started and nothing was overwritten.
     """
+    startup = Startup()
+    startup.lap("imports")
     with ExitStack() as stack:
         runtime = stack.enter_context(
             joined(precision=recipe.training.precision, seed=recipe.seed, recipe_sha256=fingerprint(recipe))
         )
         start = agree_on_start(recipe, runtime, stack, run_directory=run_directory, resume=resume)
         path = start.run_directory
+        startup.lap("ranks")
         saved = checkpoint.load(start.checkpoint) if start.checkpoint is not None else None
-        parts = assemble(recipe, runtime, path / "checkpoints")
+        parts = assemble(recipe, runtime, path / "checkpoints", startup)
         stack.callback(parts.close)
         progress = parts.restore(saved) if saved is not None else Progress()
         steps = total_steps(recipe, parts.plan)
@@ -68,6 +72,7 @@ def train(recipe: Recipe, *, run_directory: Path | None, resume: str) -> dict[st
 
 def _train(recipe: Recipe, parts: Parts, path: Path, progress: Progress, steps: int) -> dict[str, Any]:
     parts.tracker = _trackers(path, recipe, parts, progress, steps)
+    parts.startup.lap("trackers")
     _announce(parts, recipe, path, progress, steps)
     result = None
     together = False
@@ -211,6 +216,7 @@ def _result(recipe: Recipe, parts: Parts, progress: Progress) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in parts.bare_model.parameters()),
         "data_source": parts.store.manifest.source,
         "world_size": parts.runtime.world_size,
+        "startup_seconds": parts.startup.seconds,
         "precision": recipe.training.precision,
         "kernels": parts.network.kernels,
         "seed": recipe.seed,

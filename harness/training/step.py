@@ -51,9 +51,11 @@ class TrainingStep:
         fp16: bool,
     ) -> None:
         self._runtime, self._model, self._bare_model = runtime, model, bare_model
-        self._optimizer, self._schedule, self._mix, self._ema = optimizer, schedule, mix, ema
+        self._schedule, self._mix, self._ema = schedule, mix, ema
         self._seed, self._memory_format = seed, MEMORY_FORMATS[memory_format]
         self._clip_grad_norm, self._fp16 = clip_grad_norm, fp16
+        # Accelerate's wrapper is for the gradient scaler of fp16; it looks for a package on disk twice a step.
+        self._update = optimizer if fp16 else getattr(optimizer, "optimizer", optimizer)
         self._parameters = [p for p in bare_model.parameters() if p.requires_grad]
         # A CPU has nothing to wait for, so that every step is checked there; elsewhere log steps are.
         self._check_always = runtime.device.type == "cpu"
@@ -97,8 +99,8 @@ class TrainingStep:
         self._clip(check=check)
         if (check or self._check_always) and not self._finite():
             self.raise_diverged(refetch(), step + 1)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._update.step()
+        self._update.zero_grad(set_to_none=True)
         if self._ema is not None:
             self._ema.update(self._bare_model, step=step + 1)
 
@@ -109,7 +111,7 @@ class TrainingStep:
     def _forward_backward(self, batch: Batch, *, step: int, micro: int, scale: float, last: bool, meter: Meter) -> None:
         runtime = self._runtime
         runtime.tick()  # the batch is here: what may be late now is another rank
-        seed_step(self._seed, step, runtime.rank, micro)
+        seed_step(self._seed, step, runtime.rank, micro, runtime.device)
         context = nullcontext() if last else runtime.accelerator.no_sync(self._model)
         with context:
             images, target = self._mixed(batch)
@@ -139,7 +141,7 @@ class TrainingStep:
 
         def forward() -> None:
             for micro, batch in enumerate(batches):
-                seed_step(self._seed, step - 1, self._runtime.rank, micro)
+                seed_step(self._seed, step - 1, self._runtime.rank, micro, self._runtime.device)
                 with self._runtime.accelerator.autocast():
                     self._bare_model(self._mixed(batch)[0])
 

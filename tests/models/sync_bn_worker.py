@@ -10,6 +10,7 @@ import itertools
 import os
 import sys
 import warnings
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from harness.data.paths import writable_cache_directory
+from harness.models import fused_units
+from harness.models.fast_paths import adopt_compiled_kernels
 from harness.models.sync_batch_norm import convert_sync_batch_norm
 
 IMAGES = 14
@@ -37,6 +41,7 @@ class Case:
     channels_last: bool = False
     mean: float = 0.5
     activation: bool = False
+    fused: bool = False
     shares: tuple[int, ...] = (1, 3, 2)
 
     def layer(self) -> nn.Module:
@@ -44,7 +49,7 @@ class Case:
         norm = (BatchNormAct2d if self.activation else nn.BatchNorm2d)(5, **self.settings).to(self.dtype)
         for parameter in norm.parameters():
             nn.init.normal_(parameter, mean=1.0)
-        return norm
+        return _fused(norm) if self.fused else norm
 
     def data(self, step: int) -> tuple[Tensor, Tensor]:
         """Images and output gradients of a step, (IMAGES, 5, 6, 7)."""
@@ -72,7 +77,18 @@ CASES = {
     "mean far from zero": Case({}, mean=300.0),
     "bf16 autocast": Case({}, autocast=True),
     "with activation": Case({}, activation=True),
+    "fused": Case({}, channels_last=True, fused=True),
+    "fused, bf16 autocast": Case({}, autocast=True, channels_last=True, fused=True),
 }
+
+
+def _fused(norm: nn.Module) -> nn.Module:
+    """The layer and a ReLU by the compiled pass."""
+    unit = nn.Sequential(OrderedDict(norm=norm, act=nn.ReLU()))
+    verdict = adopt_compiled_kernels(unit, writable_cache_directory())
+    assert "1 units" in verdict, verdict
+    fused_units.FEW_VALUES = 0
+    return unit
 
 
 def train(layer: nn.Module, case: Case, images: slice) -> dict[str, np.ndarray]:

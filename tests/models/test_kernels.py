@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.models import fast_paths
+from harness.models import fast_paths, fused_units
 from harness.models.fast_paths import adopt_compiled_kernels
 from harness.models.fused_units import FusedUnit
 from harness.models.kernels import library, self_check
@@ -24,7 +24,7 @@ from harness.models.safe_conv import SafeConv2d
 from harness.models.units import branch_unit, conv_stem
 
 DRAWS = 10_000_000
-WIDTHS = (1, 3, 16, 31, 32, 33, 48, 64, 100)  # parts of a block of 32 channels, whole ones and both
+WIDTHS = (1, 3, 8, 16, 24, 31, 32, 33, 48, 64, 100)  # parts of a block of 32 channels, whole ones and both
 DTYPES = (torch.float32, torch.bfloat16)
 ROUNDING = {torch.float32: 3e-6, torch.bfloat16: 6e-3}  # of the norm
 
@@ -32,7 +32,8 @@ ROUNDING = {torch.float32: 3e-6, torch.bfloat16: 6e-3}  # of the norm
 @pytest.fixture(scope="module", autouse=True)
 def _kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Opened for this file alone."""
-    with closed():
+    with closed(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_units, "FEW_VALUES", 0)
         open_kernels(tmp_path_factory.mktemp("kernels"))
         yield
 
@@ -109,7 +110,7 @@ def test_threads_change_no_bit(threads: int) -> None:
         y = depthwise_conv2d(x, weight, None, dilation=2)
         y.backward(gradient)
         assert weight.grad is not None
-        return [y.detach(), weight.grad, *moments(x), normalise_relu_drop(x, *ones(40), threshold=999, key=3)]
+        return [y.detach(), weight.grad, *moments(x), relu_drop(x, threshold=999, key=3)]
 
     try:
         torch.set_num_threads(1)
@@ -123,8 +124,12 @@ def test_threads_change_no_bit(threads: int) -> None:
 # --- normalisation, ReLU, dropout
 
 
-def ones(channels: int) -> tuple[Tensor, Tensor]:
-    return torch.ones(channels), torch.zeros(channels)
+def relu_drop(x: Tensor, *, weight: Tensor | None = None, threshold: int = 0, key: int = 0) -> Tensor:
+    """The pass with a mean of 0 and a variance of 1, so that nothing but the weight is applied."""
+    channels = x.shape[1]
+    weight = torch.ones(channels) if weight is None else weight
+    statistics = torch.zeros(channels, dtype=torch.float64), torch.ones(channels, dtype=torch.float64)
+    return normalise_relu_drop(x, weight, torch.zeros(channels), *statistics, eps=0, threshold=threshold, key=key)
 
 
 def unit_of(channels: int, dropout: float, *, fused: bool) -> nn.Sequential:
@@ -182,7 +187,7 @@ def test_share_dropped_over_ten_million_draws(threshold: int) -> None:
 def draws(threshold: int, *, key: int = 12345, channels: int = 64) -> Tensor:
     """Which of ten million values are kept, (rows, channels)."""
     x = torch.ones(1, channels, DRAWS // channels, 1).contiguous(memory_format=torch.channels_last)
-    y = normalise_relu_drop(x, *ones(channels), threshold=threshold, key=key)
+    y = relu_drop(x, threshold=threshold, key=key)
     kept = y != 0
     expected = torch.tensor(LEVELS / (LEVELS - threshold))
     assert torch.equal(y[kept], expected.expand(int(kept.sum())))
@@ -227,7 +232,7 @@ def test_what_is_not_a_number_stays_so(dtype: torch.dtype) -> None:
     """A training that diverges has to be seen."""
     x = images(1, 32, 4, 4, dtype=dtype)
     x[0, 5, 1, 1], x[0, 6, 2, 2] = math.nan, math.inf
-    y = normalise_relu_drop(x, *ones(32))
+    y = relu_drop(x)
     assert math.isnan(y[0, 5, 1, 1].item())
     assert y[0, 6, 2, 2].item() == math.inf
     assert int(y.isfinite().sum()) == y.numel() - 2
@@ -241,7 +246,7 @@ def test_bfloat16_is_rounded_to_the_nearest_even() -> None:
     values = torch.randn(1, 32, 64, 64, generator=torch.Generator().manual_seed(0)).abs()
     values = values.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
     slope = torch.linspace(0.9, 1.1, 32)
-    y = normalise_relu_drop(values, slope, torch.zeros(32))
+    y = relu_drop(values, weight=slope)
     assert torch.equal(y, (values.float() * slope.view(1, -1, 1, 1)).to(torch.bfloat16))
 
 
@@ -292,6 +297,15 @@ def test_hooks_doubles_and_closed_kernels_take_the_plain_layers() -> None:
         unit(images(1, 8, 1, 1))
 
 
+def test_little_work_without_dropout_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_units, "FEW_VALUES", 2 * 32 * 8 * 8)
+    few, enough = images(1, 32, 8, 8), images(2, 32, 8, 8)
+    for dropout, fused in ((0.0, False), (0.25, True)):
+        unit = unit_of(32, dropout, fused=True)
+        assert unit._fuses(few, []) is fused  # type: ignore[operator]
+        assert unit._fuses(enough, [])  # type: ignore[operator]
+
+
 # --- having them or not
 
 
@@ -328,10 +342,12 @@ def test_a_compiler_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_wrong_pass_is_found_and_not_used(
     right: str, wrong: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = library.SOURCE.read_text()
+    for path in library.FOLDER.glob("*.*"):
+        (tmp_path / path.name).write_text(path.read_text())
+    source = (tmp_path / "kernels.cpp").read_text()
     assert right in source
     (tmp_path / "kernels.cpp").write_text(source.replace(right, wrong))
-    monkeypatch.setattr(library, "SOURCE", tmp_path / "kernels.cpp")
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
     model = nn.ModuleList([unit_of(8, 0.1, fused=False)])
     with closed():
         verdict = adopt_compiled_kernels(model, tmp_path)

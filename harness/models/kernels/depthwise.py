@@ -61,10 +61,10 @@ class _Depthwise(torch.autograd.Function):
             x_gradient = torch.empty_like(x_BCHW, memory_format=torch.channels_last)
             call("depthwise", dtype, gradient_BCHW, weight, None, x_gradient, *sizes, ctx.dilation, 1)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            sums = torch.empty(10, len(weight), dtype=torch.float64)  # nine taps and the bias
-            call("depthwise_weight", dtype, x_BCHW, gradient_BCHW, sums, *sizes, ctx.dilation)
-            weight_gradient = sums[:9].t().reshape(weight.shape).to(ctx.weight_dtype)
-            bias_gradient = sums[9].to(ctx.weight_dtype) if ctx.needs_input_grad[2] else None
+            weight_gradient, bias_gradient = torch.empty_like(weight), weight.new_empty(len(weight))
+            call("depthwise_weight", dtype, x_BCHW, gradient_BCHW, weight_gradient, bias_gradient, *sizes, ctx.dilation)
+            weight_gradient = weight_gradient.to(ctx.weight_dtype)
+            bias_gradient = bias_gradient.to(ctx.weight_dtype) if ctx.needs_input_grad[2] else None
         return x_gradient, weight_gradient, bias_gradient, None
 
 

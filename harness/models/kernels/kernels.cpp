@@ -1,143 +1,14 @@
 // Passes over channels_last tensors for which torch has no fast or no right kernel on a CPU.
 //
 // Compiled once for float32 and once, with -DBFLOAT16, for bfloat16. Tensors are rows × channels: a row is one pixel of
-// one image. Channels are taken by blocks of 32, as two vectors of 16. Sums are kept in float32 within a chunk of rows
-// and in float64 over the chunks, in a fixed order: results do not depend on the number of threads. GCC's and Clang's
-// vector extensions compile to whatever the processor has.
+// one image. Sums are kept in float32 within a chunk of rows and in float64 over the chunks, in a fixed order: results
+// do not depend on the number of threads.
 
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-#include <vector>
+#include <cmath>
 
-#ifdef BFLOAT16
-typedef uint16_t T;
-#else
-typedef float T;
-#endif
+#include "vectors.h"
 
 namespace {
-
-constexpr int64_t LANES = 16, BLOCK = 2 * LANES, CHUNK_ROWS = 256, TILE_ROWS = 4, TAPS = 9;
-
-typedef float F __attribute__((vector_size(4 * LANES)));
-typedef uint32_t U __attribute__((vector_size(4 * LANES)));
-
-// The values of a block of channels. bfloat16 is split without moving lanes: `a` has the even channels, `b` the odd
-// ones; of float32, `a` has the first half. `arranged` puts parameters into the same order.
-struct Pair {
-  F a, b;
-};
-
-inline Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
-inline Pair operator-(Pair x, Pair y) { return {x.a - y.a, x.b - y.b}; }
-inline Pair operator*(Pair x, Pair y) { return {x.a * y.a, x.b * y.b}; }
-
-inline Pair halves(const float* p) {
-  Pair v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-
-#ifdef BFLOAT16
-inline Pair unpack(const T* p) {
-  U u;
-  memcpy(&u, p, sizeof u);
-  return {(F)(u << 16), (F)(u & 0xFFFF0000u)};
-}
-
-// To the nearest, ties to even, in the upper half; what is not a number stays so.
-inline U rounded(F f) {
-  U u = (U)f, near = u + 0x7FFF + ((u >> 16) & 1);
-  return f == f ? near : u * 0 + 0x7FC00000u;
-}
-
-inline void pack(T* p, Pair v) {
-  U u = (rounded(v.a) >> 16) | (rounded(v.b) & 0xFFFF0000u);
-  memcpy(p, &u, sizeof u);
-}
-
-inline int64_t place(int64_t channel) { return channel / BLOCK * BLOCK + channel % 2 * LANES + channel % BLOCK / 2; }
-#else
-inline Pair unpack(const T* p) { return halves(p); }
-inline void pack(T* p, Pair v) { memcpy(p, &v, sizeof v); }
-inline int64_t place(int64_t channel) { return channel; }
-#endif
-
-// n values, the rest of the block 0. n is BLOCK at compile time in the loops that count.
-inline Pair load(const T* p, int64_t n) {
-  if (n == BLOCK) return unpack(p);
-  T values[BLOCK] = {};
-  for (int64_t i = 0; i < n; i++) values[i] = p[i];
-  return unpack(values);
-}
-
-inline void store(T* p, Pair v, int64_t n) {
-  if (n == BLOCK) return pack(p, v);
-  T values[BLOCK];
-  pack(values, v);
-  for (int64_t i = 0; i < n; i++) p[i] = values[i];
-}
-
-inline int64_t padded(int64_t channels) { return (channels + BLOCK - 1) / BLOCK * BLOCK; }
-
-std::vector<float> arranged(const float* values, int64_t channels) {
-  std::vector<float> result(padded(channels));
-  for (int64_t c = 0; c < channels; c++) result[place(c)] = values[c];
-  return result;
-}
-
-// Calls body(first channel, number of channels) for each block; the number is a constant where the block is full.
-template <typename Body>
-inline void each_block(int64_t channels, const Body& body) {
-  int64_t c = 0;
-  for (; c + BLOCK <= channels; c += BLOCK) body(c, std::integral_constant<int64_t, BLOCK>{});
-  if (c < channels) body(c, channels - c);
-}
-
-inline int64_t chunks_of(int64_t rows) { return (rows + CHUNK_ROWS - 1) / CHUNK_ROWS; }
-
-template <typename Body>
-inline void each_chunk(int64_t rows, int threads, const Body& body) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t chunk = 0; chunk < chunks_of(rows); chunk++) {
-    int64_t first = chunk * CHUNK_ROWS, last = first + CHUNK_ROWS;
-    body(chunk, first, last < rows ? last : rows);
-  }
-}
-
-// As each_chunk, by blocks of channels: body(sums, from row, to row, channel, n) adds to two sums of the chunk. A few rows
-// at a time, so that memory is read in its order.
-template <typename Body>
-std::vector<float> two_sums(int64_t rows, int64_t channels, int threads, const Body& body) {
-  int64_t width = padded(channels);
-  std::vector<float> partial(chunks_of(rows) * 2 * width);
-  each_chunk(rows, threads, [&](int64_t chunk, int64_t first, int64_t last) {
-    for (int64_t from = first; from < last; from += TILE_ROWS) {
-      each_block(channels, [&](int64_t c, auto n) {
-        float *one = &partial[2 * chunk * width + c], *other = one + width;
-        Pair sums[2] = {halves(one), halves(other)};
-        body(sums, from, from + TILE_ROWS < last ? from + TILE_ROWS : last, c, n);
-        memcpy(one, &sums[0], sizeof sums[0]);
-        memcpy(other, &sums[1], sizeof sums[1]);
-      });
-    }
-  });
-  return partial;
-}
-
-// Sums over the parts of partial[part][set][padded channels], as sums[set][channels].
-void add_up(const std::vector<float>& partial, int64_t parts, int64_t sets, int64_t channels, double* sums,
-            int threads) {
-  int64_t width = padded(channels), values = sets * width;
-  std::vector<double> total(values);
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t start = 0; start < values; start += BLOCK)
-    for (int64_t part = 0; part < parts; part++)
-      for (int64_t v = start; v < start + BLOCK; v++) total[v] += partial[part * values + v];
-  for (int64_t set = 0; set < sets; set++)
-    for (int64_t c = 0; c < channels; c++) sums[set * channels + c] = total[set * width + place(c)];
-}
 
 // SplitMix64's finaliser (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators").
 inline uint64_t mix64(uint64_t z) {
@@ -246,25 +117,36 @@ void moments(const T* x, int64_t rows, int64_t channels, double* mean, double* v
   }
 }
 
-// y = keep · max(0, x · slope + offset) · scale
-void norm_relu_drop(const T* x, T* y, const float* slope, const float* offset, int64_t rows, int64_t channels,
-                    uint64_t key, uint32_t threshold, int threads) {
-  std::vector<float> slopes = arranged(slope, channels), offsets = arranged(offset, channels);
+// Takes the moments of `count` values into running statistics, the variance as an unbiased one.
+void take_moments(const double* mean, const double* variance, double count, double momentum, float* running_mean,
+                  float* running_variance, int64_t channels, int) {
+  for (int64_t c = 0; c < channels; c++) {
+    running_mean[c] += (float)(momentum * (mean[c] - running_mean[c]));
+    running_variance[c] += (float)(momentum * (variance[c] * (count / (count - 1)) - running_variance[c]));
+  }
+}
+
+// y = keep · max(0, (x - mean) / √(variance + eps) · weight + bias) · scale
+void norm_relu_drop(const T* x, T* y, const float* weight, const float* bias, const double* mean,
+                    const double* variance, double eps, int64_t rows, int64_t channels, uint64_t key,
+                    uint32_t threshold, int threads) {
+  auto slope = [&](int64_t c) { return weight[c] / std::sqrt(variance[c] + eps); };
+  auto slopes = arranged(channels, slope);
+  auto offsets = arranged(channels, [&](int64_t c) { return bias[c] - mean[c] * slope(c); });
   each_chunk(rows, threads, [&](int64_t chunk, int64_t first, int64_t last) {
     Dropout dropout(key, threshold, channels, chunk);
-    for (int64_t r = first; r < last; r++) {
+    for (int64_t r = first; r < last; r++)
       each_block(channels, [&](int64_t c, auto n) {
         Pair v = relu(load(x + r * channels + c, n) * halves(&slopes[c]) + halves(&offsets[c]));
         store(y + r * channels + c, threshold ? dropout(v, r - first, c) : v, n);
       });
-    }
   });
 }
 
-// Σg and Σg · (x - mean) of each channel, for g the gradient behind ReLU and dropout.
-void norm_relu_drop_sums(const T* dy, const T* y, const T* x, const float* mean, int64_t rows, int64_t channels,
-                         float scale, double* sums, int threads) {
-  std::vector<float> means = arranged(mean, channels);
+// Σg and Σg · (x - mean) / √(variance + eps) of each channel, for g the gradient behind ReLU and dropout.
+void norm_relu_drop_sums(const T* dy, const T* y, const T* x, const double* mean, const double* variance, double eps,
+                         int64_t rows, int64_t channels, float scale, double* sums, int threads) {
+  auto means = arranged(channels, [&](int64_t c) { return mean[c]; });
   auto partial = two_sums(rows, channels, threads, [&](Pair* sums, int64_t from, int64_t to, int64_t c, auto n) {
     Pair centre = halves(&means[c]);
     for (int64_t r = from; r < to; r++) {
@@ -274,21 +156,26 @@ void norm_relu_drop_sums(const T* dy, const T* y, const T* x, const float* mean,
     }
   });
   add_up(partial, chunks_of(rows), 2, channels, sums, threads);
+  for (int64_t c = 0; c < channels; c++) sums[channels + c] /= std::sqrt(variance[c] + eps);
 }
 
-// dx = slope · g + factor · x + constant
-void norm_relu_drop_backward(const T* dy, const T* y, const T* x, T* dx, const float* slope, const float* factor,
-                             const float* constant, int64_t rows, int64_t channels, float scale, int threads) {
-  std::vector<float> slopes = arranged(slope, channels), factors = arranged(factor, channels),
-                     constants = arranged(constant, channels);
+// dx = slope · (g - Σg / count - x̂ · Σ(g · x̂) / count), as slope · g + factor · x + constant
+void norm_relu_drop_backward(const T* dy, const T* y, const T* x, T* dx, const float* weight, const double* mean,
+                             const double* variance, double eps, const double* sums, double count, int64_t rows,
+                             int64_t channels, float scale, int threads) {
+  auto deviation = [&](int64_t c) { return std::sqrt(variance[c] + eps); };
+  auto factor = [&](int64_t c) { return -weight[c] / (variance[c] + eps) * sums[channels + c] / count; };
+  auto slopes = arranged(channels, [&](int64_t c) { return weight[c] / deviation(c); });
+  auto factors = arranged(channels, factor);
+  auto constants = arranged(
+      channels, [&](int64_t c) { return -weight[c] / deviation(c) * sums[c] / count - factor(c) * mean[c]; });
   each_chunk(rows, threads, [&](int64_t, int64_t first, int64_t last) {
-    for (int64_t r = first; r < last; r++) {
+    for (int64_t r = first; r < last; r++)
       each_block(channels, [&](int64_t c, auto n) {
         int64_t at = r * channels + c;
         Pair g = through(dy, y, at, n, scale);
         store(dx + at, g * halves(&slopes[c]) + (load(x + at, n) * halves(&factors[c]) + halves(&constants[c])), n);
       });
-    }
   });
 }
 
@@ -296,7 +183,7 @@ void norm_relu_drop_backward(const T* dy, const T* y, const T* x, T* dx, const f
 void depthwise(const T* x, const float* weight, const float* bias, T* y, int64_t images, int64_t height, int64_t width,
                int64_t channels, int64_t dilation, int reversed, int threads) {
   std::vector<float> taps = by_tap(weight, channels, reversed), start(padded(channels));
-  if (bias) start = arranged(bias, channels);
+  if (bias) start = arranged(channels, [&](int64_t c) { return bias[c]; });
   int64_t pitch = width * channels;
   std::vector<T> zeros(pitch);
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -316,10 +203,9 @@ void depthwise(const T* x, const float* weight, const float* bias, T* y, int64_t
   }
 }
 
-// Gradients of weight (channels, 3, 3) and bias (channels,), as [tap][channels] with the bias last: sums over an image
-// in float32, over images in float64.
-void depthwise_weight(const T* x, const T* dy, double* sums, int64_t images, int64_t height, int64_t width,
-                      int64_t channels, int64_t dilation, int threads) {
+// Gradients of weight (channels, 3, 3) and bias (channels,): sums over an image in float32, over images in float64.
+void depthwise_weight(const T* x, const T* dy, float* dweight, float* dbias, int64_t images, int64_t height,
+                      int64_t width, int64_t channels, int64_t dilation, int threads) {
   int64_t padding = padded(channels), pitch = width * channels;
   std::vector<float> partial(images * (TAPS + 1) * padding);
   std::vector<T> zeros(pitch);
@@ -341,7 +227,12 @@ void depthwise_weight(const T* x, const T* dy, double* sums, int64_t images, int
         memcpy(&partial[(image * (TAPS + 1) + t) * padding + c], &sum[t], sizeof sum[t]);
     });
   }
-  add_up(partial, images, TAPS + 1, channels, sums, threads);
+  std::vector<double> sums((TAPS + 1) * channels);
+  add_up(partial, images, TAPS + 1, channels, sums.data(), threads);
+  for (int64_t c = 0; c < channels; c++) {
+    for (int64_t t = 0; t < TAPS; t++) dweight[c * TAPS + t] = (float)sums[t * channels + c];
+    dbias[c] = (float)sums[TAPS * channels + c];
+  }
 }
 
 }  // extern "C"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from harness.machine import processor
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+FOLDER = Path(__file__).parent
 FLAGS = (
     *("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp"),
     *("-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"),
@@ -29,14 +29,16 @@ FLAGS = (
 DEFINES: dict[torch.dtype, tuple[str, ...]] = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
 COMPILE_SECONDS = 120
 
-_P, _N, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_F, _D = ctypes.c_float, ctypes.c_double
 _ARGUMENTS = {
     "moments": [_P, _N, _N, _P, _P, _I],
-    "norm_relu_drop": [_P, _P, _P, _P, _N, _N, ctypes.c_uint64, ctypes.c_uint32, _I],
-    "norm_relu_drop_sums": [_P, _P, _P, _P, _N, _N, _F, _P, _I],
-    "norm_relu_drop_backward": [_P, _P, _P, _P, _P, _P, _P, _N, _N, _F, _I],
+    "take_moments": [_P, _P, _D, _D, _P, _P, _N, _I],
+    "norm_relu_drop": [_P, _P, _P, _P, _P, _P, _D, _N, _N, ctypes.c_uint64, ctypes.c_uint32, _I],
+    "norm_relu_drop_sums": [_P, _P, _P, _P, _P, _D, _N, _N, _F, _P, _I],
+    "norm_relu_drop_backward": [_P, _P, _P, _P, _P, _P, _P, _D, _P, _D, _N, _N, _F, _I],
     "depthwise": [_P, _P, _P, _P, _N, _N, _N, _N, _N, _I, _I],
-    "depthwise_weight": [_P, _P, _P, _N, _N, _N, _N, _N, _I],
+    "depthwise_weight": [_P, _P, _P, _P, _N, _N, _N, _N, _N, _I],
 }
 
 _libraries: dict[torch.dtype, ctypes.CDLL] = {}
@@ -81,7 +83,7 @@ def open_kernels(cache_directory: Path) -> None:
             path = folder / f"{_key(command)}.so"
             with FileLock(path.with_suffix(".lock")):
                 if not path.exists() or path.stat().st_uid != os.getuid():
-                    _compile([*command, str(SOURCE)], path)
+                    _compile([*command, str(FOLDER / "kernels.cpp")], path)
             found[dtype] = _load(path)
     except OSError as error:  # a full disk, or a folder of someone else
         raise NoKernels(f"{folder}: {error.strerror or error}") from None
@@ -104,12 +106,18 @@ def closed() -> Iterator[None]:
         _libraries.update(kept)
 
 
+def source_digest() -> str:
+    """SHA-256 of the C++ files, hexadecimal."""
+    digest = hashlib.sha256()
+    for path in sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def _key(command: list[str]) -> str:
     version = _output([command[0], "--version"])
-    digest = hashlib.sha256(SOURCE.read_bytes())
-    for part in (*command, version, processor()):
-        digest.update(part.encode() + b"\0")
-    return digest.hexdigest()[:24]
+    parts = (source_digest(), *command, version, processor())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
 def _compile(command: list[str], path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from harness.models.kernels.library import call
@@ -29,25 +29,47 @@ def moments(x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
+def take_moments(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: float) -> None:
+    """Take a batch's mean and biased variance (C,) float64 of `count` values into a layer's running statistics."""
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    momentum = norm.momentum
+    if momentum is None:  # a plain average over all batches
+        momentum = 1.0 / float(norm.num_batches_tracked)
+    running = (norm.running_mean, norm.running_var)
+    call("take_moments", torch.float32, mean, variance, count, momentum, *running, norm.num_features)
+
+
 def draw_key() -> int:
     """A 64-bit key for the dropout of one call, from torch's generator."""
     return int(torch.empty((), dtype=torch.int64).random_(-(1 << 63), None)) & (1 << 64) - 1
 
 
-def normalise_relu_drop(x_BCHW: Tensor, slope: Tensor, offset: Tensor, *, threshold: int = 0, key: int = 0) -> Tensor:
-    """keep · max(0, x · slope + offset) / (1 - threshold / 2^16), of x's dtype and layout.
+def normalise_relu_drop(
+    x_BCHW: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    *,
+    eps: float,
+    threshold: int = 0,
+    key: int = 0,
+) -> Tensor:
+    """keep · max(0, (x - mean) / √(variance + eps) · weight + bias) / (1 - threshold / 2^16), of x's dtype and layout.
 
     Args:
         x_BCHW: float32 or bfloat16, channels_last.
-        slope: (C,) float32.
-        offset: (C,) float32.
+        weight, bias: (C,) float32.
+        mean, variance: (C,) float64.
+        eps: added to the variance.
         threshold: 0 to 2^16 - 1; a value is dropped with probability threshold / 2^16.
         key: decides which.
     """
     y_BCHW = torch.empty_like(x_BCHW)
     channels = x_BCHW.shape[1]
-    rows = x_BCHW.numel() // channels
-    call("norm_relu_drop", x_BCHW.dtype, x_BCHW, y_BCHW, slope, offset, rows, channels, key, threshold)
+    sizes = (x_BCHW.numel() // channels, channels)
+    call("norm_relu_drop", x_BCHW.dtype, x_BCHW, y_BCHW, weight, bias, mean, variance, eps, *sizes, key, threshold)
     return y_BCHW
 
 
@@ -65,41 +87,34 @@ class NormReluDrop(torch.autograd.Function):
         bias: Tensor,
         mean: Tensor,
         variance: Tensor,
-        count: Tensor,
+        count: float,
         eps: float,
         threshold: int,
         over_ranks: bool,
     ) -> Tensor:
-        """Mean, variance (C,) and count (1,) are float64; with `over_ranks`, backward sums over the ranks too."""
-        deviation = (variance + eps).rsqrt()
-        slope = weight.double() * deviation
-        offset = bias.double() - mean * slope
+        """Statistics (C,) float64 of `count` values a channel; with `over_ranks`, backward sums over the ranks too."""
         key = draw_key() if threshold else 0
-        y_BCHW = normalise_relu_drop(x_BCHW, slope.float(), offset.float(), threshold=threshold, key=key)
-        ctx.save_for_backward(x_BCHW, y_BCHW, slope, deviation, mean, count)
-        ctx.scale, ctx.over_ranks, ctx.weight_dtype = LEVELS / (LEVELS - threshold), over_ranks, weight.dtype
+        y_BCHW = normalise_relu_drop(x_BCHW, weight, bias, mean, variance, eps=eps, threshold=threshold, key=key)
+        ctx.save_for_backward(x_BCHW, y_BCHW, weight, mean, variance)
+        ctx.count, ctx.eps, ctx.over_ranks = count, eps, over_ranks
+        ctx.scale = LEVELS / (LEVELS - threshold)
         return y_BCHW
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_BCHW: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of this rank's x, and this rank's share of those of weight and bias."""
-        x_BCHW, y_BCHW, slope, deviation, mean, count = ctx.saved_tensors
-        gradient_BCHW = gradient_BCHW.contiguous(memory_format=torch.channels_last)
+        x_BCHW, y_BCHW, weight, mean, variance = ctx.saved_tensors
         dtype, channels = x_BCHW.dtype, x_BCHW.shape[1]
-        rows = x_BCHW.numel() // channels
-        sums = torch.empty(2, channels, dtype=torch.float64)
-        tensors = (gradient_BCHW, y_BCHW, x_BCHW)
-        call("norm_relu_drop_sums", dtype, *tensors, mean.float(), rows, channels, ctx.scale, sums)
-        sums[1] *= deviation  # Σg and Σg · x̂, as the plain synchronised layer has them
-        bias_gradient, weight_gradient = sums.to(ctx.weight_dtype)
+        tensors = (gradient_BCHW.contiguous(memory_format=torch.channels_last), y_BCHW, x_BCHW)
+        statistics, sizes = (mean, variance, ctx.eps), (x_BCHW.numel() // channels, channels, ctx.scale)
+        sums = torch.empty(2, channels, dtype=torch.float64)  # Σg and Σg · x̂, as the plain synchronised layer has them
+        call("norm_relu_drop_sums", dtype, *tensors, *statistics, *sizes, sums)
+        bias_gradient, weight_gradient = sums.to(weight.dtype)
         x_gradient = None
         if ctx.needs_input_grad[0]:
             if ctx.over_ranks:
                 dist.all_reduce(sums)
-            factor = -slope * deviation * sums[1] / count
-            constant = -slope * sums[0] / count - factor * mean
             x_gradient = torch.empty_like(x_BCHW)
-            coefficients = (slope.float(), factor.float(), constant.float())
-            call("norm_relu_drop_backward", dtype, *tensors, x_gradient, *coefficients, rows, channels, ctx.scale)
+            call("norm_relu_drop_backward", dtype, *tensors, x_gradient, weight, *statistics, sums, ctx.count, *sizes)
         return x_gradient, weight_gradient, bias_gradient, None, None, None, None, None, None

@@ -1,4 +1,4 @@
-"""Are the compiled passes right on this machine? The numerics check of `models` looks at convolutions; this at the rest.
+"""Are the compiled passes right on this machine? The numerics check looks at convolutions, this at the rest.
 
 Legend of shape letters: B images, C channels, H height and W width in pixels.
 """
@@ -44,15 +44,16 @@ def _results(
     x = (3 + torch.randn(shape, generator=generator)).to(dtype).contiguous(memory_format=torch.channels_last)
     gradient = torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
     weight, bias = 1 + 0.1 * torch.randn(2, shape[1], generator=generator)
-    count = torch.tensor([x.numel() / shape[1]], dtype=torch.float64)
     leaves = [leaf.detach().clone().requires_grad_() for leaf in (x, weight, bias)]
     mean, variance = moments(x)
-    y = NormReluDrop.apply(*leaves, mean, variance, count, EPS, THRESHOLD, False)
+    y = NormReluDrop.apply(*leaves, mean, variance, x.numel() / shape[1], EPS, THRESHOLD, False)
     y.backward(gradient)
 
-    exact = [leaf.detach().double().requires_grad_() for leaf in (x, weight, bias)]
-    exact_variance, exact_mean = torch.var_mean(exact[0], dim=(0, 2, 3), correction=0)
-    normalised = torch.nn.functional.batch_norm(exact[0], None, None, *exact[1:], training=True, eps=EPS).relu()
+    exact = x_exact, weight_exact, bias_exact = [t.double().requires_grad_() for t in (x, weight, bias)]
+    exact_variance, exact_mean = torch.var_mean(x_exact, dim=(0, 2, 3), correction=0)
+    normalised = torch.nn.functional.batch_norm(
+        x_exact, None, None, weight_exact, bias_exact, training=True, eps=EPS
+    ).relu()
     scale = LEVELS / (LEVELS - THRESHOLD)
     kept = (y != 0).double()
     (normalised * kept * scale).backward(gradient.double())

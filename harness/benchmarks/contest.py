@@ -1,0 +1,145 @@
+"""Contestants in processes of their own that take turns, so that other work on the machine falls on all of them alike.
+
+A contestant is a function `module:name` that takes keyword arguments, warms up, and returns a round: a function that
+works for a while and returns (seconds, count of what it did). `run_contest` orders one round of each in turn. Between
+its rounds a process sleeps. Libraries, threads and settings of one cannot touch another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness.errors import HarnessError
+
+MODULE = "harness.benchmarks.contestant"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """What to run.
+
+    Attributes:
+        target: "module:function".
+        arguments: of the function, JSON-able.
+        environment: variables set for its process.
+        needs: a package that has to be installed; without it the contestant is left out.
+    """
+
+    target: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    needs: str | None = None
+
+
+@dataclass(frozen=True)
+class Times:
+    """What a contestant did: for each round its seconds and its count."""
+
+    seconds: list[float]
+    counts: list[int]
+
+    def rates(self) -> list[float]:
+        """Counts a second, of each round."""
+        return [count / seconds for count, seconds in zip(self.counts, self.seconds, strict=True)]
+
+    def per_second(self, unit: str) -> dict[str, float]:
+        """Median, lowest and highest round, as `<unit>_per_second_median` and so on."""
+        rates = self.rates()
+        return {
+            f"{unit}_per_second_median": statistics.median(rates),
+            f"{unit}_per_second_min": min(rates),
+            f"{unit}_per_second_max": max(rates),
+        }
+
+
+def run_contest(contestants: Mapping[str, Contestant], *, rounds: int, threads: int) -> dict[str, Times | None]:
+    """Run `rounds` rounds of each contestant, in turn.
+
+    Args:
+        contestants: by name, in the order of their turns.
+        rounds: at least 1.
+        threads: of arithmetic in each process.
+
+    Returns:
+        For each name its times, or None where its package is not installed.
+
+    Raises:
+        HarnessError: `rounds` or `threads` below 1, or a contestant that fails.
+    """
+    if min(rounds, threads) < 1:
+        raise HarnessError(f"rounds and threads must be at least 1, they are {rounds} and {threads}")
+    with ExitStack() as stack:
+        processes = {name: stack.enter_context(_Process(name, each, threads)) for name, each in contestants.items()}
+        taking_part = {name: process for name, process in processes.items() if process.is_ready()}
+        answers: dict[str, list[dict[str, Any]]] = {name: [] for name in taking_part}
+        for _ in range(rounds):
+            for name, process in taking_part.items():
+                answers[name].append(process.round())
+    return {
+        name: Times([a["seconds"] for a in answers[name]], [a["count"] for a in answers[name]])
+        if name in answers
+        else None
+        for name in contestants
+    }
+
+
+class _Process:
+    """The process of a contestant: a line of JSON from it for each line to it."""
+
+    def __init__(self, name: str, contestant: Contestant, threads: int) -> None:
+        self._name, self._errors = name, tempfile.TemporaryFile("w+")  # noqa: SIM115
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **contestant.environment}
+        what = {"target": contestant.target, "arguments": dict(contestant.arguments), "needs": contestant.needs}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", MODULE, json.dumps(what)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=environment,
+        )
+
+    def __enter__(self) -> _Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        if self._process.poll() is None:
+            self._process.stdin.close()  # the end of its work
+            try:
+                self._process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            assert stream is not None
+            stream.close()
+
+    def is_ready(self) -> bool:
+        """Waits until it has warmed up; false where its package is missing."""
+        return bool(self._read()["ready"])
+
+    def round(self) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._errors.seek(0)
+            message = (self._errors.read().strip() or "it said nothing").splitlines()
+            raise HarnessError(f'the contestant "{self._name}" failed: {message[-1]}', exit_code=1)
+        answer: dict[str, Any] = json.loads(line)
+        return answer

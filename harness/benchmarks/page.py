@@ -1,0 +1,84 @@
+"""The results of `harness bench all` as a page: tables, ratios against the goals, and bars."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from harness.benchmarks.report import render, table
+from harness.errors import HarnessError
+
+WHAT = {
+    "loader": "Batches of augmented CIFAR-10 images, ready to train on.",
+    "step": "A training step of the seed's network (dual branch, 380,646 parameters, dropout in each unit), batch 128.",
+    "overhead": "The same loops around a network of a few thousand parameters, batch 8, one thread: what is left is "
+    "overhead.",
+    "startup": "Whole commands; the training is the seed's network on the digits, up to its first step.",
+}
+GOALS = {  # benchmark, ratio, goal: at least (>=) or at most (<=)
+    "the loader over torchvision's DataLoader": ("loader", "harness_ffcv_over_torchvision", ">=", 30.0),
+    "the loader over a stock FFCV pipeline": ("loader", "harness_ffcv_over_stock_ffcv", ">=", 5.0),
+    "the training step over plain PyTorch in float32": ("step", "harness_bf16_over_pytorch_fp32", ">=", 8.0),
+    "a step's time over a bare PyTorch loop's": ("overhead", "harness_over_pytorch", "<=", 1.05),
+}
+
+
+def page(results: dict[str, dict[str, Any]], *, date: str, picture: str) -> str:
+    """The page as Markdown.
+
+    Args:
+        results: of `bench_all`.
+        date: of the run, as YYYY-MM-DD.
+        picture: the name of the picture beside the page.
+    """
+    machine, settings = results["step"]["machine"], results["step"]["settings"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    lines = [
+        "# Benchmarks",
+        "",
+        f"Made by `python scripts/benchmarks.py` (`harness bench all --json`) on {date}: {machine['cpu']}, "
+        f"{machine['cpus']} cores, {settings['threads']} threads; {versions}.",
+        "",
+        "Contestants take turns round by round in one run, so that other work on the machine falls on all alike; "
+        "figures are medians over the rounds, with the lowest and highest beside them. Ratios are what to look at: "
+        "another machine has other figures.",
+        "",
+        f"![Bars of the medians]({picture})",
+        "",
+        "| goal | ratio | wanted | met |",
+        "|---|---:|---:|---|",
+    ]
+    for goal, (name, ratio, sign, bound) in GOALS.items():
+        value = results[name]["ratios"].get(ratio)
+        met = value is not None and (value >= bound if sign == ">=" else value <= bound)
+        found = "not measured" if value is None else f"{value:.2f}"
+        lines.append(f"| {goal} | {found} | {sign} {bound:g} | {'yes' if met else '**no**'} |")
+    for name, result in results.items():
+        lines += ["", f"## {name.capitalize()}", "", WHAT[name], "", "```", render(result), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Bars of the medians, a panel for each benchmark, as SVG.
+
+    Raises:
+        HarnessError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise HarnessError("the picture needs matplotlib", hint="pip install '.[bench]'") from None
+    figure = Figure(figsize=(9, 2.6 * len(results)), layout="constrained")
+    for axes, (name, result) in zip(figure.subplots(len(results)), results.items(), strict=True):
+        unit, rows = table(result)
+        measured = [(label, figures) for label, figures in rows if figures is not None]
+        labels = [label for label, _ in measured]
+        medians = [figures[0] for _, figures in measured]
+        spread = [[f[0] - f[1] for _, f in measured], [f[2] - f[0] for _, f in measured]]
+        colours = ["#c2571a" if label.startswith(("harness", "train", "help")) else "#8a9bb0" for label in labels]
+        axes.barh(labels, medians, xerr=spread, color=colours, error_kw={"elinewidth": 1, "ecolor": "#444444"})
+        axes.invert_yaxis()
+        axes.set_title(f"{name}: {unit.replace('_', ' ')}", loc="left", fontsize=10)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, metadata={"Date": None})

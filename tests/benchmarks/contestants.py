@@ -1,0 +1,32 @@
+"""Contestants of test_contest.py; each runs in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def note(*, file: str, name: str) -> Callable[[], tuple[float, int]]:
+    """Writes its name and its process at each round, and prints what is no answer."""
+    print("a library that talks")
+    os.system("echo a program that talks")
+
+    def one_round() -> tuple[float, int]:
+        print("more talk")
+        with Path(file).open("a") as lines:
+            lines.write(f"{name} {os.getpid()} {os.environ['OMP_NUM_THREADS']} {os.environ.get('OWN', '')}\n")
+        time.sleep(0.01)
+        return 0.5, 4
+
+    return one_round
+
+
+def fail(*, late: bool) -> Callable[[], tuple[float, int]]:
+    """Fails while it warms up, or in its first round."""
+
+    def one_round() -> tuple[float, int]:
+        raise ValueError("the reason of the failure")
+
+    return one_round if late else one_round()  # type: ignore[return-value]

@@ -1,0 +1,54 @@
+"""Contestants in real processes: turns, isolation, answers, failures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from harness.benchmarks.contest import Contestant, Times, run_contest
+from harness.errors import HarnessError
+from tests.conftest import ROOT
+
+HERE = "tests.benchmarks.contestants"
+
+
+@pytest.fixture(autouse=True)
+def _tests_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+def test_they_take_turns_in_processes_of_their_own(tmp_path: Path) -> None:
+    file = tmp_path / "lines"
+    contestants = {
+        name: Contestant(f"{HERE}:note", {"file": str(file), "name": name}, environment={"OWN": name}) for name in "ab"
+    }
+    absent = Contestant(f"{HERE}:note", {"file": str(file), "name": "c"}, needs="a_package_that_is_not_there")
+    times = run_contest({**contestants, "c": absent}, rounds=3, threads=1)
+    lines = [line.split() for line in file.read_text().splitlines()]
+    assert [line[0] for line in lines] == ["a", "b"] * 3
+    assert len({line[1] for line in lines}) == 2
+    assert {(line[0], line[2], line[3]) for line in lines} == {("a", "1", "a"), ("b", "1", "b")}
+    assert times == {"a": Times([0.5] * 3, [4] * 3), "b": Times([0.5] * 3, [4] * 3), "c": None}
+
+
+def test_rates_are_counts_over_seconds() -> None:
+    times = Times([1.0, 2.0, 4.0], [8, 8, 8])
+    assert times.per_second("images") == {
+        "images_per_second_median": 4.0,
+        "images_per_second_min": 2.0,
+        "images_per_second_max": 8.0,
+    }
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_failure_is_named_with_its_reason(late: bool) -> None:
+    with pytest.raises(HarnessError, match='contestant "x" failed: ValueError: the reason of the failure') as error:
+        run_contest({"x": Contestant(f"{HERE}:fail", {"late": late})}, rounds=1, threads=1)
+    assert error.value.exit_code == 1
+
+
+def test_numbers_must_be_positive() -> None:
+    for numbers in ({"rounds": 0, "threads": 1}, {"rounds": 1, "threads": 0}):
+        with pytest.raises(HarnessError, match="must be at least 1"):
+            run_contest({}, **numbers)
