@@ -31,7 +31,10 @@ def test_help_imports_nothing_heavy() -> None:
     assert all(name in done.stdout for name in COMMANDS)
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "recipe show", "data prepare", "data verify", "bench loader"])
+@pytest.mark.parametrize(
+    "command",
+    [*COMMANDS, "recipe show", "data prepare", "data verify", "bench loader", "bench scaling", "bench allreduce"],
+)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*command.split(), "--help"])

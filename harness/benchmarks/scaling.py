@@ -16,8 +16,12 @@ from harness.errors import EXIT_FAILED, HarnessError
 from harness.launching.trial import run_trial
 from harness.machine import usable_cores
 from harness.recipe import Recipe, load
+from harness.scaling.fitting import LoopbackModel
+from harness.scaling.networks import LOOPBACK_LINK, LOOPBACK_WAIT_SECONDS
+from harness.scaling.prediction import BACKWARD_SHARE, exposed_seconds
+from harness.scaling.workload import given_timing, workload_of
 
-LIMIT_SECONDS = 550.0
+LIMIT_SECONDS = 1800.0
 # Each cost: the time of the whole step less that of the step without, or the other way round for a saving.
 COSTS = {
     "gradient_exchange": ("full", "no_exchange"),
@@ -44,8 +48,9 @@ def bench_scaling(
     Returns:
         A dict for JSON: "ranks" (a list; each with ranks, threads_per_rank, oversubscribed, images_per_rank,
         "variants" with images_per_second and step_ms as median, min and max, bucket_bytes, and "costs" in ms a step
-        as median, min and max over the rounds' differences), "speedup_over_one_rank" where one rank was measured,
-        "settings" and "machine".
+        as median, min and max over the rounds' differences, "predicted": the whole step by the model of
+        `harness scale` from the one without communication, with its error), "speedup_over_one_rank" where one rank
+        was measured, "settings" and "machine".
 
     Raises:
         HarnessError: the recipe is wrong, or numbers are out of range; code 1 where a process died.
@@ -64,7 +69,8 @@ def bench_scaling(
             )  # fmt: skip
         except subprocess.SubprocessError as error:
             raise HarnessError(f"{count} ranks could not be measured ({error})", exit_code=EXIT_FAILED) from error
-        results.append(_figures(found, count, threads, cores))
+        figures = _figures(found, count, threads, cores)
+        results.append(figures | {"predicted": _predicted(recipe, figures, cores)})
     settings = {
         "recipe": recipe.name, "rounds": rounds, "cores": cores, "backend": "gloo", "interface": "loopback",
         "global_batch_size": recipe.training.global_batch_size,
@@ -85,15 +91,14 @@ def _check(recipe: Recipe, ranks: Sequence[int], rounds: int) -> None:
         raise HarnessError(
             "fp16 needs a GPU", where="training.precision", hint="On a CPU use training.precision=bf16 or no."
         )
-    micro, rest = divmod(training.global_batch_size, training.gradient_accumulation_steps)
-    wrong = [count for count in ranks if rest or micro % count or micro // count < 2]
+    micro = training.global_batch_size // training.gradient_accumulation_steps
+    wrong = [count for count in ranks if micro % count or micro // count < 2]
     if wrong:
+        part = wrong[0] * training.gradient_accumulation_steps
         raise HarnessError(
-            f"{training.global_batch_size} images in {training.gradient_accumulation_steps} micro-batches do not "
-            f"divide among {wrong[0]} ranks with 2 images each or more",
+            f"a micro-batch of {micro} images does not divide among {wrong[0]} ranks with 2 images each or more",
             where="--ranks",
-            hint=f"Choose other ranks, or training.global_batch_size="
-            f"{2 * wrong[0] * training.gradient_accumulation_steps}.",
+            hint=f"Choose other ranks, or training.global_batch_size={max(2, -(-micro // wrong[0])) * part}.",
         )
 
 
@@ -121,6 +126,33 @@ def _figures(found: dict[str, Any], ranks: int, threads: int, cores: int) -> dic
         "steps_per_round": found["steps_per_round"],
         "variants": variants,
         "costs": costs,
+    }
+
+
+def _predicted(recipe: Recipe, figures: dict[str, Any], cores: int) -> dict[str, float] | None:
+    """The whole step from the one without communication and the model of `harness scale`; None for one rank.
+
+    The constants are those of `loopback-gloo`: on another machine `harness bench allreduce` gives its own.
+    """
+    variants = figures["variants"]
+    without = variants.get("independent", variants.get("no_exchange"))
+    if without is None:
+        return None
+    work = workload_of(recipe, given_timing(recipe, without["step_ms_median"]))
+    model = LoopbackModel(LOOPBACK_LINK, cores, LOOPBACK_WAIT_SECONDS)
+
+    def all_reduce(size_bytes: float) -> float:
+        return model.seconds(figures["ranks"], size_bytes)
+
+    norms_ms = 1e3 * sum(map(all_reduce, work.sync_batch_norm_bytes))
+    backward_seconds = BACKWARD_SHARE * without["step_ms_median"] * 1e-3
+    exchange_ms = 1e3 * exposed_seconds(work.bucket_bytes, backward_seconds, all_reduce)
+    step_ms = without["step_ms_median"] + norms_ms + exchange_ms
+    return {
+        "step_ms": step_ms,
+        "sync_batch_norm_ms": norms_ms,
+        "gradient_exchange_ms": exchange_ms,
+        "error_percent": 100 * (step_ms / variants["full"]["step_ms_median"] - 1),
     }
 
 
@@ -152,6 +184,12 @@ def render_scaling(result: dict[str, Any]) -> str:
         for name, cost in each["costs"].items():
             lines.append(
                 f"  {name}: {cost['ms_median']:+.2f} ms a step ({cost['ms_min']:+.2f} to {cost['ms_max']:+.2f})"
+            )
+        if each["predicted"]:
+            told = each["predicted"]
+            lines.append(
+                f"  predicted: {told['step_ms']:.2f} ms a step, {told['error_percent']:+.0f} % (SyncBN "
+                f"{told['sync_batch_norm_ms']:.2f} ms, exchange {told['gradient_exchange_ms']:.2f} ms)"
             )
     for count, speedup in result.get("speedup_over_one_rank", {}).items():
         lines.append(f"speedup of {count} over one rank: {speedup:.2f}")

@@ -15,6 +15,7 @@ from harness.scaling.prediction import BACKWARD_SHARE, Impossible, Mode, Predict
 from harness.scaling.workload import Timing, given_timing, measured_timing, workload_of
 
 MODES: tuple[Mode, ...] = ("strong", "weak")
+MOST_GPUS = 1_000_000
 
 
 def scale(recipe: Recipe, gpus: Sequence[int], network: Network, *, step_ms: float | None = None) -> dict[str, Any]:
@@ -31,10 +32,12 @@ def scale(recipe: Recipe, gpus: Sequence[int], network: Network, *, step_ms: flo
         "impossible" with the reason), "recipe", "compute", "network" and "assumptions".
 
     Raises:
-        HarnessError: the network of the recipe is wrong, a number of GPUs is below 1, or a time is not positive.
+        HarnessError: the network of the recipe is wrong, a number of GPUs or a time is out of range.
     """
-    if not gpus or min(gpus) < 1:
-        raise HarnessError("a number of GPUs must be at least 1", where="--gpus", hint="For example --gpus 1,8,64.")
+    if not gpus or min(gpus) < 1 or max(gpus) > MOST_GPUS:
+        raise HarnessError(
+            f"a number of GPUs must be from 1 to {MOST_GPUS:,}", where="--gpus", hint="For example --gpus 1,8,64."
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     timing = measured_timing(recipe, device) if step_ms is None else given_timing(recipe, step_ms)
     workload = workload_of(recipe, timing, device_type=device.type)

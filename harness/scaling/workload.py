@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +18,7 @@ from harness.training.trial_step import trial_network, trial_step
 
 MEASURE_SECONDS = 3.0  # for each of the two batch sizes, and no fewer steps than
 MIN_STEPS, MAX_STEPS = 5, 100
+LONGEST_STEP_MS = 86_400_000.0  # a day
 SMALL_BATCH_PART = 4  # the second batch size: this part of the first
 # torch.distributed's kDefaultFirstBucketBytes and kDefaultBucketBytes (DistributedDataParallel, bucket_cap_mb).
 FIRST_BUCKET_BYTES, BUCKET_BYTES = 2**20, 25 * 2**20
@@ -49,9 +49,9 @@ def given_timing(recipe: Recipe, step_ms: float) -> Timing:
     Raises:
         HarnessError: not a number above 0.
     """
-    if not (math.isfinite(step_ms) and step_ms > 0):
+    if not 0 < step_ms <= LONGEST_STEP_MS:  # NaN is refused, too
         raise HarnessError(
-            f"a step takes more than 0 ms, not {step_ms:g}",
+            f"a step takes more than 0 and at most {LONGEST_STEP_MS:,.0f} ms, not {step_ms:g}",
             where="--step-ms",
             hint="Give the milliseconds of a step on one device, or leave it out to have it measured.",
         )
@@ -63,8 +63,14 @@ def measured_timing(recipe: Recipe, device: torch.device) -> Timing:
     """Medians over real steps on random images, at the recipe's micro-batch and at a quarter of it.
 
     Raises:
-        HarnessError: the network or its arguments are wrong.
+        HarnessError: the network or its arguments are wrong, or fp16 without a GPU.
     """
+    if recipe.training.precision == "fp16" and device.type == "cpu":
+        raise HarnessError(
+            "fp16 needs a GPU to be measured",
+            where="training.precision",
+            hint="Give --step-ms, or measure with training.precision=bf16.",
+        )
     accumulation = recipe.training.gradient_accumulation_steps
     images = recipe.training.global_batch_size // accumulation
     model = trial_network(recipe, device).train()
@@ -89,16 +95,9 @@ def workload_of(recipe: Recipe, timing: Timing, *, device_type: str = "cpu") -> 
     """The recipe's step with the messages of its network.
 
     Raises:
-        HarnessError: the network or its arguments are wrong, or the batch does not divide into the micro-batches.
+        HarnessError: the network or its arguments are wrong.
     """
     training = recipe.training
-    if training.global_batch_size % training.gradient_accumulation_steps:
-        raise HarnessError(
-            f"{training.global_batch_size} images do not divide into {training.gradient_accumulation_steps} "
-            "micro-batches",
-            where="training.gradient_accumulation_steps",
-            hint="Choose a global_batch_size that it divides.",
-        )
     model = build_model(
         recipe.model.name,
         num_classes=recipe.data.num_classes or 10,
