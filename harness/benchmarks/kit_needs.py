@@ -30,8 +30,8 @@ ALWAYS_THERE = {"torch": "2.9.0", "torchvision": "0.24.0"}
 # ffcv is in the kit as a wheel built here. Nothing can be sent to W&B from there, and all works without it.
 LEFT_OUT = ("ffcv", "wandb")
 TEST_TOOLS = ("pytest", "pytest-timeout", "hypothesis")
-# The same module under two names.
-STANDS_FOR = {"opencv-python-headless": "opencv-python"}
+# Two packages of one module; ffcv asks for the first, which wants a desktop's libraries. The other does without.
+OPENCV, OPENCV_HEADLESS = "opencv-python", "opencv-python-headless"
 
 
 def normalised(name: str) -> str:
@@ -44,7 +44,7 @@ def requirements(project: Mapping[str, Any]) -> list[str]:
     table = project["project"]
     extras = table["optional-dependencies"]
     tools = [text for text in extras["dev"] if _name(text) in TEST_TOOLS]
-    wanted = [*table["dependencies"], *extras["ffcv"], *tools]
+    wanted = [*table["dependencies"], *extras["ffcv"], *tools, OPENCV_HEADLESS]
     return [text for text in wanted if _name(text) not in {*LEFT_OUT, *ALWAYS_THERE}]
 
 
@@ -54,6 +54,8 @@ def _name(requirement: str) -> str:
 
 def read_there(text: str) -> dict[str, str]:
     """Packages and versions from the lines NAME==VERSION of `pip list --format=freeze`; # begins a comment.
+
+    opencv-python counts as there in any case: what it lacks is asked for as opencv-python-headless.
 
     Raises:
         HarnessError: a line of another form, with its number.
@@ -71,8 +73,10 @@ def read_there(text: str) -> dict[str, str]:
                 hint="Give the output of `python3 -m pip list --format=freeze` on that machine.",
             )
         found[normalised(match[1])] = match[2]
-    aliases = {alias: found[name] for name, alias in STANDS_FOR.items() if name in found}
-    return aliases | found
+    if OPENCV in found:
+        found.setdefault(OPENCV_HEADLESS, found[OPENCV])
+    found.setdefault(OPENCV, found.get(OPENCV_HEADLESS, "0"))
+    return found
 
 
 def write_stand_ins(there: Mapping[str, str], site_packages: Path) -> None:

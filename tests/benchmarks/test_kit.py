@@ -189,6 +189,9 @@ def test_packages_of_the_other_machine_are_read(tmp_path: Path) -> None:
     assert there["numpy"] == "2.5.2"
     assert there["torch"] == "2.11.0+cu130"
     assert there["opencv-python"] == "5.0.0.93"  # the same module, so ffcv has what it needs
+    assert kit_needs.read_there("opencv-python==4.1")["opencv-python-headless"] == "4.1"
+    assert "opencv-python" in kit_needs.read_there("")
+    assert "opencv-python-headless" not in kit_needs.read_there("")
     assert there["torchvision"] == kit_needs.ALWAYS_THERE["torchvision"]
     with pytest.raises(HarnessError, match='line 2 is not NAME==VERSION: "torch @ file:///x"'):
         kit_needs.read_there("numpy==2.5.2\ntorch @ file:///x\n")
