@@ -32,6 +32,7 @@ from harness.models.build import build_model
 from harness.recipe import load
 from harness.runtime import joined
 from harness.training.parts import assemble
+from harness.training.startup import Startup
 from harness.training.state import Meter
 
 WAYS = ("eager", "harness", "graphs", "compile", "compile_graphs")
@@ -217,7 +218,7 @@ def _harness_step(case: Case, size: Size) -> Iterator[Step]:
         ]
         recipe = load(recipe_file, overrides)
         with joined(precision=precision, seed=recipe.seed) as runtime:
-            parts = assemble(recipe, runtime, Path(folder) / "checkpoints")
+            parts = assemble(recipe, runtime, Path(folder) / "checkpoints", Startup())
             parts.model.train()
             try:
                 yield _one_by_one(parts, case.batch_size)
