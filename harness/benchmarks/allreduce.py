@@ -36,9 +36,11 @@ def bench_allreduce(
         rounds: at least 1.
 
     Returns:
-        A dict for JSON: "model" (alpha_us, gbps, wait_ms, cores), "held_out" and "fitted" (points,
-        error_percent_median and _max), "measurements" (each with ranks, message_bytes, seconds as median, min and
-        max over the rounds, predicted_seconds, error_percent, held_out), "settings" and "machine".
+        A dict for JSON: "model" (alpha_us, gbps, wait_ms, cores); "held_out", its parts "held_out_sizes" (of numbers
+        of ranks that were fitted) and "held_out_ranks" (of the one that was not), and "fitted", each with points,
+        error_percent_median and _max, None where there are no points; "measurements" (each with ranks,
+        message_bytes, seconds as median, min and max over the rounds, predicted_seconds, error_percent, held_out);
+        "settings" and "machine".
 
     Raises:
         HarnessError: numbers out of range, or too few sizes or ranks; code 1 where a process died.
@@ -55,6 +57,7 @@ def bench_allreduce(
     points = [Measured(row["ranks"], row["message_bytes"], statistics.median(row["seconds"])) for row in rows]
     held_out = choose_held_out(points, cores=cores)
     model = fit_loopback([point for point in points if point not in held_out], cores=cores)
+    fitted_ranks = {point.ranks for point in points if point not in held_out}
     fitted = error_summary(model, [point for point in points if point not in held_out])
     return {
         "model": {
@@ -62,6 +65,8 @@ def bench_allreduce(
             "wait_ms": model.wait_seconds * 1e3, "cores": cores,
         },
         "held_out": error_summary(model, held_out),
+        "held_out_sizes": _summary(model, [point for point in held_out if point.ranks in fitted_ranks]),
+        "held_out_ranks": _summary(model, [point for point in held_out if point.ranks not in fitted_ranks]),
         "fitted": fitted,
         "measurements": [
             _measurement(row["seconds"], point, model, held_out=point in held_out)
@@ -84,6 +89,10 @@ def choose_held_out(points: Sequence[Measured], *, cores: int) -> list[Measured]
     alike = [count for count in others if (count > cores) == (largest > cores)]
     sizes = sorted({point.message_bytes for point in points})[1::2]
     return [p for p in points if p.message_bytes in sizes or (alike and p.ranks == largest)]
+
+
+def _summary(model: LoopbackModel, points: Sequence[Measured]) -> dict[str, float] | None:
+    return error_summary(model, points) if points else None
 
 
 def _measurement(seconds: list[float], point: Measured, model: LoopbackModel, *, held_out: bool) -> dict[str, Any]:
@@ -127,8 +136,16 @@ def render_allreduce(result: dict[str, Any]) -> str:
         f"fitted: alpha {model['alpha_us']:.0f} us a message, {model['gbps']:.2f} Gbit/s, "
         f"{model['wait_ms']:.2f} ms wait for a core ({model['cores']} cores)"
     )
-    for name, what in (("fitted", "fitted points"), ("held_out", "held-out points")):
+    parts = {
+        "fitted": "fitted points",
+        "held_out_sizes": "points of held-out sizes",
+        "held_out_ranks": "points of the held-out number of ranks",
+        "held_out": "held-out points in all",
+    }
+    for name, what in parts.items():
         part = result[name]
+        if part is None:
+            continue
         lines.append(
             f"{part['points']} {what}: error {part['error_percent_median']:.1f} % in the median, "
             f"{part['error_percent_max']:.1f} % at most"

@@ -48,6 +48,7 @@ def test_real_all_reduces_are_measured_fitted_and_predicted() -> None:
     held = [abs(row["error_percent"]) for row in rows if row["held_out"]]
     assert result["held_out"]["points"] == len(held) > 0
     assert result["held_out"]["error_percent_max"] == pytest.approx(max(held))
+    assert sum(part["points"] for part in (result["held_out_sizes"], result["held_out_ranks"]) if part) == len(held)
     assert result["fitted"]["points"] == len(rows) - len(held)
     assert result["model"]["alpha_us"] > 0
     assert result["settings"]["threads_per_rank"] == 1
