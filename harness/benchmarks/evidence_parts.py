@@ -41,6 +41,7 @@ def tests_part(call: Call, figures: Figures, save: Save) -> bool:
                 [*command, *names], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=limit_seconds, check=False
             )
         except subprocess.TimeoutExpired:
+            print(f"  stopped after {limit_seconds:.0f} s; call it alone, or give more --minutes", flush=True)
             return False
     figures.update(counts_of(report), exit_code=done.returncode, failed=done.returncode != 0)
     save(figures)

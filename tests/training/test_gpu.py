@@ -14,6 +14,7 @@ import torch
 from harness.recipe import load
 from harness.runtime import joined
 from harness.training.parts import Parts, assemble
+from harness.training.startup import Startup
 from harness.training.state import Meter
 from tests.training.conftest import Train, metrics, result
 
@@ -56,7 +57,7 @@ def test_no_step_between_log_steps_waits_for_the_gpu(
 ) -> None:
     recipe = load(tiny, [f"training.precision={precision}", *overrides])
     with joined(precision=precision, seed=0) as runtime:
-        parts = assemble(recipe, runtime, tmp_path / "checkpoints")
+        parts = assemble(recipe, runtime, tmp_path / "checkpoints", Startup())
         try:
             parts.model.train()
             meter = Meter(runtime.device)
