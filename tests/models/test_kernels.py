@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from harness.models.kernels.norm_relu_drop import LEVELS, moments, normalise_rel
 from harness.models.safe_conv import SafeConv2d
 from harness.models.units import branch_unit, conv_stem
 
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 DRAWS = 10_000_000
 WIDTHS = (1, 3, 8, 16, 24, 31, 32, 33, 48, 64, 100)  # parts of a block of 32 channels, whole ones and both
 DTYPES = (torch.float32, torch.bfloat16)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from harness.cli import main
+from harness.models import fused_units
 from tests.conftest import ROOT, RunRanks
 from tests.training.conftest import Train, metrics, result
 
 WORKERS = Path(__file__).parent
+KERNELS = ("auto", "plain")
 PLAIN = ("model.args.dropout=0.0", "data.synthetic.train_images=96")  # draws of dropout belong to a rank
 
 
@@ -72,3 +75,24 @@ def test_three_ranks_evaluate_every_image_once(
     together = json.loads(run_ranks(3, "-m", "harness", "eval", run, "--json").stdout)["test"]
     assert together == {**alone, "loss": pytest.approx(alone["loss"], rel=1e-6)}
     assert alone["total"] == 37
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(("precision", "tolerance"), [("no", 1e-4), ("bf16", 3e-2)])
+def test_compiled_passes_give_the_loss_curve_of_the_plain_layers(
+    train: Train, monkeypatch: pytest.MonkeyPatch, precision: str, tolerance: float
+) -> None:
+    """And of the test split. Without dropout, whose draws are others; bf16 rounds at other places."""
+    monkeypatch.setattr(fused_units, "FEW_VALUES", 0)  # small as they are, these tensors take the passes
+    runs = [
+        train(kernels, *PLAIN, f"training.precision={precision}", f"training.kernels={kernels}") for kernels in KERNELS
+    ]
+    said = [result(run)["kernels"] for run in runs]
+    assert said[0].startswith("compiled (6 depthwise convolutions, 6 units"), said[0]
+    assert said[1] == "plain (training.kernels)"
+    for kind, split in (("step", "train"), ("epoch", "test")):
+        compiled, plain = ([record["loss"] for record in metrics(run, kind, split)] for run in runs)
+        assert len(compiled) >= 2
+        assert compiled == pytest.approx(plain, rel=tolerance)
+        if split == "train" and precision == "no":
+            assert compiled != plain  # not the same code twice
