@@ -6,12 +6,28 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from harness.errors import EXIT_BAD_INPUT, EXIT_FAILED, TRANSIENT_DISK_ERRORS, HarnessError
+
+
+def private_directory(path: Path) -> Path | None:
+    """Make a folder for this user alone, for files that are run or could run code; None where there is no such folder.
+
+    One that is there already must be this user's own and nobody else's to write in.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+        found = path.lstat()
+    except OSError:
+        return None
+    others_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return path if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not others_write else None
 
 
 @contextlib.contextmanager

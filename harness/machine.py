@@ -26,7 +26,8 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         fields = dict(line.split(":", 1) for line in lines if ":" in line)
         fields = {name.strip(): value.strip() for name, value in fields.items()}
-        flags = " ".join(sorted(fields.get("flags", "").split()))
+        told = [fields.get(name, "") for name in ("flags", "Features", "CPU implementer", "CPU part", "CPU variant")]
+        flags = " ".join(sorted(" ".join(told).split()))  # the latter ones on ARM
         digest = hashlib.sha256(flags.encode()).hexdigest()[:12]
         return f"{fields.get('model name', platform.machine())} {fields.get('model', '')} {digest}"
     return f"{platform.machine()} {platform.processor()}"

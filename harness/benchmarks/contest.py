@@ -7,6 +7,7 @@ its rounds a process sleeps. Libraries, threads and settings of one cannot touch
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -114,7 +115,8 @@ class _Process:
     def __exit__(self, *_: object) -> None:
         assert self._process.stdin is not None
         if self._process.poll() is None:
-            self._process.stdin.close()  # the end of its work
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()  # the end of its work
             try:
                 self._process.wait(timeout=30)
             except subprocess.TimeoutExpired:
@@ -122,7 +124,8 @@ class _Process:
                 self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._errors):
             assert stream is not None
-            stream.close()
+            with contextlib.suppress(OSError):
+                stream.close()
 
     def is_ready(self) -> bool:
         """Waits until it has warmed up; false where its package is missing."""
@@ -130,8 +133,9 @@ class _Process:
 
     def round(self) -> dict[str, Any]:
         assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(OSError):  # it has ended; `_read` tells why
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
         return self._read()
 
     def _read(self) -> dict[str, Any]:

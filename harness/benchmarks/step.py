@@ -90,6 +90,9 @@ def bench_step(*, rounds: int = 5, batch_size: int = 128, threads: int | None = 
 def bench_overhead(*, rounds: int = 9, threads: int = 1) -> dict[str, Any]:
     """A network so small that mostly overhead remains: a bare PyTorch loop, the libraries' loops and ours.
 
+    `harness_plain` runs the same layers as all others, in the recipe's layout (channels_last): what it takes more than
+    the bare loop is the loop's. `harness` has the compiled kernels that a user has.
+
     Args:
         rounds: of each contestant, in turn, after a warm-up; a round is 100 steps.
         threads: one, since operations so small gain nothing from more.
@@ -107,6 +110,7 @@ def bench_overhead(*, rounds: int = 9, threads: int = 1) -> dict[str, Any]:
     plain = {**ours, "overrides": [*ours["overrides"], "training.kernels=plain"]}
     contestants = {
         "pytorch": Contestant(f"{LOOPS}:pytorch", TINY),
+        "pytorch_channels_last": Contestant(f"{LOOPS}:pytorch", {**TINY, "channels_last": True}),
         "accelerate": Contestant(f"{LOOPS}:accelerate", TINY),
         "lightning": Contestant(f"{LOOPS}:lightning", TINY, needs="lightning"),
         "timm": Contestant(f"{LOOPS}:timm", TINY),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numba
 
 from harness.data.paths import cache_directory
+from harness.files import private_directory
 
 Function = Callable[..., None]
 
@@ -70,15 +70,7 @@ def _folder() -> Path | None:
     """Where compiled code is kept, or None where that cannot be trusted or written to."""
     if numba.config.CACHE_DIR:
         return Path(numba.config.CACHE_DIR)
-    folder = cache_directory("numba", str(os.getuid()))
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.stat()
-    except OSError:
-        return None
-    others_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return folder if found.st_uid == os.getuid() and not others_write else None
+    return private_directory(cache_directory("numba", str(os.getuid())))
 
 
 @contextlib.contextmanager

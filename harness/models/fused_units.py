@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from harness.models.kernels.library import available
 from harness.models.kernels.norm_relu_drop import LEVELS, NormReluDrop, moments, normalise_relu_drop, take_moments
+from harness.models.mask_dropout import MaskDropout
 from harness.models.sync_batch_norm import over_ranks, several_ranks
 
-FEW_VALUES = (
-    1 << 17
-)  # of a tensor: with fewer, and no dropout, calling torch twice takes less time than calling us once
+# Values of a tensor: with fewer, and no dropout, calling torch twice takes less time than calling us once.
+FEW_VALUES = 1 << 17
 _NAMES = ("norm", "act", "drop")  # as `units.py` calls them; `drop` may be missing
 
 
@@ -31,6 +31,8 @@ class FusedUnit(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H, W)."""
+        if "norm" not in self._modules:  # a slice of a unit
+            return super().forward(input)
         x = input
         for name, layer in self._modules.items():
             if name == "norm":
@@ -47,7 +49,7 @@ class FusedUnit(nn.Sequential):
     def _fuses(self, x: Tensor, tail: list[Any]) -> bool:
         if x.device.type != "cpu" or not available(x.dtype) or x.dim() != 4 or x.numel() == 0:
             return False
-        if any(layer._forward_hooks or layer._forward_pre_hooks for layer in tail):
+        if any(_has_hooks(layer) for layer in tail) or not _fits(self.norm, x):
             return False
         if x.numel() < FEW_VALUES and not self._threshold():
             return False
@@ -90,16 +92,31 @@ def adopt_fused_units(model: nn.Module) -> int:
     return len(units)
 
 
+def _has_hooks(layer: nn.Module) -> bool:
+    forward, backward = (
+        (layer._forward_hooks, layer._forward_pre_hooks),
+        (layer._backward_hooks, layer._backward_pre_hooks),
+    )
+    return any(forward) or any(backward)
+
+
+def _fits(norm: nn.BatchNorm2d, x: Tensor) -> bool:
+    """The kernels trust what they are given."""
+    buffers = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    return x.shape[1] == norm.num_features and all(
+        value is not None and value.dtype is torch.float32 and value.device.type == "cpu" for value in buffers
+    )
+
+
 def _can_fuse(unit: nn.Sequential) -> bool:
     names = [name for name, _ in unit.named_children()]
-    if names[-2:] != [*_NAMES[:2]] and names[-3:] != [*_NAMES]:
+    if "drop" in names[:-1] or (names[-2:] != [*_NAMES[:2]] and names[-3:] != [*_NAMES]):
         return False
     norm = unit.get_submodule("norm")
     return (
         type(norm) is nn.BatchNorm2d
         and norm.affine
         and norm.track_running_stats
-        and norm.weight.dtype is torch.float32
         and type(unit.get_submodule("act")) is nn.ReLU
-        and ("drop" not in names or isinstance(unit.get_submodule("drop"), nn.Dropout))
+        and ("drop" not in names or type(unit.get_submodule("drop")) in (nn.Dropout, MaskDropout))
     )

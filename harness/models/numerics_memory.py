@@ -16,7 +16,7 @@ from harness.errors import HarnessError
 from harness.files import write_json
 from harness.machine import processor
 from harness.models.kernel_check import Fault
-from harness.models.kernels.library import source_digest
+from harness.models.kernels.library import fingerprint
 
 CHECK_VERSION = 1  # raise it when the check itself changes, so that old verdicts are not used
 # What can change the choice of a kernel, apart from the arguments.
@@ -106,6 +106,6 @@ def machine(device: torch.device, *, precision: str, memory_format: str) -> dict
         described["processor"] = processor()
         described["instructions"] = torch.backends.cpu.get_cpu_capability()
         described["threads"] = str(torch.get_num_threads())
-        described["kernels"] = source_digest()[:12]
+        described["kernels"] = fingerprint()
         described["onednn"] = str(torch.backends.mkldnn.enabled)
     return described

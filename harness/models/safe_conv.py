@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.models.kernels import depthwise
-from harness.models.kernels.library import available
 
 Path = Literal["direct", "compiled", "space_to_batch", "other_memory_format", "float32"]
 
@@ -98,10 +97,9 @@ def space_to_batch_applies(conv: nn.Conv2d) -> bool:
 class SafeConv2d(nn.Conv2d):
     """`nn.Conv2d` by a chosen `path`: the same function, parameters and state dict keys.
 
-    Paths: `direct` (the library's kernel for the tensor as it comes), `compiled` (see
-    `kernels.depthwise`), `space_to_batch` (see
-    `space_to_batch_conv2d`), `other_memory_format` (contiguous for a channels_last input and the reverse),
-    `float32` (no reduced precision in this layer). The result has the dtype and memory format of `direct`.
+    Paths: `direct` (the library's kernel for the tensor as it comes), `compiled` (see `kernels.depthwise`),
+    `space_to_batch` (see `space_to_batch_conv2d`), `other_memory_format` (contiguous for a channels_last input and the
+    reverse), `float32` (no reduced precision in this layer). The result has the dtype and memory format of `direct`.
     """
 
     path: Path = "direct"
@@ -128,7 +126,7 @@ class SafeConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, channels out, H', W'), as `nn.Conv2d`."""
-        if self.path == "compiled" and available(_compute_dtype(input)):
+        if self.path == "compiled" and depthwise.takes(self, input, _compute_dtype(input)):
             x_BCHW = input.to(_compute_dtype(input))
             y_BCHW = depthwise.depthwise_conv2d(x_BCHW, self.weight, self.bias, dilation=self.dilation[0])
             return y_BCHW.contiguous(memory_format=_format(_is_channels_last(input)))

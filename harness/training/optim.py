@@ -72,7 +72,7 @@ def build_optimizer(
 def _together(optimizer_class: Any, args: Mapping[str, Any], device: torch.device) -> dict[str, bool]:
     """All tensors in one call where torch has that, rather than one by one, which a small network waits for.
 
-    On a GPU by fused kernels, which are faster still; on a CPU by those that keep every bit of the loop over tensors.
+    On a GPU by fused kernels, which are faster still; on a CPU by those that keep every bit of SGD's and AdamW's loops.
     """
     known = inspect.signature(optimizer_class.__init__).parameters
     if {"fused", "foreach", "capturable", "differentiable"} & set(args):

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from harness.errors import HarnessError
 
+_HOW = ("foreach", "fused", "capturable", "differentiable")  # how a step is computed here, not what it does
+
 
 def split(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimizer's `state_dict()` as tensors by name, and all the rest as JSON."""
@@ -38,6 +40,7 @@ def load(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: 
     """
     try:
         state = _join(tensors, rest)
+        _keep_how(state["param_groups"], optimizer.param_groups)
         _check_groups(state["param_groups"], optimizer.state_dict()["param_groups"])
         optimizer.load_state_dict(state)
     except (ValueError, KeyError, IndexError, TypeError) as error:
@@ -50,6 +53,12 @@ def load(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: 
         for key, value in entries.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 entries[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _keep_how(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> None:
+    """A checkpoint of another device, or of an earlier version, says another way of computing the same steps."""
+    for group, wanted in zip(saved, own, strict=False):
+        group.update({name: wanted[name] for name in _HOW if name in wanted})
 
 
 def _check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> None:

@@ -48,6 +48,13 @@ def test_a_failure_is_named_with_its_reason(late: bool) -> None:
     assert error.value.exit_code == 1
 
 
+def test_one_that_vanishes_between_rounds_is_named(tmp_path: Path) -> None:
+    slow = Contestant(f"{HERE}:note", {"file": str(tmp_path / "lines"), "name": "a"})
+    contestants = {"x": Contestant(f"{HERE}:vanish"), **{f"a{n}": slow for n in range(20)}}
+    with pytest.raises(HarnessError, match='contestant "x" failed: it said nothing'):
+        run_contest(contestants, rounds=2, threads=1)
+
+
 def test_numbers_must_be_positive() -> None:
     for numbers in ({"rounds": 0, "threads": 1}, {"rounds": 1, "threads": 0}):
         with pytest.raises(HarnessError, match="must be at least 1"):

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import stat
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -229,6 +230,16 @@ def test_large_means_cost_no_digits() -> None:
     torch.testing.assert_close(variance, exact_variance, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize(("outlier", "tolerance"), [(100.0, 1e-4), (1e4, 1e-3)])  # about as torch's own
+def test_one_unusual_pixel_costs_few_digits(outlier: float, tolerance: float) -> None:
+    """Wherever it is: the first pixel is what its chunk is measured from."""
+    for place in (0, 5000):
+        x = images(16, 8, 32, 32)
+        x.permute(0, 2, 3, 1).reshape(-1, 8)[place] = outlier
+        _, variance = moments(x)
+        torch.testing.assert_close(variance, torch.var(x.double(), dim=(0, 2, 3), correction=0), rtol=tolerance, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_a_number_stays_so(dtype: torch.dtype) -> None:
     """A training that diverges has to be seen."""
@@ -271,6 +282,27 @@ def test_evaluation_uses_running_statistics_and_recalibration_their_average() ->
     x.requires_grad_()  # gradients in evaluation mode take the plain layers
     fused(x).sum().backward()
     assert x.grad is not None
+
+
+def test_what_the_kernels_do_not_expect_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They trust what they are given: other shapes, dtypes and structures never reach them."""
+    conv = SafeConv2d.adopt(nn.Conv2d(8, 8, 3, padding=1, groups=8), "compiled")
+    with pytest.raises(RuntimeError, match="expected input"):
+        conv(images(2, 16, 5, 5))
+    assert conv(torch.zeros(8, 5, 5)).shape == (8, 5, 5)
+    halved = copy.deepcopy(conv).bfloat16()
+    assert halved(images(2, 8, 5, 5, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    unit = unit_of(8, 0.0, fused=True).bfloat16().eval()
+    x = images(2, 8, 5, 5, dtype=torch.bfloat16)
+    assert not unit._fuses(x, [])  # type: ignore[operator]
+    with torch.no_grad():
+        assert unit(x).float().abs().max() < 100
+    assert unit_of(8, 0.0, fused=True)[:1](images(2, 8, 5, 5)).shape == (2, 8, 5, 5)
+
+
+def test_dropout_before_the_norm_is_not_taken_for_one_behind_it() -> None:
+    layers = OrderedDict(drop=nn.Dropout(0.5), norm=nn.BatchNorm2d(4), act=nn.ReLU())
+    assert fast_paths.adopt_fused_units(nn.ModuleList([nn.Sequential(layers)])) == 0
 
 
 def test_other_units_stay_what_they_are() -> None:
@@ -359,21 +391,45 @@ def test_a_wrong_pass_is_found_and_not_used(
     assert type(model[0]) is nn.Sequential
 
 
-def test_it_is_compiled_once_and_never_taken_from_another_user(tmp_path: Path) -> None:
+def test_it_is_compiled_once_and_anew_when_it_is_not_whole(tmp_path: Path) -> None:
     with closed():
         open_kernels(tmp_path)
+        assert library.fingerprint()
     files = sorted(tmp_path.rglob("*.so"))
     assert len(files) == 2
     first = [file.stat().st_ino for file in files]
     with closed():
         open_kernels(tmp_path)
     assert [file.stat().st_ino for file in files] == first
-    if os.geteuid() == 0:
-        os.chown(files[0], 12345, 12345)
-        with closed():
-            open_kernels(tmp_path)
-        assert files[0].stat().st_uid == os.getuid()
-        assert files[0].stat().st_ino != first[0]
+    for file in files:
+        file.unlink()  # not cut short where it is: this process has it in memory
+    files[0].write_bytes(b"")  # as after a power cut
+    # A library without our functions: any other one.
+    files[1].write_bytes(Path(torch.__file__).with_name("lib").joinpath("libshm.so").read_bytes())
+    with closed():
+        open_kernels(tmp_path)
+        assert available(torch.float32)
+        assert available(torch.bfloat16)
+
+
+def test_a_folder_that_others_can_write_to_is_not_used(tmp_path: Path) -> None:
+    """What lies there is run."""
+    with closed():
+        open_kernels(tmp_path)
+    folder = tmp_path / "kernels" / str(os.getuid())
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.chmod(0o770)
+    with closed():
+        assert "no folder of ours alone" in adopt_compiled_kernels(nn.ModuleList(), tmp_path)
+
+
+def test_the_compiler_that_cxx_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "env c++")  # a launcher before it, as ccache is
+    with closed():
+        open_kernels(tmp_path)
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    with closed(), pytest.raises(NoKernels, match='no program "/nowhere/c\\+\\+", which CXX names'):
+        open_kernels(tmp_path)
 
 
 def test_a_cache_that_cannot_be_written_means_plain_layers(tmp_path: Path) -> None:

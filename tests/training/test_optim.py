@@ -106,6 +106,35 @@ def continued(name: str, folder: Path) -> tuple[nn.Module, nn.Module]:
     return model, other
 
 
+@pytest.mark.parametrize("saved_how", [{"foreach": None}, {"foreach": None, "fused": True}, {"foreach": False}])
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_how_a_step_is_computed_is_no_setting_of_a_checkpoint(
+    name: str, saved_how: dict[str, bool | None], tmp_path: Path
+) -> None:
+    """A run goes on from a checkpoint of another device, or of a version that took tensors one by one."""
+    saving, going_on = optimizer(name=name), optimizer(name=name)
+    tensors, rest = optimizer_state.split(saving.state_dict())
+    for group in rest["groups"]:
+        group.update(saved_how)
+    optimizer_state.load(going_on, tensors, rest, tmp_path)
+    assert [group["foreach"] for group in going_on.param_groups] == [True] * len(going_on.param_groups)
+    assert not any(group["fused"] for group in going_on.param_groups)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_all_tensors_at_once_keep_every_bit_of_the_loop_over_them(name: str) -> None:
+    at_once, loop = network(), network()
+    a = build_optimizer(at_once, **{**SGD, "name": name})  # type: ignore[arg-type]
+    b = build_optimizer(loop, **{**SGD, "name": name, "args": {"foreach": False}})  # type: ignore[arg-type]
+    images, labels = torch.randn(8, 3, 8, 8), torch.randint(0, 4, (8,))
+    for _ in range(5):
+        for model, optim in ((at_once, a), (loop, b)):
+            F.cross_entropy(model(images), labels).backward()
+            optim.step()
+            optim.zero_grad()
+    assert all(torch.equal(x, y) for x, y in zip(at_once.parameters(), loop.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("name", list_optimizers())
 def test_every_optimizer_goes_on_from_a_checkpoint_or_is_refused_at_once(name: str, tmp_path: Path) -> None:
     if not is_installed(name) or name == "adahessian" or name.startswith("kron") or "adafactorbv" in name:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from harness.models.kernels.library import call
+from harness.models.kernels.library import available, call
 
 
 def applies(conv: nn.Conv2d) -> bool:
@@ -23,6 +23,18 @@ def applies(conv: nn.Conv2d) -> bool:
         and conv.dilation[0] == conv.dilation[1]
         and conv.padding in ("same", conv.dilation)
         and conv.padding_mode == "zeros"
+    )
+
+
+def takes(conv: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernels compute this layer for this input in this dtype; they trust what they are given."""
+    return (
+        available(dtype)
+        and x.device.type == "cpu"
+        and x.dim() == 4
+        and x.shape[1] == conv.in_channels
+        and x.numel() > 0
+        and conv.weight.dtype is torch.float32
     )
 
 
@@ -45,6 +57,7 @@ class _Depthwise(torch.autograd.Function):
         exact = weight.detach().float().contiguous()
         ctx.save_for_backward(x_BCHW, exact)
         ctx.dilation, ctx.weight_dtype = dilation, weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
         y_BCHW = torch.empty_like(x_BCHW, memory_format=torch.channels_last)
         offset = None if bias is None else bias.detach().float().contiguous()
         call("depthwise", x_BCHW.dtype, x_BCHW, exact, offset, y_BCHW, *_sizes(x_BCHW), dilation, 0)
@@ -64,7 +77,7 @@ class _Depthwise(torch.autograd.Function):
             weight_gradient, bias_gradient = torch.empty_like(weight), weight.new_empty(len(weight))
             call("depthwise_weight", dtype, x_BCHW, gradient_BCHW, weight_gradient, bias_gradient, *sizes, ctx.dilation)
             weight_gradient = weight_gradient.to(ctx.weight_dtype)
-            bias_gradient = bias_gradient.to(ctx.weight_dtype) if ctx.needs_input_grad[2] else None
+            bias_gradient = bias_gradient.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         return x_gradient, weight_gradient, bias_gradient, None
 
 

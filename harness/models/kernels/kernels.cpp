@@ -98,22 +98,32 @@ inline void each_pixel(int64_t width, int64_t dilation, const Body& body) {
 
 extern "C" {
 
-// Mean and biased variance of each channel; sums are of x less the first row, so that a large mean costs no digits.
+// Mean and biased variance of each channel. Sums of a chunk are of x less the chunk's first row, so that a large mean
+// costs no digits; chunks are merged as in Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance".
 void moments(const T* x, int64_t rows, int64_t channels, double* mean, double* variance, int threads) {
   auto partial = two_sums(rows, channels, threads, [&](Pair* sums, int64_t from, int64_t to, int64_t c, auto n) {
-    Pair shift = load(x + c, n);
+    Pair shift = load(x + from / CHUNK_ROWS * CHUNK_ROWS * channels + c, n);
     for (int64_t r = from; r < to; r++) {
       Pair v = load(x + r * channels + c, n) - shift;
       sums[0] = sums[0] + v;
       sums[1] = sums[1] + v * v;
     }
   });
-  std::vector<double> sums(2 * channels);
-  add_up(partial, chunks_of(rows), 2, channels, sums.data(), threads);
+  int64_t width = padded(channels);
+#pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t c = 0; c < channels; c++) {
-    double offset = sums[c] / rows, v = sums[channels + c] / rows - offset * offset;
-    mean[c] = load(x + c, 1).a[0] + offset;
-    variance[c] = v < 0 ? 0 : v;
+    double count = 0, merged = 0, squares = 0;
+    for (int64_t chunk = 0; chunk < chunks_of(rows); chunk++) {
+      int64_t first = chunk * CHUNK_ROWS;
+      double n = rows - first < CHUNK_ROWS ? rows - first : CHUNK_ROWS;
+      double sum = partial[2 * chunk * width + place(c)], own = partial[(2 * chunk + 1) * width + place(c)] - sum * sum / n;
+      double delta = load(x + first * channels + c, 1).a[0] + sum / n - merged;
+      merged += delta * n / (count + n);
+      squares += own + delta * delta * count * n / (count + n);
+      count += n;
+    }
+    mean[c] = merged;
+    variance[c] = squares < 0 ? 0 : squares / rows;
   }
 }
 

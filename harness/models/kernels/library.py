@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -19,6 +20,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from harness.files import private_directory
 from harness.machine import processor
 
 FOLDER = Path(__file__).parent
@@ -63,31 +65,33 @@ def open_kernels(cache_directory: Path) -> None:
     """Make the kernels available in this process, compiled once for this processor, compiler and source.
 
     Args:
-        cache_directory: the compiled files are kept in its folder `kernels/<user id>`, and taken from there only
-            where they are this user's own; processes wait for one another.
+        cache_directory: the compiled files are kept in its folder `kernels/<user id>`, which must be this user's own
+            and nobody else's to write in; processes wait for one another.
 
     Raises:
         NoKernels: there is no C++ compiler, or it fails.
     """
     if _libraries:
         return
-    compiler = shutil.which(os.environ.get("CXX", "") or "c++") or shutil.which("g++")
-    if compiler is None:
-        raise NoKernels("no C++ compiler")
-    folder = cache_directory / "kernels" / str(os.getuid())
+    compiler = _compiler()
+    folder = private_directory(cache_directory / "kernels" / str(os.getuid()))
+    if folder is None:
+        raise NoKernels(f"no folder of ours alone under {cache_directory}")
     found = {}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for dtype, defines in DEFINES.items():
-            command = [compiler, *FLAGS, *defines]
-            path = folder / f"{_key(command)}.so"
+            command = [*compiler, *FLAGS, *defines, str(FOLDER / "kernels.cpp")]
+            path = folder / f"{_key(compiler, command)}.so"
             with FileLock(path.with_suffix(".lock")):
-                if not path.exists() or path.stat().st_uid != os.getuid():
-                    _compile([*command, str(FOLDER / "kernels.cpp")], path)
-            found[dtype] = _load(path)
-    except OSError as error:  # a full disk, or a folder of someone else
+                found[dtype] = _compiled(command, path)
+    except OSError as error:  # such as a full disk
         raise NoKernels(f"{folder}: {error.strerror or error}") from None
     _libraries.update(found)
+
+
+def fingerprint() -> str:
+    """What the kernels in use were made of; empty where there are none."""
+    return " ".join(Path(library._name).stem for library in _libraries.values())
 
 
 def close_kernels() -> None:
@@ -114,27 +118,48 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
-def _key(command: list[str]) -> str:
-    version = _output([command[0], "--version"])
-    parts = (source_digest(), *command, version, processor())
+def _compiler() -> list[str]:
+    """The words of $CXX, which may have a launcher before the compiler, or what the system has."""
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    if chosen:
+        if shutil.which(chosen[0]) is None:
+            raise NoKernels(f'no program "{chosen[0]}", which CXX names')
+        return chosen
+    found = shutil.which("c++") or shutil.which("g++")
+    if found is None:
+        raise NoKernels("no C++ compiler")
+    return [found]
+
+
+def _key(compiler: list[str], command: list[str]) -> str:
+    parts = (source_digest(), *command, _output([*compiler, "--version"]), processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
-def _compile(command: list[str], path: Path) -> None:
+def _compiled(command: list[str], path: Path) -> ctypes.CDLL:
+    """The library of a command, from the file that an earlier process made if that is whole."""
+    if path.exists():
+        with contextlib.suppress(NoKernels):
+            return _load(path)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch, path.name)
         _output([*command, "-o", str(made)])
+        if not made.exists():
+            raise NoKernels(f"{command[0]} made nothing")
         made.chmod(made.stat().st_mode & ~0o111)  # to be loaded, not run
         made.replace(path)
+    return _load(path)
 
 
 def _output(command: list[str]) -> str:
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILE_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise NoKernels(f"{command[0]} does not run: {error}") from None
+        reason = "takes too long" if isinstance(error, subprocess.TimeoutExpired) else str(error)
+        raise NoKernels(f"{command[0]} does not run: {reason}") from None
     if result.returncode:
-        raise NoKernels(f"{command[0]} failed: {(result.stderr.strip() or 'no message').splitlines()[0]}")
+        lines = result.stderr.strip().splitlines() or ["no message"]
+        raise NoKernels(f"{command[0]} failed: {next((line for line in lines if 'error' in line), lines[0])}")
     return result.stdout
 
 
@@ -144,6 +169,8 @@ def _load(path: Path) -> ctypes.CDLL:
     except OSError as error:
         raise NoKernels(f"{path} does not load: {error}") from None
     for name, arguments in _ARGUMENTS.items():
-        function = getattr(library, name)
+        function = getattr(library, name, None)
+        if function is None:
+            raise NoKernels(f"{path} is not whole")
         function.argtypes, function.restype = arguments, None
     return library
