@@ -99,7 +99,7 @@ def test_wrong_use(call: Call, tmp_path: Path) -> None:
         evidence_train.train_part(recipes, {}, print)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_training_is_stopped_in_time_and_ends_as_if_it_never_was(tiny: Path, tmp_path: Path) -> None:
     how = ("training.epochs=400", "checkpoint.keep_last=1", "tracking.log_every_steps=7")
     run, log = tmp_path / "run", tmp_path / "train.log"
@@ -141,7 +141,7 @@ def test_tests_are_counted(tmp_path: Path) -> None:
     assert [name.rpartition(".")[2] for name in counts["not_passed"]] == ["test_b", "test_d"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_dry_run_goes_through_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real script and all its parts, and the page that is made of what it wrote."""
     monkeypatch.delenv("HARNESS_DATA", raising=False)

@@ -26,7 +26,7 @@ RESULT: dict[str, Any] = {
 SECONDS = {"help": {"median": 0.25, "min": 0.2, "max": 0.3}}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_overhead_is_measured_against_each_loop() -> None:
     command = [sys.executable, "-m", "harness", "bench", "overhead", "--rounds", "1", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -36,7 +36,7 @@ def test_it_starts_says_how_to_use_it_and_leaves_nothing(number: signal.Signals)
             ).stdout
         )
         process.send_signal(number)
-        assert process.wait(timeout=120) == 0  # each daemon has its own limit
+        assert process.wait(timeout=60) == 0  # each daemon has its own limit
     finally:
         process.kill()
         process.communicate()

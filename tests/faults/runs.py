@@ -51,7 +51,10 @@ tracking: {wandb: disabled, log_every_steps: 1}
 """
 # Draws of dropout and mixing belong to a rank, so curves on other numbers of ranks agree only without them.
 WITHOUT_DRAWS = ("model.args.dropout=0.0", "mix.mixup_alpha=0.0", "mix.cutmix_alpha=0.0")
-TIMING = {"time_unix_seconds", "images_per_second", "milliseconds_per_step", "seconds", "loader_wait_seconds"}
+TIMING = {
+    *("time_unix_seconds", "images_per_second", "milliseconds_per_step", "seconds"),
+    *("loader_wait_seconds", "startup_seconds"),
+}
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "ACCELERATE_USE_CPU": "true",
