@@ -116,7 +116,8 @@ void moments(const T* x, int64_t rows, int64_t channels, double* mean, double* v
     for (int64_t chunk = 0; chunk < chunks_of(rows); chunk++) {
       int64_t first = chunk * CHUNK_ROWS;
       double n = rows - first < CHUNK_ROWS ? rows - first : CHUNK_ROWS;
-      double sum = partial[2 * chunk * width + place(c)], own = partial[(2 * chunk + 1) * width + place(c)] - sum * sum / n;
+      const float* part = &partial[2 * chunk * width + place(c)];
+      double sum = part[0], own = part[width] - sum * sum / n;
       double delta = load(x + first * channels + c, 1).a[0] + sum / n - merged;
       merged += delta * n / (count + n);
       squares += own + delta * delta * count * n / (count + n);
