@@ -53,7 +53,11 @@ def bench_allreduce(
             "harness.benchmarks.allreduce_rank", [plan], ranks=max(ranks), limit_seconds=LIMIT_SECONDS
         )
     except subprocess.SubprocessError as error:
-        raise HarnessError(f"the all-reduce could not be measured ({error})", exit_code=EXIT_FAILED) from error
+        raise HarnessError(
+            f"the all-reduce could not be measured ({error})",
+            hint="Try again when the machine has less to do, or with fewer --ranks.",
+            exit_code=EXIT_FAILED,
+        ) from error
     points = [Measured(row["ranks"], row["message_bytes"], statistics.median(row["seconds"])) for row in rows]
     held_out = choose_held_out(points, cores=cores)
     model = fit_loopback([point for point in points if point not in held_out], cores=cores)

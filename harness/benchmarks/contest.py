@@ -77,7 +77,9 @@ def run_contest(contestants: Mapping[str, Contestant], *, rounds: int, threads: 
         HarnessError: `rounds` or `threads` below 1, or a contestant that fails.
     """
     if min(rounds, threads) < 1:
-        raise HarnessError(f"rounds and threads must be at least 1, they are {rounds} and {threads}")
+        raise HarnessError(
+            f"rounds and threads must be at least 1, they are {rounds} and {threads}", hint="Use --rounds 1 or more."
+        )
     with ExitStack() as stack:
         processes = {name: stack.enter_context(_Process(name, each, threads)) for name, each in contestants.items()}
         taking_part = {name: process for name, process in processes.items() if process.is_ready()}

@@ -68,7 +68,11 @@ def bench_scaling(
                 ranks=count, limit_seconds=LIMIT_SECONDS,
             )  # fmt: skip
         except subprocess.SubprocessError as error:
-            raise HarnessError(f"{count} ranks could not be measured ({error})", exit_code=EXIT_FAILED) from error
+            raise HarnessError(
+                f"{count} ranks could not be measured ({error})",
+                hint="Try again when the machine has less to do, or with fewer --ranks.",
+                exit_code=EXIT_FAILED,
+            ) from error
         figures = _figures(found, count, threads, cores)
         results.append(figures | {"predicted": _predicted(recipe, figures, cores)})
     settings = {

@@ -38,7 +38,7 @@ def bench_startup(*, rounds: int = 5) -> dict[str, Any]:
         HarnessError: `rounds` below 1, no recipe here, or a command that failed.
     """
     if rounds < 1:
-        raise HarnessError(f"rounds must be at least 1, it is {rounds}")
+        raise HarnessError(f"rounds must be at least 1, it is {rounds}", hint="Use --rounds 1 or more.")
     if not Path(TRAIN[0]).exists():
         raise HarnessError("the benchmark's recipe is not here", where=TRAIN[0], hint="Run it in a checkout.")
     seconds: dict[str, list[float]] = {"help": [], "import_torch": [], "train_to_first_step": []}

@@ -49,7 +49,9 @@ def bench_step(*, rounds: int = 5, batch_size: int = 128, threads: int | None = 
     """
     _needs(SEED_RECIPE)
     if batch_size < 2:
-        raise HarnessError(f"batch_size must be at least 2, it is {batch_size}")
+        raise HarnessError(
+            f"batch_size must be at least 2, it is {batch_size}", hint="Batch statistics need two images."
+        )
     task = {**SEED, "batch_size": batch_size}
     slow, fast = {**task, "steps": 1}, {**task, "steps": 3, "channels_last": True, "bf16": True}
     ours = {**task, "channels_last": True, "recipe": str(SEED_RECIPE)}
