@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from harness.benchmarks.machine import describe_machine
-from harness.errors import EXIT_FAILED, HarnessError
-from harness.launching.trial import run_trial
+from harness.benchmarks.machine import describe_machine, measured_by_ranks
+from harness.errors import HarnessError
 from harness.machine import usable_cores
 from harness.scaling.fitting import LoopbackModel, Measured, error_summary, fit_loopback
 
 SIZES_BYTES = tuple(4096 << doubling for doubling in range(13))  # 4 KiB to 16 MiB
 RANKS = (2, 3, 4)
 ROUNDS = 25  # fewer, and the medians of crowded ranks swing by more than the model errs
-LIMIT_SECONDS = 1800.0
 
 
 def bench_allreduce(
@@ -48,16 +45,9 @@ def bench_allreduce(
     _check(ranks, sizes_bytes, rounds)
     cores = usable_cores()
     plan = json.dumps({"ranks": sorted(set(ranks)), "sizes_bytes": sorted(set(sizes_bytes)), "rounds": rounds})
-    try:
-        rows: list[dict[str, Any]] = run_trial(
-            "harness.benchmarks.allreduce_rank", [plan], ranks=max(ranks), limit_seconds=LIMIT_SECONDS
-        )
-    except subprocess.SubprocessError as error:
-        raise HarnessError(
-            f"the all-reduce could not be measured ({error})",
-            hint="Try again when the machine has less to do, or with fewer --ranks.",
-            exit_code=EXIT_FAILED,
-        ) from error
+    rows: list[dict[str, Any]] = measured_by_ranks(
+        "the all-reduce", "harness.benchmarks.allreduce_rank", [plan], ranks=max(ranks)
+    )
     points = [Measured(row["ranks"], row["message_bytes"], statistics.median(row["seconds"])) for row in rows]
     held_out = choose_held_out(points, cores=cores)
     model = fit_loopback([point for point in points if point not in held_out], cores=cores)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from harness.benchmarks.machine import describe_machine
-from harness.errors import EXIT_FAILED, HarnessError
-from harness.launching.trial import run_trial
+from harness.benchmarks.machine import describe_machine, measured_by_ranks
+from harness.errors import HarnessError
 from harness.machine import usable_cores
 from harness.recipe import Recipe, load
 from harness.scaling.fitting import LoopbackModel
@@ -21,7 +19,6 @@ from harness.scaling.networks import LOOPBACK_LINK, LOOPBACK_WAIT_SECONDS
 from harness.scaling.prediction import BACKWARD_SHARE, exposed_seconds
 from harness.scaling.workload import given_timing, workload_of
 
-LIMIT_SECONDS = 1800.0
 # Each cost: the time of the whole step less that of the step without, or the other way round for a saving.
 COSTS = {
     "gradient_exchange": ("full", "no_exchange"),
@@ -62,17 +59,8 @@ def bench_scaling(
     for count in sorted(set(ranks)):
         threads = max(1, cores // count)
         plan = json.dumps({"rounds": rounds, "threads": threads})
-        try:
-            found = run_trial(
-                "harness.benchmarks.scaling_rank", [plan, str(recipe_path), *overrides],
-                ranks=count, limit_seconds=LIMIT_SECONDS,
-            )  # fmt: skip
-        except subprocess.SubprocessError as error:
-            raise HarnessError(
-                f"{count} ranks could not be measured ({error})",
-                hint="Try again when the machine has less to do, or with fewer --ranks.",
-                exit_code=EXIT_FAILED,
-            ) from error
+        arguments = [plan, str(recipe_path), *overrides]
+        found = measured_by_ranks(f"{count} ranks", "harness.benchmarks.scaling_rank", arguments, ranks=count)
         figures = _figures(found, count, threads, cores)
         results.append(figures | {"predicted": _predicted(recipe, figures, cores)})
     settings = {

@@ -8,7 +8,7 @@ from torch import nn
 
 from harness.models.fused_units import adopt_fused_units
 from harness.models.kernels import depthwise
-from harness.models.kernels.library import NoKernels, close_kernels, open_kernels
+from harness.models.kernels.compiled import NoKernels, close_kernels, open_kernels
 from harness.models.kernels.self_check import check_fused_pass
 from harness.models.safe_conv import SafeConv2d
 

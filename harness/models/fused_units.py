@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.models.kernels.library import available
-from harness.models.kernels.norm_relu_drop import LEVELS, NormReluDrop, moments, normalise_relu_drop, take_moments
+from harness.models.kernels.compiled import available, call
+from harness.models.kernels.norm_relu_drop import LEVELS, NormReluDrop, moments, normalise_relu_drop
 from harness.models.mask_dropout import MaskDropout
-from harness.models.sync_batch_norm import over_ranks, several_ranks
+from harness.models.sync_batch_norm import next_momentum, over_ranks, several_ranks
 
 # Values of a tensor: with fewer, and no dropout, calling torch twice takes less time than calling us once.
 FEW_VALUES = 1 << 17
@@ -78,7 +78,8 @@ class FusedUnit(nn.Sequential):
         count = x.numel() / x.shape[1]
         if synchronised:
             mean, variance, count = over_ranks(mean, variance, count)
-        take_moments(norm, mean, variance, count)
+        running = (norm.running_mean, norm.running_var)
+        call("take_moments", torch.float32, mean, variance, count, next_momentum(norm), *running, norm.num_features)
         arguments = (norm.weight, norm.bias, mean, variance, count, norm.eps, self._threshold(), synchronised)
         result: Tensor = NormReluDrop.apply(x, *arguments)
         return result

@@ -16,7 +16,7 @@ from harness.errors import HarnessError
 from harness.files import write_json
 from harness.machine import processor
 from harness.models.kernel_check import Fault
-from harness.models.kernels.library import fingerprint
+from harness.models.kernels.compiled import fingerprint
 
 CHECK_VERSION = 1  # raise it when the check itself changes, so that old verdicts are not used
 # What can change the choice of a kernel, apart from the arguments.

@@ -92,15 +92,20 @@ def over_ranks(mean: Tensor, variance: Tensor, count: float) -> tuple[Tensor, Te
     return all_mean, (second_moment - all_mean.square()).clamp_min(0), float(sums[0])
 
 
+def next_momentum(norm: nn.BatchNorm2d) -> float:
+    """Counts a batch, and says what it weighs in the running statistics."""
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    if norm.momentum is None:  # a plain average over all batches
+        return 1.0 / float(norm.num_batches_tracked)
+    return norm.momentum
+
+
 def update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: float) -> None:
     """Take a batch's mean and biased variance (C,) of `count` values into a layer's running statistics."""
     if not norm.track_running_stats or norm.running_mean is None or norm.running_var is None:
         return
-    assert norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
-    momentum = norm.momentum
-    if momentum is None:  # a plain average over all batches
-        momentum = 1.0 / float(norm.num_batches_tracked)
+    momentum = next_momentum(norm)
     unbiased = variance * (count / (count - 1))
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
     norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)

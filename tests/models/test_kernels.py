@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from harness.models import fast_paths, fused_units
 from harness.models.fast_paths import adopt_compiled_kernels
 from harness.models.fused_units import FusedUnit
-from harness.models.kernels import library, self_check
+from harness.models.kernels import compiled, self_check
+from harness.models.kernels.compiled import NoKernels, available, open_kernels
 from harness.models.kernels.depthwise import applies, depthwise_conv2d
-from harness.models.kernels.library import NoKernels, available, closed, open_kernels
 from harness.models.kernels.norm_relu_drop import LEVELS, moments, normalise_relu_drop
 from harness.models.safe_conv import SafeConv2d
 from harness.models.units import branch_unit, conv_stem
+from tests.models.without_kernels import closed
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 DRAWS = 10_000_000
@@ -376,12 +377,12 @@ def test_a_compiler_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_wrong_pass_is_found_and_not_used(
     right: str, wrong: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for path in library.FOLDER.glob("*.*"):
+    for path in compiled.FOLDER.glob("*.*"):
         (tmp_path / path.name).write_text(path.read_text())
     source = (tmp_path / "kernels.cpp").read_text()
     assert right in source
     (tmp_path / "kernels.cpp").write_text(source.replace(right, wrong))
-    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    monkeypatch.setattr(compiled, "FOLDER", tmp_path)
     model = nn.ModuleList([unit_of(8, 0.1, fused=False)])
     with closed():
         verdict = adopt_compiled_kernels(model, tmp_path)
@@ -394,7 +395,7 @@ def test_a_wrong_pass_is_found_and_not_used(
 def test_it_is_compiled_once_and_anew_when_it_is_not_whole(tmp_path: Path) -> None:
     with closed():
         open_kernels(tmp_path)
-        assert library.fingerprint()
+        assert compiled.fingerprint()
     files = sorted(tmp_path.rglob("*.so"))
     assert len(files) == 2
     first = [file.stat().st_ino for file in files]

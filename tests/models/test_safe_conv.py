@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import harness.models.dual_branch  # noqa: F401  registers the networks
-from harness.models.kernels.library import NoKernels, closed, open_kernels
+from harness.models.kernels.compiled import NoKernels, open_kernels
 from harness.models.safe_conv import (
     Float32Layer,
     Path,
@@ -22,6 +22,7 @@ from harness.models.safe_conv import (
     original_class,
     space_to_batch_applies,
 )
+from tests.models.without_kernels import closed
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 PATHS = get_args(Path)

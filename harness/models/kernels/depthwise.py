@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from harness.models.kernels.library import available, call
+from harness.models.kernels.compiled import available, call
 
 
 def applies(conv: nn.Conv2d) -> bool:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from harness.models.kernels.library import call
+from harness.models.kernels.compiled import call
 
 LEVELS = 1 << 16  # random bits decide a value by 16: the share dropped is a multiple of 2^-16
 
@@ -27,17 +27,6 @@ def moments(x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     mean, variance = (torch.empty(channels, dtype=torch.float64) for _ in range(2))
     call("moments", x_BCHW.dtype, x_BCHW, x_BCHW.numel() // channels, channels, mean, variance)
     return mean, variance
-
-
-def take_moments(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: float) -> None:
-    """Take a batch's mean and biased variance (C,) float64 of `count` values into a layer's running statistics."""
-    assert norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
-    momentum = norm.momentum
-    if momentum is None:  # a plain average over all batches
-        momentum = 1.0 / float(norm.num_batches_tracked)
-    running = (norm.running_mean, norm.running_var)
-    call("take_moments", torch.float32, mean, variance, count, momentum, *running, norm.num_features)
 
 
 def draw_key() -> int:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from harness.models.kernels.library import DEFINES, NoKernels
+from harness.models.kernels.compiled import DEFINES, NoKernels
 from harness.models.kernels.norm_relu_drop import LEVELS, NormReluDrop, moments
 from harness.models.threads import one_thread
 

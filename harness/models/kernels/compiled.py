@@ -13,7 +13,6 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -99,25 +98,6 @@ def close_kernels() -> None:
     _libraries.clear()
 
 
-@contextlib.contextmanager
-def closed() -> Iterator[None]:
-    """As on a machine without the kernels, for the stretch of a test or a benchmark."""
-    kept = dict(_libraries)
-    close_kernels()
-    try:
-        yield
-    finally:
-        _libraries.update(kept)
-
-
-def source_digest() -> str:
-    """SHA-256 of the C++ files, hexadecimal."""
-    digest = hashlib.sha256()
-    for path in sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")]):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
 def _compiler() -> list[str]:
     """The words of $CXX, which may have a launcher before the compiler, or what the system has."""
     chosen = shlex.split(os.environ.get("CXX", ""))
@@ -132,7 +112,9 @@ def _compiler() -> list[str]:
 
 
 def _key(compiler: list[str], command: list[str]) -> str:
-    parts = (source_digest(), *command, _output([*compiler, "--version"]), processor())
+    """A name for what this command makes of the C++ files here."""
+    sources = [path.read_text(encoding="utf-8") for path in sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")])]
+    parts = (*sources, *command, _output([*compiler, "--version"]), processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
