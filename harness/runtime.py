@@ -25,7 +25,7 @@ from harness import network, preflight
 from harness.data.order import hash64
 from harness.errors import HarnessError
 from harness.heartbeat import Heartbeat, collective_limit_seconds, to_stderr
-from harness.machine import cpu_name, usable_cores
+from harness.machine import cpu_name, keep_freed_memory, usable_cores
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,8 @@ def start(*, precision: str, seed: int, recipe_sha256: str = "") -> Runtime:
         raise HarnessError(
             "fp16 needs a GPU", where="training.precision", hint="On a CPU use training.precision=bf16 or no."
         )
+    if use_cpu:
+        keep_freed_memory()
     place = preflight.Place.of_environment()
     network.choose_interface()
     heartbeat = _meet(place, use_cpu=use_cpu, recipe_sha256=recipe_sha256) if place.world_size > 1 else None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from harness.machine import available_memory_gib, cpu_name, cpu_quota, usable_cores
+from harness.machine import available_memory_gib, cpu_name, cpu_quota, keep_freed_memory, usable_cores
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -67,3 +70,34 @@ def test_this_machine() -> None:
     memory = available_memory_gib()
     assert memory is not None
     assert 0 < memory < 1e5
+
+
+FAULTS_OF_64_MIB = """
+import resource, sys
+from harness.machine import keep_freed_memory
+if sys.argv[1] == "kept":
+    assert keep_freed_memory()
+faults = []
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    b"1" * (64 << 20)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(max(faults[1:]))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+@pytest.mark.parametrize(
+    ("how", "least", "most"),
+    [("given back", 1000, 1 << 20), ("kept", 0, 100)],
+)
+def test_the_memory_of_a_freed_tensor_is_there_for_the_next(how: str, least: int, most: int) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    command = [sys.executable, "-c", FAULTS_OF_64_MIB, how]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert least <= int(done.stdout) <= most
+
+
+def test_malloc_tuned_by_somebody_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
+    assert not keep_freed_memory()
