@@ -63,12 +63,13 @@ inline Pair through(const T* dy, const T* y, int64_t at, int64_t n, float scale)
   return {passed.a != 0 ? g.a * scale : zero, passed.b != 0 ? g.b * scale : zero};
 }
 
-// Weights (channels, 3, 3) as taps × padded channels; reversed for the gradient of the input.
-std::vector<float> by_tap(const float* weight, int64_t channels, bool reversed) {
-  std::vector<float> taps(TAPS * padded(channels));
-  for (int64_t c = 0; c < channels; c++)
+// Weights (channels, 3, 3) as taps × padded values, of which there is one for each channel of one or more pixels;
+// reversed for the gradient of the input.
+std::vector<float> by_tap(const float* weight, int64_t channels, int64_t values, bool reversed) {
+  std::vector<float> taps(TAPS * padded(values));
+  for (int64_t v = 0; v < values; v++)
     for (int64_t t = 0; t < TAPS; t++)
-      taps[(reversed ? TAPS - 1 - t : t) * padded(channels) + place(c)] = weight[c * TAPS + t];
+      taps[(reversed ? TAPS - 1 - t : t) * padded(values) + place(v)] = weight[v % channels * TAPS + t];
   return taps;
 }
 
@@ -92,6 +93,95 @@ inline void each_pixel(int64_t width, int64_t dilation, const Body& body) {
   for (; p < width && p < dilation; p++) body(p, 1, p + dilation < width ? 3 : 2);
   for (; p < width - dilation; p++) body(p, None{}, All{});
   for (; p < width; p++) body(p, 0, 2);
+}
+
+// Images of few channels, such as a network's input, would leave most lanes of a vector empty. A row of their pixels is
+// taken as one row of values instead: what a tap reads of it is the row of another line, shifted, and a frame of zeros
+// around the image makes that true at its margins.
+struct Narrow {
+  int64_t height, values, shift, pitch, dilation;
+  std::vector<T> framed;
+
+  static bool fits(int64_t channels) { return channels < LANES / 2; }
+  Narrow(int64_t height, int64_t width, int64_t channels, int64_t dilation)
+      : height(height), values(width * channels), shift(dilation * channels), pitch(values + 2 * shift),
+        dilation(dilation), framed((height + 2 * dilation) * pitch) {}
+  void take(const T* image) {
+    for (int64_t h = 0; h < height; h++)
+      memcpy(&framed[(h + dilation) * pitch + shift], image + h * values, sizeof(T) * values);
+  }
+  // What tap t reads for the values of line h from v on.
+  const T* tap(int64_t t, int64_t h, int64_t v) const {
+    return &framed[(h + t / 3 * dilation) * pitch + t % 3 * shift + v];
+  }
+};
+
+void narrow_depthwise(const T* x, const float* weight, const float* bias, T* y, int64_t images, int64_t channels,
+                      const Narrow& shape, bool reversed, int threads) {
+  int64_t values = shape.values, size = shape.height * values;
+  auto taps = by_tap(weight, channels, values, reversed);
+  auto start = arranged(values, [&](int64_t v) { return bias ? bias[v % channels] : 0; });
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t image = 0; image < images; image++) {
+    Narrow narrow = shape;
+    narrow.take(x + image * size);
+    for (int64_t h = 0; h < narrow.height; h++)
+      each_block(values, [&](int64_t v, auto n) {
+        Pair sum = halves(&start[v]);
+        for (int64_t t = 0; t < TAPS; t++)
+          sum = sum + halves(&taps[t * padded(values) + v]) * load(narrow.tap(t, h, v), n);
+        store(y + image * size + h * values + v, sum, n);
+      });
+  }
+}
+
+// Sums over the lines of each image, as partial[image][taps and bias][padded values].
+std::vector<float> narrow_depthwise_weight(const T* x, const T* dy, int64_t images, const Narrow& shape, int threads) {
+  int64_t values = shape.values, size = shape.height * values;
+  std::vector<float> partial(images * (TAPS + 1) * padded(values));
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t image = 0; image < images; image++) {
+    Narrow narrow = shape;
+    narrow.take(x + image * size);
+    each_block(values, [&](int64_t v, auto n) {
+      Pair sum[TAPS + 1] = {};
+      for (int64_t h = 0; h < narrow.height; h++) {
+        Pair g = load(dy + image * size + h * values + v, n);
+        sum[TAPS] = sum[TAPS] + g;
+        for (int64_t t = 0; t < TAPS; t++) sum[t] = sum[t] + g * load(narrow.tap(t, h, v), n);
+      }
+      for (int64_t t = 0; t <= TAPS; t++)
+        memcpy(&partial[(image * (TAPS + 1) + t) * padded(values) + v], &sum[t], sizeof sum[t]);
+    });
+  }
+  return partial;
+}
+
+// As the above, partial[image][taps and bias][padded channels].
+std::vector<float> wide_depthwise_weight(const T* x, const T* dy, int64_t images, int64_t height, int64_t width,
+                                         int64_t channels, int64_t dilation, int threads) {
+  int64_t padding = padded(channels), pitch = width * channels;
+  std::vector<float> partial(images * (TAPS + 1) * padding);
+  std::vector<T> zeros(pitch);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t image = 0; image < images; image++) {
+    each_block(channels, [&](int64_t c, auto n) {
+      Pair sum[TAPS + 1] = {};
+      for (int64_t h = 0; h < height; h++) {
+        Rows rows(x + image * height * pitch, zeros.data(), h, height, pitch, dilation);
+        each_pixel(width, dilation, [&](int64_t p, auto begin, auto end) {
+          Pair g = load(dy + (image * height + h) * pitch + p * channels + c, n);
+          sum[TAPS] = sum[TAPS] + g;
+          for (int64_t j = begin; j < end; j++)
+            for (int64_t i = 0; i < 3; i++)
+              sum[3 * i + j] = sum[3 * i + j] + g * load(rows.row[i] + (p + (j - 1) * dilation) * channels + c, n);
+        });
+      }
+      for (int64_t t = 0; t <= TAPS; t++)
+        memcpy(&partial[(image * (TAPS + 1) + t) * padding + c], &sum[t], sizeof sum[t]);
+    });
+  }
+  return partial;
 }
 
 }  // namespace
@@ -193,8 +283,11 @@ void norm_relu_drop_backward(const T* dy, const T* y, const T* x, T* dx, const f
 // Depthwise 3×3 convolution of any dilation, padding = dilation; `reversed` is the gradient of its input.
 void depthwise(const T* x, const float* weight, const float* bias, T* y, int64_t images, int64_t height, int64_t width,
                int64_t channels, int64_t dilation, int reversed, int threads) {
-  std::vector<float> taps = by_tap(weight, channels, reversed), start(padded(channels));
-  if (bias) start = arranged(channels, [&](int64_t c) { return bias[c]; });
+  if (Narrow::fits(channels))
+    return narrow_depthwise(x, weight, bias, y, images, channels, {height, width, channels, dilation}, reversed,
+                            threads);
+  auto taps = by_tap(weight, channels, channels, reversed);
+  auto start = arranged(channels, [&](int64_t c) { return bias ? bias[c] : 0; });
   int64_t pitch = width * channels;
   std::vector<T> zeros(pitch);
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -217,33 +310,18 @@ void depthwise(const T* x, const float* weight, const float* bias, T* y, int64_t
 // Gradients of weight (channels, 3, 3) and bias (channels,): sums over an image in float32, over images in float64.
 void depthwise_weight(const T* x, const T* dy, float* dweight, float* dbias, int64_t images, int64_t height,
                       int64_t width, int64_t channels, int64_t dilation, int threads) {
-  int64_t padding = padded(channels), pitch = width * channels;
-  std::vector<float> partial(images * (TAPS + 1) * padding);
-  std::vector<T> zeros(pitch);
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t image = 0; image < images; image++) {
-    each_block(channels, [&](int64_t c, auto n) {
-      Pair sum[TAPS + 1] = {};
-      for (int64_t h = 0; h < height; h++) {
-        Rows rows(x + image * height * pitch, zeros.data(), h, height, pitch, dilation);
-        each_pixel(width, dilation, [&](int64_t p, auto begin, auto end) {
-          Pair g = load(dy + (image * height + h) * pitch + p * channels + c, n);
-          sum[TAPS] = sum[TAPS] + g;
-          for (int64_t j = begin; j < end; j++)
-            for (int64_t i = 0; i < 3; i++)
-              sum[3 * i + j] = sum[3 * i + j] + g * load(rows.row[i] + (p + (j - 1) * dilation) * channels + c, n);
-        });
-      }
-      for (int64_t t = 0; t <= TAPS; t++)
-        memcpy(&partial[(image * (TAPS + 1) + t) * padding + c], &sum[t], sizeof sum[t]);
-    });
-  }
-  std::vector<double> sums((TAPS + 1) * channels);
-  add_up(partial, images, TAPS + 1, channels, sums.data(), threads);
-  for (int64_t c = 0; c < channels; c++) {
-    for (int64_t t = 0; t < TAPS; t++) dweight[c * TAPS + t] = (float)sums[t * channels + c];
-    dbias[c] = (float)sums[TAPS * channels + c];
-  }
+  bool narrow = Narrow::fits(channels);
+  int64_t values = narrow ? width * channels : channels;
+  auto partial = narrow ? narrow_depthwise_weight(x, dy, images, {height, width, channels, dilation}, threads)
+                        : wide_depthwise_weight(x, dy, images, height, width, channels, dilation, threads);
+  std::vector<double> sums((TAPS + 1) * values);
+  add_up(partial, images, TAPS + 1, values, sums.data(), threads);
+  for (int64_t t = 0; t <= TAPS; t++)
+    for (int64_t c = 0; c < channels; c++) {
+      double sum = 0;
+      for (int64_t v = c; v < values; v += channels) sum += sums[t * values + v];
+      (t < TAPS ? dweight[c * TAPS + t] : dbias[c]) = (float)sum;
+    }
 }
 
 }  // extern "C"

@@ -16,7 +16,7 @@ typedef float T;
 
 namespace {
 
-constexpr int64_t LANES = 16, BLOCK = 2 * LANES, CHUNK_ROWS = 256, TILE_ROWS = 4, TAPS = 9;
+constexpr int64_t LANES = 16, BLOCK = 2 * LANES, CHUNK_ROWS = 256, TILE_ROWS = 16, TAPS = 9;
 typedef float F __attribute__((vector_size(4 * LANES)));
 typedef uint32_t U __attribute__((vector_size(4 * LANES)));
 
@@ -77,15 +77,14 @@ std::vector<float> arranged(int64_t channels, const Value& value) {
   return result;
 }
 
-// Calls body(first channel, number of channels) for each block. The number is a constant for whole blocks and for the
-// parts that networks have: images' three channels, and widths that are multiples of 8.
+// Calls body(first channel, number of channels) for each block. The number is a constant for whole blocks and for
+// widths that are multiples of 8.
 template <typename Body>
 inline void each_block(int64_t channels, const Body& body) {
   int64_t c = 0;
   for (; c + BLOCK <= channels; c += BLOCK) body(c, std::integral_constant<int64_t, BLOCK>{});
   switch (channels - c) {
     case 0: return;
-    case 3: return body(c, std::integral_constant<int64_t, 3>{});
     case 8: return body(c, std::integral_constant<int64_t, 8>{});
     case 16: return body(c, std::integral_constant<int64_t, 16>{});
     case 24: return body(c, std::integral_constant<int64_t, 24>{});
