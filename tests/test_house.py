@@ -20,7 +20,7 @@ MAX_FUNCTION_LINES = 60
 # Each room and the rooms it may import. A module with its own entry is a room of its own, and who may import the
 # room around it may import it too.
 GROUND = {"errors", "files", "machine", "network", "run_directory", "signals"}
-WORK = GROUND | {"recipe", "models", "data", "tracking", "preflight", "heartbeat", "runtime", "training"}
+WORK = GROUND | {"recipe", "models", "data", "tracking", "preflight", "heartbeat", "runtime", "runs", "training"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": GROUND,
@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": GROUND | {"recipe.dual_branch_args"},
     "data": GROUND,
     "tracking": GROUND,
+    "runs": GROUND | {"tracking"},
     "preflight": GROUND,
     "heartbeat": GROUND,
     "runtime": GROUND | {"data", "preflight", "heartbeat"},

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from harness.data.batches import Batch, Loader
 from harness.errors import HarnessError
@@ -17,7 +17,6 @@ from harness.training.network import MEMORY_FORMATS
 from harness.training.state import Meter, Score
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     loader: Loader,
@@ -39,19 +38,32 @@ def evaluate(
         tick: called for each batch.
     """
     meter = Meter(device)
-    # Not compiled, so that an evaluation of the saved weights gives the same bits as the one while training.
-    with eval_mode(model), torch.compiler.set_stance("force_eager"):
-        for batch in loader.batches(ids_per_batch, epoch=0):
-            tick()
-            images = batch.images_BCHW.contiguous(memory_format=MEMORY_FORMATS[memory_format])
-            with autocast():
-                logits_BK = model(images).float()
-            loss = nn.functional.cross_entropy(logits_BK, batch.labels_B, reduction="sum")
-            meter.add(loss, logits_BK, batch.labels_B)
+    for batch, logits_BK in classified(model, loader, ids_per_batch, autocast=autocast, memory_format=memory_format):
+        tick()
+        loss = nn.functional.cross_entropy(logits_BK, batch.labels_B, reduction="sum")
+        meter.add(loss, logits_BK, batch.labels_B)
     score = meter.read()
     if score.total != expected_total:
         raise HarnessError(f"evaluation counted {score.total} images of {expected_total}", exit_code=1)
     return score
+
+
+def classified(
+    model: nn.Module,
+    loader: Loader,
+    ids_per_batch: Sequence[np.ndarray],
+    *,
+    autocast: Callable[[], Any],
+    memory_format: str,
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Each batch with its logits (B, K) float32, in evaluation mode and without gradients; arguments as `evaluate`."""
+    # Not compiled, so that an evaluation of the saved weights gives the same bits as the one while training.
+    with eval_mode(model), torch.compiler.set_stance("force_eager"):
+        for batch in loader.batches(ids_per_batch, epoch=0):
+            images = batch.images_BCHW.contiguous(memory_format=MEMORY_FORMATS[memory_format])
+            with torch.no_grad(), autocast():
+                logits_BK = model(images).float()
+            yield batch, logits_BK
 
 
 @contextmanager

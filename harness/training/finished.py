@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from harness.data.augment import normalisation_table
+from harness.data.batches import Loader
 from harness.data.images import read_image
 from harness.data.store import DataStore
 from harness.errors import HarnessError, ManyErrors
@@ -37,17 +38,49 @@ class Prediction:
     classes: tuple[tuple[str, float], ...]
 
 
-def evaluate_run(path: Path, *, which: str, recalibrate_batches: int = 0) -> dict[str, Any]:
-    """Evaluate a run's checkpoint on its test split, with the run's own precision and layout.
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint with what it takes to ask it about the test split.
+
+    Attributes:
+        saved, recipe, store: the checkpoint, its run's recipe and data.
+        model: the network on its device, without the checkpoint's weights so far.
+        loader: of the test split.
+    """
+
+    runtime: Runtime
+    saved: checkpoint.Saved
+    recipe: Recipe
+    store: DataStore
+    model: nn.Module
+    loader: Loader
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """The checkpoint's tensors under "raw" and, where the run has averaged weights, "ema"."""
+        found = {"raw": self.saved.model, "ema": self.saved.ema}
+        return {name: tensors for name, tensors in found.items() if tensors is not None}
+
+    def has_its_images(self) -> bool:
+        """Whether the images at hand are those that the run was trained and tested on."""
+        return bool(self.saved.state["data_sha256"] == dict(self.store.manifest.sha256))
+
+    def evaluation(self) -> dict[str, Any]:
+        """The arguments that `evaluate` and `classified` have in common, by this rank's share of the split."""
+        return {
+            "loader": self.loader,
+            "ids_per_batch": share_of_test(self.recipe, self.store, self.runtime),
+            "autocast": self.runtime.accelerator.autocast,
+            "memory_format": self.recipe.training.memory_format,
+        }
+
+
+@contextmanager
+def opened(path: Path, *, which: str) -> Iterator[Opened]:
+    """A run's checkpoint, with the run's own precision and layout.
 
     Args:
         path: a run directory or one of its checkpoints.
         which: "last", "best" or "step_N".
-        recalibrate_batches: take BatchNorm statistics anew over this many training batches first, with dropout off.
-
-    Returns:
-        `is_main` (whether this rank should print), `test` and, where the run has averaged weights, `test_ema`:
-        loss, accuracy, correct, total.
 
     Raises:
         HarnessError: no such run or checkpoint, a broken one, or no data.
@@ -58,53 +91,62 @@ def evaluate_run(path: Path, *, which: str, recalibrate_batches: int = 0) -> dic
             joined(precision=recipe.training.precision, seed=recipe.seed, recipe_sha256=fingerprint(recipe))
         )
         store = open_data(recipe)
-        _warn_of_other_images(saved, store, runtime)
-        model = open_network(
-            recipe, num_classes=len(store.manifest.classes), device=runtime.device, world_size=runtime.world_size
-        ).model
+        classes = len(store.manifest.classes)
+        network = open_network(recipe, num_classes=classes, device=runtime.device, world_size=runtime.world_size)
         loader = open_loader(recipe, store, "test", runtime.device)
         stack.callback(loader.close)
+        run = Opened(runtime, saved, recipe, store, network.model, loader)
+        if runtime.is_main and not run.has_its_images():
+            origin = store.manifest.origin
+            print(f"WARNING these are not the images that the run was trained and tested on: {origin}", file=sys.stderr)
+        yield run
+
+
+def evaluate_run(path: Path, *, which: str, recalibrate_batches: int = 0) -> dict[str, Any]:
+    """Evaluate a run's checkpoint on its test split.
+
+    Args:
+        path, which: as `opened` takes them.
+        recalibrate_batches: take BatchNorm statistics anew over this many training batches first, with dropout off.
+
+    Returns:
+        `is_main` (whether this rank should print), `test` and, where the run has averaged weights, `test_ema`:
+        loss, accuracy, correct, total.
+
+    Raises:
+        HarnessError: as `opened`.
+    """
+    with opened(path, which=which) as run:
         result: dict[str, Any] = {
-            "checkpoint": str(saved.path),
-            "step": saved.state["progress"]["step"],
-            "is_main": runtime.is_main,
+            "checkpoint": str(run.saved.path),
+            "step": run.saved.state["progress"]["step"],
+            "is_main": run.runtime.is_main,
         }
-        for name, weights in (("test", saved.model), ("test_ema", saved.ema)):
-            if weights is None:
-                continue
-            checkpoint.load_weights(model, weights, saved.path)
+        for name, tensors in run.weights().items():
+            checkpoint.load_weights(run.model, tensors, run.saved.path)
             if recalibrate_batches:
-                _recalibrate(model, recipe, store, runtime, recalibrate_batches)
+                _recalibrate(run, recalibrate_batches)
             score = evaluate(
-                model,
-                loader,
-                share_of_test(recipe, store, runtime),
-                autocast=runtime.accelerator.autocast,
-                device=runtime.device,
-                memory_format=recipe.training.memory_format,
-                expected_total=store.split("test").count,
-                tick=runtime.tick,
+                run.model,
+                **run.evaluation(),
+                device=run.runtime.device,
+                expected_total=run.store.split("test").count,
+                tick=run.runtime.tick,
             )
-            result[name] = score.to_json()
+            result["test" if name == "raw" else "test_ema"] = score.to_json()
     return result
 
 
-def _warn_of_other_images(saved: checkpoint.Saved, store: DataStore, runtime: Runtime) -> None:
-    if runtime.is_main and saved.state["data_sha256"] != dict(store.manifest.sha256):
-        origin = store.manifest.origin
-        print(f"WARNING these are not the images that the run was trained and tested on: {origin}", file=sys.stderr)
-
-
-def _recalibrate(model: nn.Module, recipe: Recipe, store: DataStore, runtime: Runtime, batches: int) -> None:
-    plan = plan_batches(recipe, store, runtime)
-    loader = open_loader(recipe, store, "train", runtime.device)
+def _recalibrate(run: Opened, batches: int) -> None:
+    plan = plan_batches(run.recipe, run.store, run.runtime)
+    loader = open_loader(run.recipe, run.store, "train", run.runtime.device)
     try:
         ids = list(chain.from_iterable(plan.micro_batches(0)))[:batches]
         recalibrate_batch_norm(
-            model,
+            run.model,
             loader.batches(ids, epoch=0),
-            autocast=runtime.accelerator.autocast,
-            memory_format=recipe.training.memory_format,
+            autocast=run.runtime.accelerator.autocast,
+            memory_format=run.recipe.training.memory_format,
         )
     finally:
         loader.close()

@@ -21,6 +21,7 @@ from harness.run_directory import CHECKPOINTS, LOCK, is_unused, new_run_director
 from harness.runtime import Runtime, broadcast_text
 from harness.training import checkpoint
 
+LOCK_SECONDS = 0.5  # whoever only looks whether a run is held holds its lock for an instant
 # Settings that may differ between a run and its resumption: they decide how long, how and where to, not what.
 _MAY_CHANGE = (
     "name",
@@ -87,7 +88,7 @@ def claim(path: Path, stack: ExitStack) -> None:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path / LOCK, timeout=0, is_singleton=True)
+        lock = FileLock(path / LOCK, timeout=LOCK_SECONDS, is_singleton=True)
         stack.enter_context(lock.acquire())
     except Timeout:
         raise HarnessError(
