@@ -39,10 +39,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": GROUND | {"data", "preflight", "heartbeat"},
     "training": WORK,
     "launching": WORK,
+    "launching.ports": set(),
     "launching.trial": GROUND,  # processes for a measurement, whoever makes it
     "reporting": WORK,
     "scaling": WORK,
-    "benchmarks": WORK | {"launching.trial", "scaling"},
+    "benchmarks": WORK | {"launching.ports", "launching.trial", "scaling"},
     "doctor": WORK,
     "commands": WORK | {"launching", "reporting", "benchmarks", "doctor"},
     "commands_speed": WORK | {"benchmarks", "scaling"},
