@@ -41,3 +41,15 @@ def fail(*, late: bool) -> Callable[[], tuple[float, int]]:
         raise ValueError("the reason of the failure")
 
     return one_round if late else one_round()  # type: ignore[return-value]
+
+
+def tell(*, file: str, name: str) -> Callable[[], tuple[float, int, dict[str, int]]]:
+    """As `note`, and tells how often it had its turn."""
+    one_round, turns = note(file=file, name=name), 0
+
+    def telling_round() -> tuple[float, int, dict[str, int]]:
+        nonlocal turns
+        turns += 1
+        return *one_round(), {"turns": turns}
+
+    return telling_round
