@@ -35,6 +35,14 @@ def build_bench(parser: argparse.ArgumentParser) -> None:
         )
         _add_json_option(action)
         action.set_defaults(run=_bench_peers, name=name)
+    accuracy = actions.add_parser(
+        "accuracy", help="seconds of training to 80 … 94 %% on the real CIFAR-10: airbench94 and ours (an hour or more)"
+    )
+    accuracy.add_argument(
+        "--epochs", type=_count, metavar="N", help="of each at most, schedules shortened (default: each one's own)"
+    )
+    _add_json_option(accuracy)
+    accuracy.set_defaults(run=_bench_accuracy)
     scaling = actions.add_parser(
         "scaling", help="training on several CPU ranks: speed, and what gradient exchange, buckets and SyncBN cost"
     )
@@ -71,6 +79,13 @@ def _bench_peers(arguments: argparse.Namespace) -> int:
         return _print(results, None if arguments.json else text)
     result = getattr(report, f"bench_{arguments.name}")(rounds=arguments.rounds)
     return _print(result, None if arguments.json else report.render(result))
+
+
+def _bench_accuracy(arguments: argparse.Namespace) -> int:
+    from harness.benchmarks.accuracy import bench_accuracy, render_accuracy
+
+    result = bench_accuracy(epochs=arguments.epochs)
+    return _print(result, None if arguments.json else render_accuracy(result))
 
 
 def _bench_scaling(arguments: argparse.Namespace) -> int:

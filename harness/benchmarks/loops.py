@@ -27,10 +27,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from harness.data.batches import Batch
 from harness.models.build import build_model
-from harness.recipe import load
+from harness.recipe import Recipe, load
 from harness.runtime import joined
 from harness.training.loop import Cadence, run_epoch
-from harness.training.parts import assemble
+from harness.training.parts import Parts, assemble
 from harness.training.startup import Startup
 from harness.training.state import Progress
 
@@ -248,15 +248,8 @@ def harness(*, recipe: str, overrides: list[str], **settings: Any) -> Round:
     )
     batch = (f"training.global_batch_size={global_batch_size}", f"optimizer.lr={LR}", f"optimizer.momentum={MOMENTUM}")
     loaded = load(recipe, [*own, *batch, *overrides])
-    stack = ExitStack()  # open until the process ends
-    directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="harness-bench-")))
-    runtime = stack.enter_context(joined(precision=loaded.training.precision, seed=0))
-    parts = assemble(loaded, runtime, directory, Startup())
-    stack.callback(parts.close)
-    parts = replace(parts, train_loader=_OneBatch(*task.batch()))
-    never = 1 << 60
-    cadence = Cadence(never, loaded.tracking.log_every_steps, never, checkpoint_steps=())
-    progress = Progress()
+    parts = replace(assembled(loaded), train_loader=_OneBatch(*task.batch()))
+    cadence, progress = epochs_alone(loaded), Progress()
 
     def one_round() -> tuple[float, int]:
         start = time.perf_counter()
@@ -264,5 +257,21 @@ def harness(*, recipe: str, overrides: list[str], **settings: Any) -> Round:
         return time.perf_counter() - start, images
 
     one_round()
-    atexit.register(stack.close)
     return one_round
+
+
+def assembled(recipe: Recipe) -> Parts:
+    """All parts of a recipe's training, as `harness train` builds them; they stay open until the process ends."""
+    stack = ExitStack()
+    atexit.register(stack.close)
+    directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="harness-bench-")))
+    runtime = stack.enter_context(joined(precision=recipe.training.precision, seed=recipe.seed))
+    parts = assemble(recipe, runtime, directory, Startup())
+    stack.callback(parts.close)
+    return parts
+
+
+def epochs_alone(recipe: Recipe) -> Cadence:
+    """A cadence by which `run_epoch` trains and logs, and neither evaluates nor saves."""
+    never = 1 << 60
+    return Cadence(never, recipe.tracking.log_every_steps, never, checkpoint_steps=())
