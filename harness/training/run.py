@@ -172,7 +172,7 @@ def _trackers(path: Path, recipe: Recipe, parts: Parts, progress: Progress, step
                 identity=identity_of(settings, run_id=path.name, world_size=parts.runtime.world_size),
                 config=settings,
                 before=read(path / "metrics.jsonl"),
-                extras=extras_of(recipe, path),
+                extras=extras_of(recipe, path, num_classes=len(parts.store.manifest.classes)),
                 warn=console.note,
             )
         )

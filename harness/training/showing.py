@@ -29,23 +29,27 @@ _LIMIT_SECONDS = 90
 _OF_RANKS = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "SLURM_", "HARNESS_EXIT")
 
 
-def extras_of(recipe: Recipe, path: Path) -> Extras:
-    """The extras that a recipe asks for, of the run in `path`; they are made when they are asked for."""
+def extras_of(recipe: Recipe, path: Path, *, num_classes: int | None = None) -> Extras:
+    """The extras that a recipe asks for, of the run in `path`; they are made when they are asked for.
+
+    Args:
+        num_classes: of the network whose layer table is wanted; None wants no table.
+    """
     tracking = recipe.tracking
     return Extras(
-        model_summary=partial(_model_summary, recipe),
+        model_summary=partial(_model_summary, recipe, num_classes) if num_classes is not None else None,
         checkpoints=partial(_checkpoints, recipe, path) if tracking.artifacts != "none" else None,
         answers=partial(_answers, recipe, path) if tracking.predictions_table else None,
     )
 
 
-def _model_summary(recipe: Recipe) -> str:
+def _model_summary(recipe: Recipe, num_classes: int) -> str:
     """The layer table of a network built like the trained one; the generators stay as they are."""
     size = recipe.data.image_size_px
     with torch.random.fork_rng(devices=[]):
         model = build_model(
             recipe.model.name,
-            num_classes=recipe.data.num_classes or len(open_data(recipe).manifest.classes),
+            num_classes=num_classes,
             image_size_px=size,
             args=recipe.model.args,
         )

@@ -16,6 +16,7 @@ from harness.runs import Run, open_run
 from harness.tracking.extras import Extras
 from harness.tracking.identity import identity_of
 from harness.tracking.sync import Upload, sync
+from harness.tracking.wandb_server import entity_of_key
 
 
 def sync_runs(paths: Sequence[Path], *, rebuild: bool) -> int:
@@ -67,7 +68,12 @@ def _upload(run: Run, *, rebuild: bool) -> Upload:
 
 
 def _new_id(run: Run) -> str:
-    """A new id, noted in provenance.json with the one before, so that a resumed training goes on with it."""
+    """A new id, noted in provenance.json with the one before, so that a resumed training goes on with it.
+
+    Raises:
+        HarnessError: no key or no server, where a new id would be of no use.
+    """
+    entity_of_key()
     provenance: dict[str, Any] = dict(run.provenance)
     before = [*provenance.get("wandb_run_ids_before", []), provenance.get("wandb_run_id")]
     new = {**provenance, "wandb_run_id": secrets.token_hex(4), "wandb_run_ids_before": [i for i in before if i]}
@@ -77,7 +83,9 @@ def _new_id(run: Run) -> str:
 
 def _extras(run: Run) -> Extras:
     """Tables and checkpoints where the recipe asks for them; curves alone where this version cannot read it."""
-    from harness.training.showing import extras_of  # torch, which a run that is complete does not need
+    if run.setting("tracking.artifacts", "none") == "none" and not run.setting("tracking.predictions_table", False):
+        return Extras()
+    from harness.training.showing import extras_of  # torch, which curves do not need
 
     try:
         return extras_of(load(run.path / "recipe.yaml"), run.path)
