@@ -168,7 +168,7 @@ class WandbTracker(NullTracker):
     def _take(self, record: Record) -> None:
         number = row_number(record)
         if number > self._last_row:
-            self._run.log(values_of(record), step=number)
+            self._run.log(values_of(record), step=number, commit=True)  # else the client keeps it until the next
             self._last_row = number
         if self._best.take(record):
             self._run.summary.update(self._best.summary())

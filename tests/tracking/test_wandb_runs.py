@@ -181,8 +181,10 @@ def test_artifacts_with_aliases_and_the_predictions_table_arrive(
     assert [facts["step"] for facts in models] == kept
     assert [f["test_accuracy"] for f in models if f["step"] == best["step"]] == [best["accuracy"]]
     sent = [[a["alias"] for a in aliases] for aliases in door.values("aliases")]
-    assert [f"step_{kept[-1]}", "last"] == next(a for a in sent if "last" in a)[:2]
-    assert [a[0] for a in sent if "best" in a] == [f"step_{best['step']}"]
+    by_step = {next(alias for alias in aliases if alias.startswith("step_")): aliases for aliases in sent[-len(kept) :]}
+    assert list(by_step) == [f"step_{step}" for step in kept]
+    assert [name for name, aliases in by_step.items() if "last" in aliases] == [f"step_{kept[-1]}"]
+    assert [name for name, aliases in by_step.items() if "best" in aliases] == [f"step_{best['step']}"]
     files = wandb_server.files(wandb_id(stage.run))
     (worst,) = (p for name, p in files.items() if name.startswith("media/table/predictions/worst"))
     table = json.loads(worst.read_text())
