@@ -47,7 +47,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": WORK,
     "commands": WORK | {"launching", "reporting", "benchmarks", "doctor"},
     "commands_speed": WORK | {"benchmarks", "scaling"},
-    "cli": GROUND | {"commands", "commands_speed"},
+    "commands_look": WORK,
+    "cli": GROUND | {"commands", "commands_look", "commands_speed"},
     "__main__": {"cli"},
     "__init__": set(),
 }

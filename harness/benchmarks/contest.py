@@ -175,8 +175,8 @@ class _Process:
         if not line:
             self._errors.seek(0)
             message = (self._errors.read().strip() or "it said nothing").splitlines()
-            first = max(number for number, line in enumerate(message) if not line.startswith(" "))  # then its hint
-            raise HarnessError(f'the contestant "{self._name}" failed: ' + "\n".join(message[first:]), exit_code=1)
+            start = max(number for number, line in enumerate(message) if not line.startswith(" "))  # then its hint
+            raise HarnessError(f'the contestant "{self._name}" failed: ' + "\n".join(message[start:]), exit_code=1)
         answer: dict[str, Any] = json.loads(line)
         return answer
 

@@ -17,13 +17,15 @@ from harness.run_directory import is_unused
 from harness.runtime import joined, provenance
 from harness.tracking import NullTracker, Tracker, Trackers
 from harness.tracking.console import ConsoleTracker
-from harness.tracking.jsonl import JsonlTracker
+from harness.tracking.identity import identity_of
+from harness.tracking.jsonl import JsonlTracker, read
 from harness.tracking.wandb_tracker import WandbTracker, resolve_mode
 from harness.training import checkpoint
 from harness.training.loop import Cadence, fit
 from harness.training.parts import Parts, assemble, total_steps
 from harness.training.profiler import Profiler, StepProfiler, TooFewSteps, plan_steps
 from harness.training.resuming import agree_on_start, claim
+from harness.training.showing import extras_of
 from harness.training.startup import Startup
 from harness.training.state import Progress
 from harness.training.stopping import Stopped
@@ -175,18 +177,16 @@ def _trackers(path: Path, recipe: Recipe, parts: Parts, progress: Progress, step
     trackers: list[Tracker] = [JsonlTracker(path / "metrics.jsonl", from_step=progress.step), console]
     mode = resolve_mode(recipe.tracking.wandb)
     if mode != "disabled":
-        tracking = recipe.tracking
+        settings = recipe.model_dump(mode="json")
         trackers.append(
             WandbTracker(
                 mode=mode,
                 directory=path,
                 run_id=json.loads((path / "provenance.json").read_text())["wandb_run_id"],
-                name=f"{recipe.name}-{path.name}",
-                project=tracking.project,
-                entity=tracking.entity,
-                group=tracking.group,
-                tags=tracking.tags,
-                config=recipe.model_dump(mode="json"),
+                identity=identity_of(settings, run_id=path.name, world_size=parts.runtime.world_size),
+                config=settings,
+                before=read(path / "metrics.jsonl"),
+                extras=extras_of(recipe, path, num_classes=len(parts.store.manifest.classes)),
                 warn=console.note,
             )
         )
