@@ -42,11 +42,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "launching.trial": GROUND,  # processes for a measurement, whoever makes it
     "reporting": WORK,
     "scaling": WORK,
+    "sweeps": WORK | {"launching"},
     "benchmarks": WORK | {"launching.trial", "scaling"},
     "doctor": WORK,
     "commands": WORK | {"launching", "reporting", "benchmarks", "doctor"},
     "commands_speed": WORK | {"benchmarks", "scaling"},
-    "cli": GROUND | {"commands", "commands_speed"},
+    "commands_look": WORK | {"launching", "sweeps"},
+    "cli": GROUND | {"commands", "commands_look", "commands_speed"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -264,7 +266,15 @@ def test_the_sandbox_is_executable() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["harness.recipe", "harness.launching.local", "harness.launching.ranks", "harness.launching.submitting"]
+    "module",
+    [
+        "harness.recipe",
+        "harness.launching.local",
+        "harness.launching.ranks",
+        "harness.launching.submitting",
+        "harness.sweeps.plan",
+        "harness.sweeps.running",
+    ],
 )
 def test_what_runs_before_training_does_not_import_torch(module: str) -> None:
     """Recipes are checked and remembered splits are read in milliseconds, torch takes a second or more."""
