@@ -18,6 +18,7 @@ GROUPS = {
         "train": "train a recipe",
         "eval": "evaluate a run's checkpoint on its test split",
         "predict": "classify image files with a run's checkpoint",
+        "lr-find": "the learning-rate range test: loss over a growing rate, and what it suggests",
         "sweep": "train a recipe at several settings and with several seeds, and compare",
     },
     "Cluster": {

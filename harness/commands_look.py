@@ -138,6 +138,37 @@ def _refuse_lost_options(arguments: argparse.Namespace) -> None:
         raise HarnessError("--ranks is for this machine alone", hint="With --slurm: --nodes N --tasks-per-node R.")
 
 
+def build_lr_find(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.path=value", help="change a setting, e.g. optimizer.name=adamw"
+    )
+    parser.add_argument("--min-lr", type=float, default=1e-6, metavar="X", help="rate of the first step (default 1e-6)")
+    parser.add_argument("--max-lr", type=float, default=10.0, metavar="X", help="rate of the last step (default 10)")
+    parser.add_argument("--steps", type=_count, default=100, metavar="N", help="optimizer steps (default 100)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="write the curve as a picture")
+    _add_json_option(parser)
+    parser.set_defaults(run=_lr_find)
+
+
+def _lr_find(arguments: argparse.Namespace) -> int:
+    from harness.recipe import load
+
+    plot = arguments.plot
+    if plot is not None and plot.suffix != ".svg":
+        raise HarnessError(f"--plot {plot}: the picture is an SVG", hint=f"--plot {plot.with_suffix('.svg')}")
+    recipe = load(arguments.recipe, arguments.overrides)
+    from harness.files import write_text
+    from harness.training.lr_curve import curve_svg, render_curve, render_suggestions
+    from harness.training.lr_range import find_lr
+
+    found = find_lr(recipe, min_lr=arguments.min_lr, max_lr=arguments.max_lr, steps=arguments.steps)
+    if plot is not None:
+        write_text(plot, curve_svg(found, f"{recipe.name}: learning-rate range test"))
+    _print(found.to_json() if arguments.json else f"{render_curve(found)}\n{render_suggestions(found)}")
+    return EXIT_DONE
+
+
 def _add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
