@@ -52,7 +52,7 @@ class Plan:
         return runs_of(self.name)
 
     def trials_of(self, point: Point) -> list[Trial]:
-        return [trial for trial in self.trials if trial.point is point]
+        return [trial for trial in self.trials if trial.point.id == point.id]
 
 
 def plan_sweep(path: str | Path) -> Plan:

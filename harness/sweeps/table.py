@@ -49,7 +49,7 @@ def rows_of(plan: Plan, found: Sequence[Status]) -> list[Row]:
     metric = plan.file.sweep.metric
     rows = []
     for point in plan.points:
-        of_point = tuple(status for status in found if status.trial.point is point)
+        of_point = tuple(status for status in found if status.trial.point.id == point.id)
         rows.append(Row(point, of_point, _values(of_point, metric)))
     sign = -1 if metric.goal == "maximize" else 1
     rows.sort(key=lambda row: (not row.is_whole, row.mean is None, sign * (row.mean or 0.0)))
