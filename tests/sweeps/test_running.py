@@ -22,7 +22,7 @@ from harness.sweeps.running import held
 from harness.sweeps.table import rows_of
 from tests.conftest import ROOT, kill_tree, run_limited
 
-LIMIT_SECONDS = 240
+LIMIT_SECONDS = 400
 STEPS = 40
 SWEEP = f"""recipe: tiny.yaml
 method: grid
@@ -63,7 +63,7 @@ def finish(run: Path, accuracy: float, *, seed: int = 0) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_four_points_on_two_ranks_are_interrupted_and_gone_on_with(sweep: Path) -> None:
     plan = plan_sweep("sweep.yaml")
     runs = [trial.directory for trial in plan.trials]
@@ -107,7 +107,7 @@ def test_four_points_on_two_ranks_are_interrupted_and_gone_on_with(sweep: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_point_that_fails_is_told_and_not_repeated_unless_asked(
     sweep: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
