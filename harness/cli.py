@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import harness
-from harness import commands, commands_look, commands_speed
+from harness import commands, commands_speed, commands_sweep
 from harness.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, HarnessError, from_disk, nearest, print_error
 
 # Groups of `harness --help`, each command with its line.
@@ -35,7 +35,7 @@ GROUPS = {
         "doctor": "what this machine has; --numerics checks its kernels",
     },
 }
-BUILDERS = vars(commands) | vars(commands_speed) | vars(commands_look)
+BUILDERS = vars(commands) | vars(commands_speed) | vars(commands_sweep)
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     name: (text, BUILDERS[f"build_{name.replace('-', '_')}"])
     for group in GROUPS.values()

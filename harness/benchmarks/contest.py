@@ -20,7 +20,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from harness.errors import HarnessError
+from harness.launching.ports import free_port
+from harness.network import GLOO_VARIABLE, interface_towards
 
+LOOPBACK = "127.0.0.1"
 MODULE = "harness.benchmarks.contestant"
 
 
@@ -33,12 +36,14 @@ class Contestant:
         arguments: of the function, JSON-able.
         environment: variables set for its process.
         needs: a package that has to be installed; without it the contestant is left out.
+        ranks: processes that work together, as a launcher of ranks would start them; the first one answers.
     """
 
     target: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     needs: str | None = None
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -96,56 +101,72 @@ def run_contest(contestants: Mapping[str, Contestant], *, rounds: int, threads: 
 
 
 class _Process:
-    """The process of a contestant: a line of JSON from it for each line to it."""
+    """The process of a contestant, or its ranks: a line of JSON from the first for each line to all of them."""
 
     def __init__(self, name: str, contestant: Contestant, threads: int) -> None:
         self._name, self._errors = name, tempfile.TemporaryFile("w+")  # noqa: SIM115
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **contestant.environment}
         what = {"target": contestant.target, "arguments": dict(contestant.arguments), "needs": contestant.needs}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", MODULE, json.dumps(what)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            env=environment,
-        )
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", MODULE, json.dumps(what)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL if rank else subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
+                env={**environment, **of_rank},
+            )
+            for rank, of_rank in enumerate(_environments(contestant.ranks))
+        ]
 
     def __enter__(self) -> _Process:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        if self._process.poll() is None:
+        for process in self._processes:
+            assert process.stdin is not None
             with contextlib.suppress(OSError):
-                self._process.stdin.close()  # the end of its work
+                process.stdin.close()  # the end of its work
+        for process in self._processes:
             try:
-                self._process.wait(timeout=30)
+                process.wait(timeout=30)
             except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._errors):
-            assert stream is not None
-            with contextlib.suppress(OSError):
-                stream.close()
+                process.kill()
+                process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+        self._errors.close()
 
     def is_ready(self) -> bool:
         """Waits until it has warmed up; false where its package is missing."""
         return bool(self._read()["ready"])
 
     def round(self) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # it has ended; `_read` tells why
-            self._process.stdin.write("\n")
-            self._process.stdin.flush()
+        for process in self._processes:
+            assert process.stdin is not None
+            with contextlib.suppress(OSError):  # it has ended; `_read` tells why
+                process.stdin.write("\n")
+                process.stdin.flush()
         return self._read()
 
     def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        first = self._processes[0]
+        assert first.stdout is not None
+        line = first.stdout.readline()
         if not line:
             self._errors.seek(0)
             message = (self._errors.read().strip() or "it said nothing").splitlines()
             raise HarnessError(f'the contestant "{self._name}" failed: {message[-1]}', exit_code=1)
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+
+def _environments(ranks: int) -> list[dict[str, str]]:
+    """What a launcher tells each of several ranks on this machine; nothing to one alone."""
+    if ranks == 1:
+        return [{}]
+    loopback = interface_towards(LOOPBACK, several_machines=False)
+    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": LOOPBACK}
+    shared |= {"MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
+    shared |= {} if loopback is None else {GLOO_VARIABLE: loopback}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]

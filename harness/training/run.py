@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -120,12 +121,25 @@ def _describe_run(path: Path, recipe: Recipe, parts: Parts, progress: Progress, 
         "recipe_sha256": fingerprint(recipe),
         "data": {"source": manifest.source, "origin": manifest.origin, "sha256": dict(manifest.sha256)},
         "from_step": progress.step,
+        "kernels": parts.network.kernels,
     }
+    _warn_of_other_kernels(before["starts"], now)
     write_text(path / "recipe.yaml", resolved_yaml(recipe))
     write_json(file, {**before, "starts": [*before["starts"], now]})
     checkpoint.set_aside_later_than(path / "checkpoints", progress.step)
     if result.exists() and progress.step < steps:  # of a shorter training that goes on now
         result.rename(path / f"result_step_{finished_step}.json")
+
+
+def _warn_of_other_kernels(starts: list[dict[str, Any]], now: dict[str, Any]) -> None:
+    """Dropout draws from another source with other kernels, so that no bits can be promised from here on."""
+    earlier = starts[-1].get("kernels") if starts else None
+    if earlier is not None and now["from_step"] and earlier.split()[0] != now["kernels"].split()[0]:
+        print(
+            f"WARNING the run had other kernels before ({earlier}), now {now['kernels']}: dropout draws anew, so it "
+            "will not end bit-equal to a run that was left alone",
+            file=sys.stderr,
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -41,3 +41,21 @@ def fail(*, late: bool) -> Callable[[], tuple[float, int]]:
         raise ValueError("the reason of the failure")
 
     return one_round if late else one_round()  # type: ignore[return-value]
+
+
+def add_up_ranks() -> Callable[[], tuple[float, int]]:
+    """Counts the ranks that it reaches over gloo."""
+    import atexit
+
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    atexit.register(dist.destroy_process_group)
+
+    def one_round() -> tuple[float, int]:
+        one = torch.ones(())
+        dist.all_reduce(one)
+        return 1.0, int(one)
+
+    return one_round

@@ -59,3 +59,10 @@ def test_numbers_must_be_positive() -> None:
     for numbers in ({"rounds": 0, "threads": 1}, {"rounds": 1, "threads": 0}):
         with pytest.raises(HarnessError, match="must be at least 1"):
             run_contest({}, **numbers)
+
+
+def test_ranks_work_together_and_the_first_one_answers() -> None:
+    several = Contestant("tests.benchmarks.contestants:add_up_ranks", ranks=2)
+    times = run_contest({"several": several}, rounds=2, threads=1)["several"]
+    assert times is not None
+    assert times.counts == [2, 2]

@@ -118,7 +118,7 @@ def test_job_names(name: str, expected: str) -> None:
 def test_a_task_of_a_sweep_has_the_run_of_its_index() -> None:
     text = sbatch_text(JOBS["sweep"])
     assert "#SBATCH --array=0-1%1\n" in text
-    head = text[: text.index('frozen=$run')]
+    head = text[: text.index("frozen=$run")]
     for index, run in enumerate(JOBS["sweep"].runs):
         script = f'SLURM_ARRAY_TASK_ID={index}\n{head}\nprintf %s "$run"'
         done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, timeout=10)

@@ -1,4 +1,4 @@
-"""Commands that compare trainings and look into them, in the manner of `harness.commands`."""
+"""The commands that try settings: `sweep` trains them, `lr-find` looks for a rate; in the manner of `harness.commands`."""
 
 from __future__ import annotations
 
