@@ -1,10 +1,11 @@
-"""The commands that try settings: `sweep` trains them, `lr-find` looks for a rate; in the manner of `harness.commands`."""
+"""The commands that try settings: `sweep` trains them, `lr-find` looks for a rate. In the manner of `commands`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,8 @@ def _ranks(plan: Any, arguments: argparse.Namespace) -> Any:
     measure = not arguments.dry_run
     ranks = choose_ranks(plan.file.recipe_path, first.overrides, arguments.ranks, measure=measure)
     check_ranks(plan, ranks.count)
+    if ranks.note:
+        print(f"sweep: {ranks.note}", file=sys.stderr)
     return ranks
 
 

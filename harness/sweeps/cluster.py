@@ -50,7 +50,7 @@ def submit_sweep(plan: Plan, *, request: Mapping[str, Any], retry_failed: bool, 
     with ExitStack() as stack:
         if not dry_run:
             stack.enter_context(held(plan))
-        found = statuses(plan, queued_runs(plan))
+        found = statuses(plan, queued_runs(plan, must_answer=not dry_run))
         trials = tuple(status.trial for status in found if status.is_due(retry_failed=retry_failed))
         if len(trials) > MAX_ARRAY:
             raise HarnessError(
@@ -64,13 +64,18 @@ def submit_sweep(plan: Plan, *, request: Mapping[str, Any], retry_failed: bool, 
         return Submitted(text, trials, _submit(plan, trials, text))
 
 
-def queued_runs(plan: Plan) -> set[str]:
-    """Names of the runs that jobs of this sweep still have, waiting or running, as squeue tells."""
+def queued_runs(plan: Plan, *, must_answer: bool = False) -> set[str]:
+    """Names of the runs that jobs of this sweep still have, waiting or running, as squeue tells.
+
+    Args:
+        must_answer: it is an error where squeue cannot tell; else none is taken to be queued then.
+    """
     names: set[str] = set()
     for entry in read_json_list(_submitted_file(plan)):
-        runs = entry.get("runs")
+        runs, job_id = entry.get("runs"), str(entry.get("job_id"))
         if isinstance(runs, list):
-            names |= {str(runs[index]) for index in _tasks_of(str(entry.get("job_id"))) if index < len(runs)}
+            tasks = _tasks_of(job_id, must_answer=must_answer)
+            names |= {str(runs[index]) for index in tasks if index < len(runs)}
     return names
 
 
@@ -130,11 +135,20 @@ def _submitted_file(plan: Plan) -> Path:
     return plan.folder / JOB / SUBMITTED
 
 
-def _tasks_of(job_id: str) -> list[int]:
-    """Indices of an array's tasks that SLURM has not ended; none where it does not know the job, or is not there."""
+def _tasks_of(job_id: str, *, must_answer: bool) -> list[int]:
+    """Indices of an array's tasks that SLURM has not ended; none where it does not know the job any more."""
     command = ["squeue", "--noheader", "--array", "--format=%K", f"--jobs={job_id}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SQUEUE_LIMIT_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [int(word) for word in done.stdout.split() if word.isdecimal()] if done.returncode == 0 else []
+        known, why = done.returncode == 0, done.stderr.strip()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        known, why = False, str(error)
+    if known:
+        return [int(word) for word in done.stdout.split() if word.isdecimal()]
+    if must_answer and "Invalid job id" not in why:
+        raise HarnessError(
+            f"squeue does not tell which runs job {job_id} still has: {why}",
+            hint="Try again when SLURM answers; submitted now, runs might be trained twice.",
+            exit_code=EXIT_FAILED,
+        )
+    return []

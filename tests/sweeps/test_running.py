@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from harness.cli import main
 from harness.run_directory import is_unused
 from harness.sweeps.plan import plan_sweep
 from harness.sweeps.progress import status_of, statuses, write_exit_code
-from harness.sweeps.running import held
+from harness.sweeps.running import Trainer, held
 from harness.sweeps.table import rows_of
 from tests.conftest import ROOT, kill_tree, run_limited
 
@@ -128,6 +129,56 @@ def test_a_point_that_fails_is_told_and_not_repeated_unless_asked(
     assert main(["sweep", "sweep.yaml", "--ranks", "1", "--retry-failed"]) == 1
     assert len(starts_of(bad.directory)) == began + 1
     assert len(starts_of(good.directory)) == 1
+
+
+STUBBORN = """
+import signal, sys, time
+got = []
+signal.signal(signal.SIGTERM, lambda n, f: got.append(n))
+signal.signal(signal.SIGINT, lambda n, f: got.append(n))
+open(sys.argv[1] + "/ready", "w").close()
+end = time.monotonic() + 60
+while not got and time.monotonic() < end:
+    time.sleep(0.01)
+open(sys.argv[1] + "/" + signal.Signals(got[0]).name, "w").close()
+sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_handed_on_once_and_the_code_comes_back(tmp_path: Path, number: signal.Signals) -> None:
+    def send_when_ready() -> None:
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send_when_ready)
+    sender.start()
+    with Trainer(quiet=False) as trainer:
+        assert trainer.train([sys.executable, "-c", STUBBORN, str(tmp_path)], {}) == 75
+        assert trainer.stopping
+    sender.join()
+    assert (tmp_path / number.name).exists()
+
+
+def test_a_training_does_not_outlive_the_sweep_that_is_killed(tmp_path: Path) -> None:
+    """It is told to stop, as by a scheduler, and has its time to write a checkpoint."""
+    code = (
+        "import sys; from harness.sweeps.running import Trainer\n"
+        "with Trainer(quiet=False) as trainer: trainer.train([sys.executable, '-c', *sys.argv[1:]], {})"
+    )
+    sweep = subprocess.Popen([sys.executable, "-c", code, STUBBORN, str(tmp_path)], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    try:
+        while not (tmp_path / "ready").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        sweep.kill()
+        sweep.wait()
+    while not (tmp_path / "SIGTERM").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_sweep_that_is_under_way_is_not_begun_again(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
