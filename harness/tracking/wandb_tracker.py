@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +45,12 @@ def resolve_mode(setting: str) -> str:
     if asked in ("online", "offline", "disabled"):
         return asked
     return "online" if wandb_server.api_key() else "offline"
+
+
+def new_run_id() -> str:
+    """The id of a new W&B run: that which a sweep's agent has given this training, else a random one."""
+    given = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+    return given or secrets.token_hex(4)
 
 
 def limit_seconds() -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +18,7 @@ from harness.tracking import NullTracker, Tracker, Trackers
 from harness.tracking.console import ConsoleTracker
 from harness.tracking.identity import identity_of
 from harness.tracking.jsonl import JsonlTracker, read
-from harness.tracking.wandb_tracker import WandbTracker, resolve_mode
+from harness.tracking.wandb_tracker import WandbTracker, new_run_id, resolve_mode
 from harness.training import checkpoint
 from harness.training.loop import Cadence, fit
 from harness.training.parts import Parts, assemble, total_steps
@@ -116,7 +115,7 @@ def _profiler(path: Path, parts: Parts, progress: Progress, steps: int) -> Profi
 def _describe_run(path: Path, recipe: Recipe, parts: Parts, progress: Progress, steps: int) -> None:
     """Write what is known at the start, and move aside what going on from an earlier step makes untrue."""
     file, result = path / "provenance.json", path / "result.json"
-    before = {"wandb_run_id": secrets.token_hex(4), "starts": []} | _read_json(file)
+    before = {"wandb_run_id": new_run_id(), "starts": []} | _read_json(file)
     finished_step = _read_json(result).get("step", 0)
     manifest = parts.store.manifest
     now = {
