@@ -1,0 +1,104 @@
+"""The commands that look at runs: `runs` lists them, `curves` draws them, `compare` compares them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from harness.errors import EXIT_DONE
+from harness.run_directory import RUNS
+
+WATCH_SECONDS = 3.0
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_paths", metavar="RUN", nargs="+", type=Path, help="run directories")
+
+
+def _add_json_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2, allow_nan=False))
+
+
+def _width() -> int | None:
+    """Columns of the terminal; None where the output is read by something else."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def _has_colours() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+# --- runs
+
+
+def build_runs(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "List runs with their state (running, finished, stopped, empty, broken), the newest last: how far they are, "
+        "their best test accuracy, and the age of their latest record."
+    )
+    parser.add_argument("directory", metavar="DIR", nargs="?", type=Path, default=RUNS, help=f"(default {RUNS})")
+    parser.add_argument("--recipe", metavar="NAME", help="only runs of this recipe")
+    _add_json_option(parser)
+    parser.set_defaults(run=_runs)
+
+
+def _runs(arguments: argparse.Namespace) -> int:
+    from harness.reporting.listing import ORDER, list_runs, render
+
+    entries = list_runs(arguments.directory, recipe=arguments.recipe)
+    if arguments.json:
+        runs = [entry.to_json() for entry in entries]
+        _print_json({"directory": str(arguments.directory), "order": ORDER, "runs": runs})
+    else:
+        print(render(entries, arguments.directory, width=_width()))
+    return EXIT_DONE
+
+
+# --- curves
+
+
+def build_curves(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Draw the curves of runs in the terminal: training, test and averaged weights (EMA) together, several runs "
+        "over one another. Without a terminal it is plain text, and letters tell the curves apart."
+    )
+    _run_arguments(parser)
+    parser.add_argument(
+        "--what",
+        default="loss,accuracy",
+        metavar="NAME,…",
+        help="of loss, accuracy, lr and throughput (default loss,accuracy)",
+    )
+    parser.add_argument(
+        "--watch", action="store_true", help=f"draw anew every {WATCH_SECONDS:g} seconds until the runs end or Ctrl-C"
+    )
+    parser.set_defaults(run=_curves)
+
+
+def _curves(arguments: argparse.Namespace) -> int:
+    from harness.reporting.terminal_curves import draw_runs, parse_what, watch
+
+    what = parse_what(arguments.what)
+
+    def draw() -> tuple[str, bool]:
+        return draw_runs(
+            arguments.run_paths,
+            what,
+            size=shutil.get_terminal_size(),
+            colours=_has_colours(),
+        )
+
+    if not arguments.watch:
+        print(draw()[0])
+        return EXIT_DONE
+    watch(draw, seconds=WATCH_SECONDS, clear=sys.stdout.isatty())
+    return EXIT_DONE
