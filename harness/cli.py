@@ -28,6 +28,7 @@ GROUPS = {
         "data": "convert and verify data",
         "runs": "list runs: how far, how good, what is broken",
         "curves": "draw the curves of runs in the terminal",
+        "compare": "compare runs: differences, mean and spread over seeds, significance",
     },
     "Measure": {
         "bench": "measure the loaders beside their peers, training on several ranks, all-reduces",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import EXIT_DONE
+from harness.files import write_text
 from harness.run_directory import RUNS
 
 WATCH_SECONDS = 3.0
@@ -101,4 +102,39 @@ def _curves(arguments: argparse.Namespace) -> int:
         print(draw()[0])
         return EXIT_DONE
     watch(draw, seconds=WATCH_SECONDS, clear=sys.stdout.isatty())
+    return EXIT_DONE
+
+
+# --- compare
+
+
+def build_compare(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Compare runs, grouped by their recipes apart from the seed: what the recipes differ in, mean and standard "
+        "deviation over the seeds, and whether the test accuracies of the groups differ by more than chance, over "
+        "the test images and over the seeds. Each group is compared with that of the first run."
+    )
+    _run_arguments(parser)
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with the same tables and the curves")
+    parser.add_argument(
+        "--checkpoint", choices=("last", "best"), default="last", help="whose answers are compared (default last)"
+    )
+    parser.add_argument("--weights", choices=("raw", "ema"), default="raw", help="which weights (default raw)")
+    _add_json_option(parser)
+    parser.set_defaults(run=_compare)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from harness.comparing.comparison import compare
+    from harness.comparing.text import render
+
+    found = compare(arguments.run_paths, checkpoint=arguments.checkpoint, weights=arguments.weights)
+    if arguments.html:
+        from harness.comparing.page import comparison_page
+
+        write_text(arguments.html, comparison_page(found))
+    if arguments.json:
+        _print_json(found.to_json())
+    else:
+        print(render(found, width=_width()))
     return EXIT_DONE

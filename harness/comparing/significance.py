@@ -87,7 +87,7 @@ def over_images(first_AN: np.ndarray, second_BN: np.ndarray) -> Estimate:
         p_value = mcnemar(int((steps_N < 0).sum()), int((steps_N > 0).sum()))[1]
         method = "McNemar's mid-p test"
     else:
-        p_value, method = swap_test(steps_N)[1], "permutation test that swaps the groups image by image, mid-p"
+        p_value, method = swap_test(steps_N)[1], "paired permutation test, mid-p"
     low, high = _adjusted_interval(difference_N)
     return Estimate(float(difference_N.mean()), low, high, p_value, method, len(steps_N))
 

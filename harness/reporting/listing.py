@@ -197,10 +197,10 @@ def _best(run: Run, split: str) -> float | None:
 def _length(run: Run) -> float | None:
     """Epochs that the training is to have; of one whose length is given in steps, where its records tell."""
     epochs, steps = run.setting("training.epochs"), run.setting("training.steps")
-    if isinstance(epochs, int | float):
+    if isinstance(epochs, int | float) and abs(epochs) < 1e15:
         return float(epochs)
     whole = [record for record in run.records if float(record.get("epoch") or 0) > 0 and record["step"] > 0]
-    if not whole or not isinstance(steps, int):
+    if not whole or not isinstance(steps, int) or abs(steps) > 1e15:
         return None
     return round(steps * float(whole[-1]["epoch"]) / float(whole[-1]["step"]), 2)
 

@@ -64,9 +64,7 @@ def parse_what(text: str) -> tuple[str, ...]:
     return names
 
 
-def draw_runs(
-    paths: Sequence[Path], what: Sequence[str], *, size: os.terminal_size, colours: bool
-) -> tuple[str, bool]:
+def draw_runs(paths: Sequence[Path], what: Sequence[str], *, size: os.terminal_size, colours: bool) -> tuple[str, bool]:
     """Curves of runs, drawn over one another, and whether any of the runs still goes on.
 
     Args:
