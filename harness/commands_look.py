@@ -126,15 +126,18 @@ def build_compare(parser: argparse.ArgumentParser) -> None:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from harness.comparing.comparison import compare
+    from harness.comparing.page import check_target, comparison_page
     from harness.comparing.text import render
 
+    if arguments.html:
+        check_target(arguments.html)
     found = compare(arguments.run_paths, checkpoint=arguments.checkpoint, weights=arguments.weights)
     if arguments.html:
-        from harness.comparing.page import comparison_page
-
         write_text(arguments.html, comparison_page(found))
     if arguments.json:
         _print_json(found.to_json())
     else:
         print(render(found, width=_width()))
+        if arguments.html:
+            print(f"\n{arguments.html}")
     return EXIT_DONE

@@ -116,8 +116,8 @@ class Run:
     @property
     def updated_unix_seconds(self) -> float | None:
         """When its latest record was written."""
-        times = [_number(record.get("time_unix_seconds")) for record in self.records[-1:]]
-        return times[0] if times else None
+        written = _number(self.records[-1].get("time_unix_seconds")) if self.records else None
+        return written if written is not None and math.isfinite(written) else None
 
 
 def open_run(path: str | Path, *, steps: bool = True) -> Run:

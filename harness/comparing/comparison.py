@@ -188,11 +188,18 @@ def _accuracies(group: Group, answers: dict[Path, Answers], checkpoint: str, wei
     return [accuracy for accuracy in found if accuracy is not None]
 
 
-def _adjusted(pairs: list[Pair]) -> list[Pair]:
+def _adjusted(pairs: Sequence[Pair]) -> list[Pair]:
     """With Holm's correction, for the tests over images and for those over seeds."""
-    for name in ("images", "seeds"):
-        tested = [i for i, pair in enumerate(pairs) if (e := getattr(pair, name)) and e.p_value is not None]
-        p_values = holm([getattr(pairs[i], name).p_value for i in tested])
-        for i, p_value in zip(tested, p_values, strict=True):
-            pairs[i] = replace(pairs[i], **{f"{name}_p_adjusted": p_value})
-    return pairs
+    images = _holm_over([pair.images for pair in pairs])
+    seeds = _holm_over([pair.seeds for pair in pairs])
+    return [
+        replace(pair, images_p_adjusted=of_images, seeds_p_adjusted=of_seeds)
+        for pair, of_images, of_seeds in zip(pairs, images, seeds, strict=True)
+    ]
+
+
+def _holm_over(estimates: Sequence[Estimate | None]) -> list[float | None]:
+    """Adjusted p-values in order; None where nothing was tested."""
+    p_values = [None if estimate is None else estimate.p_value for estimate in estimates]
+    adjusted = iter(holm([p_value for p_value in p_values if p_value is not None]))
+    return [None if p_value is None else next(adjusted) for p_value in p_values]

@@ -14,8 +14,8 @@ LEVEL = 0.05
 NO_VALUE = "-"
 PLAIN_WIDTH = 100  # where there is no terminal
 WHAT_EACH_SAYS = (
-    "Over test images: whether these trained networks would differ on other images of the kind too. Over seeds: whether "
-    "other trainings would differ on these images too. What only the images tell may be the luck of these seeds."
+    "Over test images: whether these trained networks would differ on other images of the kind too. Over seeds: "
+    "whether other trainings would differ on these images too. What only the images tell may be the luck of the seeds."
 )
 _LONGEST_VALUE = 28
 
@@ -108,7 +108,8 @@ def pair_sentences(pair: Pair, comparison: Comparison) -> Iterator[str]:
         yield _estimate(seeds, pair.seeds, pair.seeds_p_adjusted if many else None)
     elif pair.seeds is not None:
         few = min(sizes[pair.first], sizes[pair.second]) < 2
-        yield f"{seeds}: not tested, {'it takes two runs in each group' if few else 'the runs of a group do not differ'}"
+        why = "it takes two runs in each group" if few else "the runs of a group do not differ"
+        yield f"{seeds}: not tested, {why}"
 
 
 def _estimate(over: str, found: Estimate, adjusted: float | None) -> str:

@@ -20,6 +20,7 @@ State = Literal["running", "finished", "stopped", "empty", "broken"]
 SIGNS_OF_A_RUN = frozenset({METRICS, RESULT, CHECKPOINTS, LOCK, JOB, *RUN_FILES})
 ORDER = "newest last"  # by the latest record
 _NO_VALUE = "-"
+_LEAST_RUN = 24  # letters: a run id and a little of its folder
 _FLUSH_RIGHT = ("EPOCH", "BEST", "EMA", "AGE")
 
 
@@ -84,11 +85,15 @@ def render(entries: Sequence[Entry], root: Path, *, width: int | None, now_unix_
         return f"no runs below {root}"
     now = time.time() if now_unix_seconds is None else now_unix_seconds
     columns = _columns(entries, now)
-    if width:
-        columns["RECIPE"] = [_cut_middle(cell, 20) for cell in columns["RECIPE"]]
     shown = {name: [name, *cells] for name, cells in columns.items() if set(cells) != {_NO_VALUE}}
     widths = {name: max(map(len, cells)) for name, cells in shown.items()}
-    room = max(width - sum(widths.values()) - 2 * len(widths), 24) if width else None
+    room = None
+    if width:
+        taken = sum(widths.values()) + 2 * len(widths)
+        if "RECIPE" in shown and width - taken < _LEAST_RUN:
+            widths["RECIPE"] = max(len("RECIPE"), widths["RECIPE"] - (_LEAST_RUN - (width - taken)))
+            shown["RECIPE"] = [_cut_middle(cell, widths["RECIPE"]) for cell in shown["RECIPE"]]
+        room = max(width - sum(widths.values()) - 2 * len(widths), _LEAST_RUN)
     shown["RUN"] = ["RUN", *(_cut_middle(entry.run, room) for entry in entries)]
     lines = []
     for row, problems in zip(zip(*shown.values(), strict=True), [(), *(e.problems for e in entries)], strict=True):

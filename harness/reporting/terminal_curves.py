@@ -5,6 +5,7 @@ plotille draws the dots and lines (pure Python, MIT, no dependencies); axes, leg
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -71,7 +72,7 @@ def draw_runs(paths: Sequence[Path], what: Sequence[str], *, size: os.terminal_s
         paths: run directories.
         what: of `QUANTITIES`.
         size: of the terminal, columns and lines.
-        colours: write colour codes.
+        colours: write colour codes; letters tell the curves apart otherwise. Without a terminal there are none anyhow.
 
     Raises:
         HarnessError: a path is no run.
@@ -159,7 +160,7 @@ def _canvas(
     for i, places in enumerate(placed):
         shade = COLOURS[i % len(COLOURS)] if colours else None
         canvas.point(*places[0], color=shade)
-        for (x0, y0), (x1, y1) in zip(places, places[1:], strict=False):
+        for (x0, y0), (x1, y1) in itertools.pairwise(places):
             canvas.line(x0, y0, x1, y1, color=shade)
     if not colours:
         for i, places in enumerate(placed):
