@@ -9,6 +9,7 @@ from markupsafe import Markup
 from harness.comparing.comparison import Comparison
 from harness.comparing.text import (
     NO_VALUE,
+    UNKNOWN_DIFFERENCES,
     WHAT_EACH_SAYS,
     group_lines,
     p_text,
@@ -85,7 +86,7 @@ def _run_list(runs: list[Run]) -> list[Markup]:
 
 def _differences(comparison: Comparison, letters: list[str]) -> Markup:
     if not comparison.differences:
-        return page.missing("The recipes of these runs do not differ in anything that is known.")
+        return page.missing(UNKNOWN_DIFFERENCES if len(letters) > 1 else "All runs are of one recipe.")
     rows = [
         [key, *(value_text(value, whole=True) for value in values)] for key, values in comparison.differences.items()
     ]

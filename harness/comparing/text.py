@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ WHAT_EACH_SAYS = (
     "Over test images: whether these trained networks would differ on other images of the kind too. Over seeds: "
     "whether other trainings would differ on these images too. What only the images tell may be the luck of the seeds."
 )
+UNKNOWN_DIFFERENCES = "What these recipes differ in is not known, since not all of them can be read."
 _LONGEST_VALUE = 28
 
 
@@ -28,15 +30,16 @@ def render(comparison: Comparison, *, width: int | None) -> str:
     """
     columns = max(40, width or PLAIN_WIDTH)
     letters = [group.letter for group in comparison.groups]
-    parts = ["\n".join(group_lines(comparison))]
+    parts = ["\n".join(_wrapped(line, columns) for line in group_lines(comparison))]
     if comparison.differences:
         rows = [[key, *map(value_text, values)] for key, values in comparison.differences.items()]
         parts.append(_tables(["recipe", *letters], rows, columns))
     elif len(letters) > 1:
-        parts.append("The recipes of these runs are not known, so what they differ in is not either.")
+        parts.append(_wrapped(UNKNOWN_DIFFERENCES, columns))
     rows = [[figure.title, *(spread_text(figure, letter) for letter in letters)] for figure in comparison.figures]
     if rows:
-        parts.append(f"{_tables(['figure', *letters], rows, columns)}\n{what_the_spread_is(comparison)}")
+        below = _wrapped(what_the_spread_is(comparison), columns, further="")
+        parts.append(f"{_tables(['figure', *letters], rows, columns)}\n{below}")
     for pair in comparison.pairs:
         head, *sentences = pair_sentences(pair, comparison)
         parts.append("\n".join([_wrapped(head, columns), *(_wrapped(s, columns, "  ") for s in sentences)]))
@@ -135,13 +138,15 @@ def _points(share: float) -> str:
 
 
 def _wrapped(text: str, columns: int, indent: str = "", further: str | None = None) -> str:
-    return textwrap.fill(
-        text,
+    together = re.sub(r"\bp ([<=]) ", "p\u00a0\\1\u00a0", text)  # a p-value is not torn apart
+    filled = textwrap.fill(
+        together,
         columns,
         initial_indent=indent,
         subsequent_indent=indent + "  " if further is None else further,
         break_on_hyphens=False,
     )
+    return filled.replace("\u00a0", " ")
 
 
 def _tables(header: Sequence[str], rows: Sequence[Sequence[str]], columns: int) -> str:

@@ -202,7 +202,7 @@ def _below(axis: Axis, width: int, margin: int) -> list[str]:
 def _legend(index: int, curve: Curve, write: Callable[[float], str], columns: int, colours: bool) -> str:
     last = curve.points[-1]
     told = f"{write(last.value)} at epoch {number(last.epoch)}"
-    room = max(6, columns - len(told) - 6)
+    room = max(6, columns - len(told) - 7)
     name = curve.name if len(curve.name) <= room else "…" + curve.name[1 - room :]
     mark = color("⠤⠤", fg=COLOURS[index % len(COLOURS)], mode="byte") if colours else LETTERS[index % len(LETTERS)]
     return f"  {mark} {name}: {told}"
