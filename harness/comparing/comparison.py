@@ -109,6 +109,8 @@ def compare(paths: Sequence[Path], *, checkpoint: str, weights: str) -> Comparis
     notes = [note for run in runs for note in _notes_on(run)] + _notes_on_seeds(groups)
     answers: dict[Path, Answers] = {}
     if len(groups) > 1:
+        if checkpoint == "best":
+            notes.append("The best checkpoints were chosen by their test accuracy, so they look a little too good.")
         answers = _all_answers(runs, checkpoint, weights, notes)
     pairs = [_pair(groups[0], other, answers, checkpoint, weights) for other in groups[1:]]
     return Comparison(

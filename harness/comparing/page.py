@@ -14,6 +14,7 @@ from harness.comparing.text import (
     group_lines,
     p_text,
     pair_sentences,
+    points,
     spread_text,
     value_text,
     what_the_spread_is,
@@ -53,7 +54,9 @@ def comparison_page(comparison: Comparison) -> str:
     sections = [
         page.Section("groups", "Groups", _groups(comparison)),
         page.Section("differences", "Differences of the recipes", _differences(comparison, letters)),
-        page.Section("figures", "Figures", _figures(comparison, letters), what_the_spread_is(comparison)),
+        page.Section(
+            "figures", "Figures", _figures(comparison, letters), f"{what_the_spread_is(comparison).capitalize()}."
+        ),
     ]
     if comparison.pairs:
         sections.append(page.Section("significance", "Beyond chance?", _pairs(comparison), WHAT_EACH_SAYS))
@@ -118,7 +121,7 @@ def _pairs(comparison: Comparison) -> Markup:
                 continue
             interval = NO_VALUE if found.low is None or found.high is None else _interval(found.low, found.high)
             p_values = [NO_VALUE if p is None else p_text(p) for p in (found.p_value, adjusted)]
-            difference = f"{100 * found.difference:+.2f}"
+            difference = points(found.difference)
             rows.append([f"{pair.second} − {pair.first}", over, difference, interval, *p_values, found.method])
     header = ["groups", "over", "difference, points", "95% interval", "p", "p, Holm", "test"]
     table = page.table(header, rows, caption="Differences of test accuracy", numeric=(2, 3))
@@ -126,7 +129,7 @@ def _pairs(comparison: Comparison) -> Markup:
 
 
 def _interval(low: float, high: float) -> str:
-    return f"{100 * low:+.2f} to {100 * high:+.2f}"
+    return f"{points(low)} to {points(high)}"
 
 
 def _curves(comparison: Comparison) -> Markup:
@@ -136,13 +139,13 @@ def _curves(comparison: Comparison) -> Markup:
         for number, group in enumerate(comparison.groups):
             for place, run in enumerate(group.runs):
                 kind = "step" if key == "lr" else "epoch"
-                points = run.curve(split, key, kind=kind)
-                if points:
+                curve = run.curve(split, key, kind=kind)
+                if curve:
                     series.append(
                         charts.Series(
                             _name(group.letter, run),
-                            [point.epoch for point in points],
-                            [point.value for point in points],
+                            [point.epoch for point in curve],
+                            [point.value for point in curve],
                             _style(number, place),
                         )
                     )

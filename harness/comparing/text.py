@@ -38,7 +38,7 @@ def render(comparison: Comparison, *, width: int | None) -> str:
         parts.append(_wrapped(UNKNOWN_DIFFERENCES, columns))
     rows = [[figure.title, *(spread_text(figure, letter) for letter in letters)] for figure in comparison.figures]
     if rows:
-        below = _wrapped(what_the_spread_is(comparison), columns, further="")
+        below = _wrapped(f"({what_the_spread_is(comparison)})", columns, further="")
         parts.append(f"{_tables(['figure', *letters], rows, columns)}\n{below}")
     for pair in comparison.pairs:
         head, *sentences = pair_sentences(pair, comparison)
@@ -63,9 +63,9 @@ def what_the_spread_is(comparison: Comparison) -> str:
     """What stands behind ±, with the number of runs."""
     counts = {len(group.runs) for group in comparison.groups}
     if counts == {1}:
-        return "(a run each)"
+        return "a run each"
     number = f"n = {counts.pop()}" if len(counts) == 1 else "n differs, see above"
-    return f"(mean ± sample standard deviation over the runs of a group, {number})"
+    return f"mean ± sample standard deviation over the runs of a group, {number}"
 
 
 def spread_text(figure: Figure, letter: str) -> str:
@@ -96,7 +96,7 @@ def pair_sentences(pair: Pair, comparison: Comparison) -> Iterator[str]:
     if pair.first_accuracy is None or pair.second_accuracy is None:
         yield f"{pair.second} beside {pair.first} ({which}): not both have a test accuracy"
     else:
-        gain = _points(pair.second_accuracy - pair.first_accuracy)
+        gain = points(pair.second_accuracy - pair.first_accuracy)
         shares = f"{pair.first_accuracy:.2%} → {pair.second_accuracy:.2%}"
         yield f"{pair.second} beside {pair.first} ({which}): test accuracy {shares}, {gain} points"
     many = len(comparison.pairs) > 1
@@ -123,7 +123,7 @@ def _estimate(over: str, found: Estimate, adjusted: float | None) -> str:
     verdict = "significant" if decides < LEVEL else "not significant"
     holm = "" if adjusted is None else f", {p_text(adjusted)} by Holm's correction"
     return (
-        f"{over}: {_points(found.difference)} points, 95% interval {_points(found.low)} to {_points(found.high)}, "
+        f"{over}: {points(found.difference)} points, 95% interval {points(found.low)} to {points(found.high)}, "
         f"{p_text(found.p_value)} ({found.method}){holm}: {verdict} at the {LEVEL:.0%} level"
     )
 
@@ -133,7 +133,8 @@ def p_text(p_value: float) -> str:
     return "p < 0.0001" if p_value < 1e-4 else f"p = {p_value:.2g}"
 
 
-def _points(share: float) -> str:
+def points(share: float) -> str:
+    """A difference of shares in percentage points, with its sign."""
     return f"{100 * share:+.2f}".replace("-", "−")
 
 
