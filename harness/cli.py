@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import harness
-from harness import commands, commands_look, commands_speed, commands_sweep
+from harness import commands, commands_look, commands_speed, commands_sweep, commands_track
 from harness.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, HarnessError, from_disk, nearest, print_error
 
 # Groups of `harness --help`, each command with its line.
@@ -28,6 +28,9 @@ GROUPS = {
         "summary": "a recipe's network: layers, receptive fields, constraints",
         "recipe": "show, validate or describe recipes",
         "data": "convert and verify data",
+        "runs": "list runs: how far, how good, what is broken",
+        "curves": "draw the curves of runs in the terminal",
+        "compare": "compare runs: differences, mean and spread over seeds, significance",
         "track": "upload runs to Weights & Biases afterwards",
         "dashboard": "write a W&B workspace for a recipe or a project",
     },
@@ -37,7 +40,8 @@ GROUPS = {
         "doctor": "what this machine has; --numerics checks its kernels",
     },
 }
-BUILDERS = vars(commands) | vars(commands_look) | vars(commands_speed) | vars(commands_sweep)
+ROOMS = (commands, commands_look, commands_speed, commands_sweep, commands_track)
+BUILDERS = {name: value for room in ROOMS for name, value in vars(room).items()}
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     name: (text, BUILDERS[f"build_{name.replace('-', '_')}"])
     for group in GROUPS.values()

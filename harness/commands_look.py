@@ -1,52 +1,143 @@
-"""The commands about finished and growing runs elsewhere than on the console; in the manner of `harness.commands`."""
+"""The commands that look at runs: `runs` lists them, `curves` draws them, `compare` compares them."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 from harness.errors import EXIT_DONE
+from harness.files import write_text
+from harness.run_directory import RUNS
+
+WATCH_SECONDS = 3.0
 
 
-def build_track(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    sync = actions.add_parser("sync", help="bring W&B up to metrics.jsonl: what is there already is not sent again")
-    sync.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run directory")
-    sync.add_argument(
-        "--rebuild", action="store_true", help="upload it whole as a new W&B run, whatever the old one holds"
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_paths", metavar="RUN", nargs="+", type=Path, help="run directories")
+
+
+def _add_json_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2, allow_nan=False))
+
+
+def _width() -> int | None:
+    """Columns of the terminal; None where the output is read by something else."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def _has_colours() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+# --- runs
+
+
+def build_runs(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "List runs with their state (running, finished, stopped, empty, broken), the newest last: how far they are, "
+        "their best test accuracy, and the age of their latest record."
     )
-    sync.set_defaults(run=_track_sync)
+    parser.add_argument("directory", metavar="DIR", nargs="?", type=Path, default=RUNS, help=f"(default {RUNS})")
+    parser.add_argument("--recipe", metavar="NAME", help="only runs of this recipe")
+    _add_json_option(parser)
+    parser.set_defaults(run=_runs)
 
 
-def _track_sync(arguments: argparse.Namespace) -> int:
-    from harness.training.uploading import sync_runs
+def _runs(arguments: argparse.Namespace) -> int:
+    from harness.reporting.listing import ORDER, list_runs, render
 
-    return sync_runs(arguments.runs, rebuild=arguments.rebuild)
-
-
-def build_dashboard(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", metavar="RECIPE|PROJECT", help="a YAML file, or a W&B project: [entity/]project")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key.path=value", help="change a setting of the recipe"
-    )
-    parser.add_argument("--print", action="store_true", help="show the specification; needs no key and no extra")
-    parser.set_defaults(run=_dashboard)
-
-
-def _dashboard(arguments: argparse.Namespace) -> int:
-    from harness.tracking.dashboard import of_project, specification
-
-    if Path(arguments.what).suffix in (".yaml", ".yml"):
-        from harness.recipe import load
-
-        spec = specification(load(arguments.what, arguments.overrides).model_dump(mode="json"))
+    entries = list_runs(arguments.directory, recipe=arguments.recipe)
+    if arguments.json:
+        runs = [entry.to_json() for entry in entries]
+        _print_json({"directory": str(arguments.directory), "order": ORDER, "runs": runs})
     else:
-        spec = of_project(arguments.what, arguments.overrides)
-    if arguments.print:
-        print(json.dumps(spec, indent=2))
-        return EXIT_DONE
-    from harness.tracking.workspace import write_workspace
+        print(render(entries, arguments.directory, width=_width()))
+    return EXIT_DONE
 
-    print(write_workspace(spec))
+
+# --- curves
+
+
+def build_curves(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Draw the curves of runs in the terminal: training, test and averaged weights (EMA) together, several runs "
+        "over one another. Without a terminal it is plain text, and letters tell the curves apart."
+    )
+    _run_arguments(parser)
+    parser.add_argument(
+        "--what",
+        default="loss,accuracy",
+        metavar="NAME,…",
+        help="of loss, accuracy, lr and throughput (default loss,accuracy)",
+    )
+    parser.add_argument(
+        "--watch", action="store_true", help=f"draw anew every {WATCH_SECONDS:g} seconds until the runs end or Ctrl-C"
+    )
+    parser.set_defaults(run=_curves)
+
+
+def _curves(arguments: argparse.Namespace) -> int:
+    from harness.reporting.terminal_curves import draw_runs, parse_what, watch
+
+    what = parse_what(arguments.what)
+
+    def draw() -> tuple[str, bool]:
+        return draw_runs(
+            arguments.run_paths,
+            what,
+            size=shutil.get_terminal_size(),
+            colours=_has_colours(),
+        )
+
+    if not arguments.watch:
+        print(draw()[0])
+        return EXIT_DONE
+    watch(draw, seconds=WATCH_SECONDS, clear=sys.stdout.isatty())
+    return EXIT_DONE
+
+
+# --- compare
+
+
+def build_compare(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Compare runs, grouped by their recipes apart from the seed: what the recipes differ in, mean and standard "
+        "deviation over the seeds, and whether the test accuracies of the groups differ by more than chance, over "
+        "the test images and over the seeds. Each group is compared with that of the first run."
+    )
+    _run_arguments(parser)
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with the same tables and the curves")
+    parser.add_argument(
+        "--checkpoint", choices=("last", "best"), default="last", help="whose answers are compared (default last)"
+    )
+    parser.add_argument("--weights", choices=("raw", "ema"), default="raw", help="which weights (default raw)")
+    _add_json_option(parser)
+    parser.set_defaults(run=_compare)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from harness.comparing.comparison import compare
+    from harness.comparing.page import check_target, comparison_page
+    from harness.comparing.text import render
+
+    if arguments.html:
+        check_target(arguments.html)
+    found = compare(arguments.run_paths, checkpoint=arguments.checkpoint, weights=arguments.weights)
+    if arguments.html:
+        write_text(arguments.html, comparison_page(found))
+    if arguments.json:
+        _print_json(found.to_json())
+    else:
+        print(render(found, width=_width()))
+        if arguments.html:
+            print(f"\n{arguments.html}")
     return EXIT_DONE

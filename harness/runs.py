@@ -17,6 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from harness.errors import HarnessError, nearest
+from harness.recipe.document import load_plain
 from harness.run_directory import CHECKPOINTS, LOCK, RUN_FILES, RUNS, run_of
 from harness.tracking import jsonl
 
@@ -115,12 +116,16 @@ class Run:
     @property
     def updated_unix_seconds(self) -> float | None:
         """When its latest record was written."""
-        times = [_number(record.get("time_unix_seconds")) for record in self.records[-1:]]
-        return times[0] if times else None
+        written = _number(self.records[-1].get("time_unix_seconds")) if self.records else None
+        return written if written is not None and math.isfinite(written) else None
 
 
-def open_run(path: str | Path) -> Run:
+def open_run(path: str | Path, *, steps: bool = True) -> Run:
     """Read a run by its directory or one of its checkpoints, whatever state it is in.
+
+    Args:
+        path: of the directory or checkpoint.
+        steps: False leaves out the records of single steps, for whoever reads hundreds of runs.
 
     Raises:
         HarnessError: there is no run.
@@ -134,7 +139,7 @@ def open_run(path: str | Path) -> Run:
     if not _is_run(path):
         below = [str(run) for run in find_run_directories(path)] if path.is_dir() else []
         raise HarnessError("is not a run directory", where=str(path), hint=_hint(str(path), below))
-    return _read(path)
+    return _read(path, steps)
 
 
 def find_run_directories(root: Path) -> list[Path]:
@@ -172,12 +177,12 @@ def _hint(wanted: str, there: list[str]) -> str:
     return nearest(wanted, there) if len(there) < 4 else f"The newest here is {there[-1]}; `harness runs` lists them."
 
 
-def _read(path: Path) -> Run:
+def _read(path: Path, steps: bool) -> Run:
     problems: list[str] = []
-    settings = _part(path / "recipe.yaml", yaml.safe_load, problems)
+    settings = _part(path / "recipe.yaml", load_plain, problems)
     provenance = _part(path / "provenance.json", json.loads, problems)
     result = _part(path / RESULT, json.loads, problems) if (path / RESULT).exists() else None
-    records = tuple(_records(path / METRICS, problems))
+    records = tuple(_records(path / METRICS, problems, steps))
     if is_held(path):
         state: State = "running"
     elif result:
@@ -206,26 +211,31 @@ def _part(path: Path, parse: Callable[[str], Any], problems: list[str]) -> Mappi
     return data
 
 
-def _records(path: Path, problems: list[str]) -> list[Mapping[str, Any]]:
+def _records(path: Path, problems: list[str], steps: bool) -> list[Mapping[str, Any]]:
     try:
-        found = jsonl.read(path)
+        found = jsonl.read(path, steps=steps)
     except FileNotFoundError:
         problems.append(f"{path.name} is missing")
         return []
     except (OSError, ValueError) as error:
         problems.append(f"{path.name} cannot be read ({error})")
         return []
-    whole: list[Mapping[str, Any]] = [
-        record for record in found if isinstance(record, Mapping) and isinstance(record.get("step"), int)
-    ]
+    whole: list[Mapping[str, Any]] = [record for record in found if _is_record(record)]
     if len(whole) < len(found):
         problems.append(f"{path.name} has {len(found) - len(whole)} lines that are no records")
     return whole
+
+
+def _is_record(record: Any) -> bool:
+    if not isinstance(record, Mapping) or not isinstance(record.get("step"), int):
+        return False
+    epoch = record.get("epoch", 0)
+    return isinstance(epoch, int | float) and abs(epoch) < 1e15
 
 
 def _number(value: Any) -> float | None:
     """A number of metrics.jsonl, where infinities and what is not a number are written by name."""
     try:
         return None if value is None or isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None

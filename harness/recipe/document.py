@@ -54,8 +54,23 @@ class _CoreDumper(yaml.SafeDumper):
         return True
 
 
+if yaml.__with_libyaml__:
+
+    class _QuickLoader(yaml.CSafeLoader):
+        """The same rules by libyaml, five times as fast; it tells no places."""
+
+        yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+
+else:  # pragma: no cover - PyYAML's wheels have it
+
+    class _QuickLoader(yaml.SafeLoader):  # type: ignore[no-redef]
+        """The same rules."""
+
+        yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+
+
 for _name, _pattern, _first in _RESOLVERS:
-    for _class in (_CoreLoader, _CoreDumper):
+    for _class in (_CoreLoader, _CoreDumper, _QuickLoader):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
@@ -71,6 +86,17 @@ class Document:
 def dump(data: Any) -> str:
     """YAML text that `parse` reads back to equal data."""
     return yaml.dump(data, Dumper=_CoreDumper, sort_keys=False, width=100)
+
+
+def load_plain(text: str) -> Any:
+    """What `dump` wrote, as plain data: nothing is checked, and it takes a fifth of the time of `parse`.
+
+    Raises:
+        yaml.YAMLError, ValueError, RecursionError: it is no YAML, or too much of it.
+    """
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"more than {MAX_BYTES:,} bytes are no recipe")
+    return yaml.load(text, Loader=_QuickLoader)
 
 
 def read(path: Path) -> Document:

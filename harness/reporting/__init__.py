@@ -1,0 +1,1 @@
+"""Pages about runs: self-contained HTML with charts as inline SVG, to be opened without a network."""

@@ -1,0 +1,80 @@
+"""Axes of charts: where values lie, which ticks are round numbers, how numbers are written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Values from `low` to `high` on a stretch from `start` to `end`, in units of the drawing.
+
+    With `log` the logarithms are what is spaced evenly; both ends are then positive.
+    """
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def place(self, values: np.ndarray) -> np.ndarray:
+        """Where values lie, in units of the drawing."""
+        low, high, at = (np.log10(np.asarray(v, float)) if self.log else v for v in (self.low, self.high, values))
+        return self.start + (np.asarray(at, float) - low) / (high - low) * (self.end - self.start)
+
+    def ticks(self, about: int = 5) -> list[float]:
+        """Round numbers on the axis."""
+        return log_ticks(self.low, self.high) if self.log else ticks(self.low, self.high, about)
+
+
+def fit_axis(values: Sequence[float] | np.ndarray, start: float, end: float, *, log: bool = False) -> Axis:
+    """An axis that holds all values, with a little room where they are all the same."""
+    low, high = float(np.min(values)), float(np.max(values))
+    if log:
+        return Axis(low / 1.5, high * 1.5, start, end, True) if low == high else Axis(low, high, start, end, True)
+    if low == high:
+        room = abs(low) * 0.1 or 1.0
+        low, high = low - room, high + room
+    return Axis(low, high, start, end)
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten between two numbers, about as many as asked for."""
+    step = _round_step((high - low) / max(1, about))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [float(f"{n * step:.12g}") for n in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten between two positive numbers; over fewer than two of them 2 and 5 times them too."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    factors = (1, 2, 5) if math.log10(high / low) < 2 else (1,)
+    every = max(1, (last - first) // 6)
+    found = [f * 10.0**n for n in range(first, last + 1, every) for f in factors]
+    inside = [value for value in found if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
+    return inside if len(inside) > 1 else ticks(low, high)
+
+
+def _round_step(raw: float) -> float:
+    power = 10.0 ** math.floor(math.log10(raw))
+    return next(factor * power for factor in (1, 2, 5, 10) if raw <= factor * power * (1 + 1e-9))
+
+
+def number(value: float) -> str:
+    """A number as short as it can be told: 0.25, 1,500, 20k, 1.5M, 1e-05."""
+    size = abs(value)
+    for bound, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if size >= bound:
+            unit = 1e3 if letter == "k" else bound
+            return f"{value / unit:.4g}{letter}"
+    return f"{value:,.4g}" if size < 1e3 else f"{value:,.0f}"
+
+
+def percent(share: float) -> str:
+    """A share from 0 to 1 in per cent, as short as it can be told."""
+    return f"{100 * share:.3g} %"

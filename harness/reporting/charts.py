@@ -1,0 +1,312 @@
+"""Charts as inline SVG: pure functions from numbers to markup, without scripts, legible in both colour schemes.
+
+A chart is a `<figure>` with its title, the drawing and, where it has several series, a legend. Series are told apart
+by colour and by dashes; what a chart shows is told in words too (`description`), for those who cannot see it. Colours
+and sizes are in `templates/style.css`; `templates/hover.js` adds values under the pointer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup, escape
+
+from harness.reporting.axes import Axis, fit_axis, number, percent
+from harness.reporting.thinning import thin
+
+# Units of the drawing, about pixels on a desk; on a phone the drawing is smaller and its letters larger (style.css).
+WIDTH, HEIGHT = 480, 300
+LEFT, RIGHT, TOP, BOTTOM = 66, 24, 14, 48
+BUCKETS = 300  # a curve is thinned to as many stretches
+FEW_POINTS = 24  # up to which each is marked
+COLOURS = 8  # --series-0 … of style.css
+# In units of the drawing. Eight colours and five dashes go together in forty ways.
+DASHES = ("", "7 4", "2 3", "10 3 2 3", "14 4")
+
+
+@dataclass(frozen=True)
+class Series:
+    """A named curve.
+
+    Attributes:
+        name: in the legend.
+        x, y: of its points, in order of x; a value that is not finite is left out.
+        style: which colour and dashes; None takes the series' place in the chart.
+    """
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    style: int | None = None
+
+
+def line_chart(
+    series: Sequence[Series],
+    *,
+    title: str,
+    description: str,
+    x_label: str,
+    y_label: str = "",
+    log_y: bool = False,
+    as_percent: bool = False,
+    y_range: tuple[float, float] | None = None,
+    x_range: tuple[float, float] | None = None,
+) -> Markup:
+    """Curves over a common axis.
+
+    Args:
+        series: the curves; those without a point are left out.
+        title: above the chart.
+        description: what it shows, for readers who cannot see it; the last values are added.
+        x_label, y_label: with units.
+        log_y: a logarithmic axis; values that are not positive are left out.
+        as_percent: write shares from 0 to 1 in per cent.
+        x_range, y_range: what the axes must hold at least.
+    """
+    curves = [(s, i if s.style is None else s.style, *_points(s, log_y)) for i, s in enumerate(series)]
+    curves = [curve for curve in curves if len(curve[2])]
+    if not curves:
+        return _figure(title, "No values yet." if not series else "No values that can be drawn.", Markup(""))
+    write = percent if as_percent else number
+    x_axis = fit_axis(np.concatenate([x for _, _, x, _ in curves] + _ends(x_range)), LEFT, WIDTH - RIGHT)
+    y_values = np.concatenate([y for _, _, _, y in curves] + _ends(y_range))
+    y_axis = fit_axis(y_values, HEIGHT - BOTTOM, TOP, log=log_y)
+    last = "; ".join(f"{s.name}: {write(float(y[-1]))} at {number(float(x[-1]))}" for s, _, x, y in curves)
+    drawn = [
+        _frame(x_axis, y_axis, x_label, y_label, number, write),
+        *(_curve(s, style, x, y, x_axis, y_axis) for s, style, x, y in curves),
+    ]
+    names = [(s.name, style) for s, style, _, _ in curves]
+    scales = f"{x_axis.low:.9g} {x_axis.high:.9g} {y_axis.low:.9g} {y_axis.high:.9g} {int(log_y)} {int(as_percent)}"
+    plot = f"{LEFT} {TOP} {WIDTH - RIGHT} {HEIGHT - BOTTOM} {scales}"
+    drawing = _svg(title, f"{description} Last values: {last}.", drawn, extra=Markup(' data-plot="{}"').format(plot))
+    return _figure(title, "", drawing, _legend(names) if len(names) > 1 else Markup(""))
+
+
+def bar_chart(
+    labels: Sequence[str],
+    values: Sequence[float],
+    *,
+    title: str,
+    description: str,
+    value_label: str = "",
+    as_percent: bool = False,
+    largest: float | None = None,
+) -> Markup:
+    """Horizontal bars from zero, each with its label and value; values ≥ 0.
+
+    Args:
+        labels, values: of the bars, from top to bottom.
+        title, description: as `line_chart`.
+        value_label: what the values are, with their unit.
+        as_percent: write shares from 0 to 1 in per cent.
+        largest: what the longest bar would be worth; None takes the largest value.
+    """
+    if not len(values):
+        return _figure(title, "No values yet.", Markup(""))
+    write = percent if as_percent else number
+    row, left, right = 24, 140, 76
+    top = max(largest or 0, *values) or 1.0
+    height = row * len(values) + (28 if value_label else 6)
+    drawn = []
+    for i, (label, value) in enumerate(zip(labels, values, strict=True)):
+        y, length = i * row, max(0.0, value / top) * (WIDTH - left - right)
+        drawn.append(
+            Markup(
+                '<g><title>{}: {}</title><text class="end" x="{}" y="{}">{}</text><rect class="bar" x="{}" y="{}" '
+                'width="{:.1f}" height="{}"/><text x="{:.1f}" y="{}">{}</text></g>'
+            ).format(
+                label,
+                write(value),
+                left - 6,
+                y + 17,
+                shortened(label, 16),
+                left,
+                y + 4,
+                length,
+                row - 6,
+                left + length + 6,
+                y + 17,
+                write(value),
+            )
+        )
+    if value_label:
+        drawn.append(Markup('<text class="label" x="{}" y="{}">{}</text>').format(left, height - 6, value_label))
+    spoken = "; ".join(f"{label}: {write(value)}" for label, value in zip(labels, values, strict=True))
+    return _figure(title, "", _svg(title, f"{description} {spoken}.", drawn, height=height))
+
+
+def heat_map(
+    values_RC: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    title: str,
+    description: str,
+    row_label: str,
+    column_label: str,
+    texts: Sequence[Sequence[str]] | None = None,
+) -> Markup:
+    """A matrix of cells, the darker the larger the value; empty cells where it is 0.
+
+    Args:
+        values_RC: (R, C) float, from 0 to 1.
+        rows, columns: their names.
+        title, description: as `line_chart`.
+        row_label, column_label: what the rows and columns are.
+        texts: what is written in the cells (R lists of C), where there is room; None writes nothing.
+    """
+    left, top, cell = 104, 88, (WIDTH - 104 - 14) / max(1, len(columns))
+    down = min(cell, 36.0) if len(columns) < 12 else cell
+    height = round(top + down * len(rows) + 26)
+    drawn = []
+    for r, row in enumerate(rows):
+        y = top + r * down
+        drawn.append(
+            Markup('<text class="end" x="{}" y="{:.1f}">{}</text>').format(
+                left - 6, y + down / 2 + 4, shortened(row, 11)
+            )
+        )
+        for c, column in enumerate(columns):
+            value = float(values_RC[r, c])
+            if value > 0:
+                text = texts[r][c] if texts is not None else f"{value:.3g}"
+                drawn.append(_cell(left + c * cell, y, cell, down, value, f"{row} → {column}: {text}"))
+                if texts is not None and cell >= 24:
+                    drawn.append(_cell_text(left + (c + 0.5) * cell, y + down / 2 + 4, value, text))
+    for c, column in enumerate(columns):
+        x = left + (c + 0.5) * cell + 4
+        drawn.append(
+            Markup('<text transform="translate({:.1f} {}) rotate(-50)">{}</text>').format(
+                x, top - 6, shortened(column, 11)
+            )
+        )
+    drawn.append(
+        Markup('<rect class="frame" x="{}" y="{}" width="{}" height="{:.1f}"/>').format(
+            left, top, WIDTH - left - 14, down * len(rows)
+        )
+    )
+    words = Markup('<text class="label" x="{}" y="{}">{}</text>').format(
+        left, height - 6, f"rows: {row_label}; columns: {column_label}"
+    )
+    return _figure(title, "", _svg(title, description, [*drawn, words], height=height))
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of at most so many letters, cut with an ellipsis."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def swatch(style: int) -> Markup:
+    """A short piece of a series' line, for legends and tables."""
+    return Markup(
+        '<svg class="swatch" viewBox="0 0 28 10" width="28" height="10" aria-hidden="true">'
+        '<path class="series" style="{}" d="M1 5H27"/></svg>'
+    ).format(_stroke(style))
+
+
+def _points(series: Series, log_y: bool) -> tuple[np.ndarray, np.ndarray]:
+    x, y = np.asarray(series.x, float), np.asarray(series.y, float)
+    drawable = np.isfinite(x) & np.isfinite(y)
+    if log_y:
+        drawable &= y > 0
+    return thin(x[drawable], y[drawable], buckets=BUCKETS)
+
+
+def _ends(bounds: tuple[float, float] | None) -> list[np.ndarray]:
+    return [] if bounds is None else [np.asarray(bounds, float)]
+
+
+def _curve(series: Series, style: int, x: np.ndarray, y: np.ndarray, x_axis: Axis, y_axis: Axis) -> Markup:
+    places = list(zip(x_axis.place(x), y_axis.place(y), strict=True))
+    points = " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
+    kind = "series dense" if len(places) > BUCKETS else "series"
+    line = Markup('<polyline class="{}" data-name="{}" style="{}" points="{}"/>').format(
+        kind, series.name, _stroke(style), points
+    )
+    if len(places) > FEW_POINTS:
+        return line
+    colour = f"fill:var(--series-{style % COLOURS})"
+    return line + Markup("").join(
+        Markup('<circle class="point" style="{}" cx="{:.1f}" cy="{:.1f}" r="2.6"/>').format(colour, px, py)
+        for px, py in places
+    )
+
+
+def _stroke(style: int) -> str:
+    dash = DASHES[style % len(DASHES)]
+    return f"stroke:var(--series-{style % COLOURS})" + (f";stroke-dasharray:{dash}" if dash else "")
+
+
+def _frame(
+    x_axis: Axis,
+    y_axis: Axis,
+    x_label: str,
+    y_label: str,
+    write_x: Callable[[float], str],
+    write_y: Callable[[float], str],
+) -> Markup:
+    parts = []
+    for value, at in _ticks(y_axis):
+        parts.append(
+            Markup('<path class="gridline" d="M{} {:.1f}H{}"/><text class="end" x="{}" y="{:.1f}">{}</text>').format(
+                LEFT, at, WIDTH - RIGHT, LEFT - 6, at + 4, write_y(value)
+            )
+        )
+    for value, at in _ticks(x_axis):
+        parts.append(
+            Markup(
+                '<path class="gridline" d="M{0:.1f} {1}v4"/><text class="middle" x="{0:.1f}" y="{2}">{3}</text>'
+            ).format(at, HEIGHT - BOTTOM, HEIGHT - BOTTOM + 18, write_x(value))
+        )
+    parts.append(Markup('<path class="axis" d="M{} {}H{}"/>').format(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT))
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(Markup('<text class="label middle" x="{:.0f}" y="{}">{}</text>').format(middle, HEIGHT - 8, x_label))
+    if y_label:
+        parts.append(
+            Markup('<text class="label middle" transform="translate(13 {:.0f}) rotate(-90)">{}</text>').format(
+                (TOP + HEIGHT - BOTTOM) / 2, y_label
+            )
+        )
+    return Markup("").join(parts)
+
+
+def _ticks(axis: Axis) -> list[tuple[float, float]]:
+    values = axis.ticks()
+    return list(zip(values, axis.place(np.array(values)).tolist(), strict=True))
+
+
+def _cell(x: float, y: float, width: float, height: float, value: float, words: str) -> Markup:
+    shape = '<rect class="cell" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" fill-opacity="{:.2f}">'
+    return Markup(shape + "<title>{}</title></rect>").format(x, y, width, height, _opacity(value), words)
+
+
+def _opacity(value: float) -> float:
+    return 0.06 + 0.94 * min(1.0, value)
+
+
+def _cell_text(x: float, y: float, value: float, text: str) -> Markup:
+    kind = "cell-text on" if _opacity(value) > 0.65 else "cell-text"
+    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}">{}</text>').format(kind, x, y, text)
+
+
+def _svg(
+    title: str, description: str, parts: Sequence[Markup], *, height: int = HEIGHT, extra: Markup | str = ""
+) -> Markup:
+    return Markup('<svg role="img" viewBox="0 0 {} {}"{}><title>{}</title><desc>{}</desc>{}</svg>').format(
+        WIDTH, height, extra, title, description, Markup("").join(parts)
+    )
+
+
+def _legend(names: Sequence[tuple[str, int]]) -> Markup:
+    items = (Markup("<li>{}<span>{}</span></li>").format(swatch(style), name) for name, style in names)
+    return Markup('<ul class="legend">{}</ul>').format(Markup("").join(items))
+
+
+def _figure(title: str, words: str, drawing: Markup, below: Markup | str = "") -> Markup:
+    told = Markup('<p class="missing">{}</p>').format(words) if words else ""
+    return Markup('<figure class="chart"><figcaption>{}</figcaption>{}{}{}</figure>').format(
+        escape(title), told, drawing, below
+    )

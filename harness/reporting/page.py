@@ -1,0 +1,116 @@
+"""A self-contained page: one HTML file with its style, light and dark, wide and narrow, without a network.
+
+Everything that is put into a page is escaped unless it is `Markup`, which only our own templates and functions make.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+import harness
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page with its heading.
+
+    Attributes:
+        id: its anchor: lower-case letters and hyphens, once a page.
+        title: its heading, also in the page's contents.
+        body: markup.
+        lead: a sentence or two below the heading.
+    """
+
+    id: str
+    title: str
+    body: Markup
+    lead: str = ""
+
+
+@functools.cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("harness.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def render(template: str, **values: Any) -> Markup:
+    """One of the templates in `templates/`, its values escaped."""
+    return Markup(_environment().get_template(template).render(**values))  # the environment has escaped them
+
+
+def page(
+    title: str,
+    sections: Sequence[Section],
+    *,
+    subtitle: str = "",
+    badges: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> str:
+    """A whole HTML document.
+
+    Args:
+        title: of the window and the heading.
+        sections: in order.
+        subtitle: below the heading.
+        badges: short words beside it, such as a state.
+        notes: sentences about what is missing or broken, above the sections.
+    """
+    return render(
+        "page.html",
+        title=title,
+        sections=sections,
+        subtitle=subtitle,
+        badges=badges,
+        notes=notes,
+        version=harness.__version__,
+    )
+
+
+def table(
+    header: Sequence[str], rows: Iterable[Sequence[Any]], *, caption: str, numeric: Collection[int] = ()
+) -> Markup:
+    """A table that scrolls sideways by itself where it is too wide.
+
+    Args:
+        header: a name for each column.
+        rows: cells, text or Markup; the first of each row is its header.
+        caption: what the table shows.
+        numeric: indices of the columns that are set flush right.
+    """
+    return render("table.html", header=header, rows=[list(row) for row in rows], caption=caption, numeric=set(numeric))
+
+
+def facts(pairs: Mapping[str, Any]) -> Markup:
+    """Names with their values, in columns; a value is text or Markup."""
+    return render("facts.html", pairs=pairs)
+
+
+def figures(pairs: Mapping[str, tuple[str, str]]) -> Markup:
+    """Headline figures: name -> (figure, a few words below it)."""
+    return render("figures.html", pairs=pairs)
+
+
+def grid(*parts: Markup) -> Markup:
+    """Charts and other parts side by side where there is room."""
+    return Markup('<div class="grid">{}</div>').format(Markup("").join(parts))
+
+
+def missing(sentence: str) -> Markup:
+    """A sentence in place of what cannot be shown."""
+    return Markup('<p class="missing">{}</p>').format(sentence)
+
+
+def folded(summary: str, body: Markup) -> Markup:
+    """A part that is opened by a click on its summary."""
+    return Markup("<details><summary>{}</summary>{}</details>").format(summary, body)
