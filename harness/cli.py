@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import harness
-from harness import commands, commands_speed
+from harness import commands, commands_look, commands_speed
 from harness.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, HarnessError, from_disk, nearest, print_error
 
 # Groups of `harness --help`, each command with its line.
@@ -26,6 +26,7 @@ GROUPS = {
         "summary": "a recipe's network: layers, receptive fields, constraints",
         "recipe": "show, validate or describe recipes",
         "data": "convert and verify data",
+        "report": "a run as one HTML page: curves, mistakes, Grad-CAM, calibration",
     },
     "Measure": {
         "bench": "measure the loaders beside their peers, training on several ranks, all-reduces",
@@ -33,7 +34,7 @@ GROUPS = {
         "doctor": "what this machine has; --numerics checks its kernels",
     },
 }
-BUILDERS = vars(commands) | vars(commands_speed)
+BUILDERS = vars(commands) | vars(commands_speed) | vars(commands_look)
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     name: (text, BUILDERS[f"build_{name}"]) for group in GROUPS.values() for name, text in group.items()
 }

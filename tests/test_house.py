@@ -46,7 +46,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": WORK,
     "commands": WORK | {"launching", "reporting", "benchmarks", "doctor"},
     "commands_speed": WORK | {"benchmarks", "scaling"},
-    "cli": GROUND | {"commands", "commands_speed"},
+    "commands_look": WORK | {"reporting"},
+    "cli": GROUND | {"commands", "commands_speed", "commands_look"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -56,6 +56,7 @@ def page(
     subtitle: str = "",
     badges: Sequence[str] = (),
     notes: Sequence[str] = (),
+    version: str | None = None,
 ) -> str:
     """A whole HTML document.
 
@@ -65,6 +66,7 @@ def page(
         subtitle: below the heading.
         badges: short words beside it, such as a state.
         notes: sentences about what is missing or broken, above the sections.
+        version: of a page that a server shows: it follows the server's `version` and renews what has changed.
     """
     return render(
         "page.html",
@@ -73,7 +75,8 @@ def page(
         subtitle=subtitle,
         badges=badges,
         notes=notes,
-        version=harness.__version__,
+        version=version,
+        harness_version=harness.__version__,
     )
 
 
