@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from harness.reporting.axes import Axis, number, percent
+from harness.reporting.axes import Axis, percent
 from harness.reporting.drawing import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, figure, frame, svg
 
 BINS = 15  # as in the paper's tables
@@ -63,7 +63,7 @@ def reliability_diagram(found: Calibration) -> Markup:
     bins = len(found.counts_M)
     x_axis, y_axis = Axis(0, 1, LEFT, WIDTH - RIGHT), Axis(0, 1, HEIGHT - BOTTOM, TOP)
     edges = x_axis.place(np.arange(bins + 1) / bins)
-    parts = [frame(x_axis, y_axis, "probability of the predicted class", "accuracy", number, percent)]
+    parts = [frame(x_axis, y_axis, "probability of the predicted class", "accuracy", percent, percent)]
     spoken = []
     for m in range(bins):
         if not found.counts_M[m]:

@@ -35,6 +35,7 @@ from harness.reporting.thinning import thin
 __all__ = ["Series", "bar_chart", "heat_map", "line_chart", "shortened", "swatch"]
 
 BUCKETS = 300  # a curve is thinned to as many stretches
+LARGEST = 1e100  # a value beyond is left out, as infinity is
 FEW_POINTS = 24  # up to which each is marked
 
 
@@ -44,7 +45,7 @@ class Series:
 
     Attributes:
         name: in the legend.
-        x, y: of its points; a value that is not finite is left out.
+        x, y: of its points; a value that is not finite, or beyond LARGEST, is left out.
         style: which colour and dashes; None takes the series' place in the chart.
     """
 
@@ -84,7 +85,7 @@ def line_chart(
     write = percent if as_percent else number
     x_axis = fit_axis(np.concatenate([x for _, _, x, _ in curves] + _ends(x_range)), LEFT, WIDTH - RIGHT)
     y_values = np.concatenate([y for _, _, _, y in curves] + _ends(y_range))
-    y_axis = fit_axis(y_values, HEIGHT - BOTTOM, TOP, log=log_y)
+    y_axis = fit_axis(y_values, HEIGHT - BOTTOM, TOP, log=log_y, room=0.04)
     last = "; ".join(f"{s.name}: {write(float(y[-1]))} at {number(float(x[-1]))}" for s, _, x, y in curves)
     drawn = [
         frame(x_axis, y_axis, x_label, y_label, number, write),
@@ -208,7 +209,7 @@ def heat_map(
 
 def _points(series: Series, log_y: bool) -> tuple[np.ndarray, np.ndarray]:
     x, y = np.asarray(series.x, float), np.asarray(series.y, float)
-    drawable = np.isfinite(x) & np.isfinite(y)
+    drawable = (np.abs(x) < LARGEST) & (np.abs(y) < LARGEST)  # nor what is not a number
     if log_y:
         drawable &= y > 0
     x, y = x[drawable], y[drawable]

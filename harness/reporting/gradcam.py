@@ -96,6 +96,14 @@ def _keeping(features: dict[str, Tensor], name: str) -> Any:
     return keep
 
 
+def _is_map(output: Tensor, height: int, width: int) -> bool:
+    """Whether an output has the image's proportions; attention's (1, heads, tokens, channels) has four sizes too."""
+    if output.dim() != 4:
+        return False
+    h, w = output.shape[2:]
+    return 1 < h <= height and 1 < w <= width and abs(h / height - w / width) < 1 / min(height, width)
+
+
 @torch.no_grad()
 def _last_feature_map(model: nn.Module, image_1CHW: Tensor) -> str | None:
     """The last module whose output is (1, C, h, w) with more than one pixel, if most of the network lies before it."""
@@ -105,7 +113,7 @@ def _last_feature_map(model: nn.Module, image_1CHW: Tensor) -> str | None:
 
     def noting(name: str) -> Any:
         def note(module: nn.Module, inputs: Any, output: Any) -> None:
-            calls.append((name, isinstance(output, Tensor) and output.dim() == 4 and min(output.shape[2:]) > 1))
+            calls.append((name, isinstance(output, Tensor) and _is_map(output, *image_1CHW.shape[2:])))
 
         return note
 

@@ -94,9 +94,9 @@ def table(
     return render("table.html", header=header, rows=[list(row) for row in rows], caption=caption, numeric=set(numeric))
 
 
-def facts(pairs: Mapping[str, Any]) -> Markup:
-    """Names with their values, in columns; a value is text or Markup."""
-    return render("facts.html", pairs=pairs)
+def facts(pairs: Mapping[str, Any], *, short: bool = False) -> Markup:
+    """Names with their values, in columns, narrow ones for `short` values; a value is text or Markup."""
+    return render("facts.html", pairs=pairs, short=short)
 
 
 def figures(pairs: Mapping[str, tuple[str, str]]) -> Markup:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from harness.reporting.sections_network import architecture_body, fields_body, g
 from harness.reporting.sections_run import curves_section, origin_section, rates_section, summary_section
 from harness.reporting.sections_test import calibration_body, class_body, confusion_body, gallery_body
 from harness.run_directory import CHECKPOINTS
-from harness.runs import RESULT, Run, open_run
+from harness.runs import RESULT, Run, is_held, open_run
 from harness.training import checkpoint
 
 FILE = "report.html"
@@ -60,7 +61,7 @@ class Reporter:
         if (path / checkpoint.MANIFEST).is_file():
             which = path.name
         self.run, self.which, self.weights = open_run(path), which, weights
-        self._run_stamp: object = None
+        self._run_stamp = self._stamp()
         self._checkpoint_stamp: object = None
         self._run_sections: list[Section] = []
         self._checkpoint_sections = [Section(id, title, missing("Being made …"), lead)
@@ -71,11 +72,11 @@ class Reporter:
 
     def update_run(self) -> bool:
         """Read the run anew if it has grown, and make its curves; whether anything has changed."""
-        run_stamp = self._stamp()
-        if run_stamp == self._run_stamp:
+        stamp = self._stamp()
+        if stamp != self._run_stamp:
+            self.run, self._run_stamp = open_run(self.run.path), stamp
+        elif self._run_sections:
             return False
-        self.run = open_run(self.run.path)
-        self._run_stamp = run_stamp
         run = self.run
         self._run_sections = [summary_section(run), curves_section(run), rates_section(run), origin_section(run)]
         return True
@@ -87,15 +88,17 @@ class Reporter:
             return False
         self._checkpoint_stamp = stamp
         evidence = self._evidence()
-        self.problems, made = [], []
+        problems: dict[str, list[str]] = {}  # reason -> sections
+        made = []
         for id, title, lead, body in _CHECKPOINT_SECTIONS:
             try:
                 made.append(Section(id, title, body(evidence), lead))
             except HarnessError as error:
                 reason = _reason(error)
                 made.append(Section(id, title, missing(reason), lead))
-                self.problems.append(f"{title}: {reason}")
+                problems.setdefault(reason, []).append(title)
         self._checkpoint_sections = made
+        self.problems = [f"{', '.join(titles)}: {reason}" for reason, titles in problems.items()]
         self._notes = tuple(_notes(evidence))
         return True
 
@@ -125,7 +128,7 @@ class Reporter:
 
     def _stamp(self) -> object:
         names = ("metrics.jsonl", RESULT, "recipe.yaml", "provenance.json")
-        return [_changed_at(self.run.path / name) for name in names], open_run(self.run.path).state
+        return [_changed_at(self.run.path / name) for name in names], is_held(self.run.path)
 
 
 def write_report(
@@ -152,9 +155,13 @@ def output_of(reporter: Reporter, output: Path | None) -> Path:
     """The file that a report goes to.
 
     Raises:
-        HarnessError: there is something else already.
+        HarnessError: there is something else already, or its folder cannot be written to.
     """
     file = output or reporter.run.path / FILE
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        raise HarnessError(
+            "is no folder that can be written to", where=str(file.parent), hint="Give another file: --output FILE."
+        )
     try:
         with file.open(encoding="utf-8", errors="replace") as before:
             taken = MARK not in before.read(1000)
@@ -174,7 +181,8 @@ def _reason(error: HarnessError) -> str:
     if isinstance(error, NoCheckpoint):
         return "There is no checkpoint yet."
     where = f" ({error.where})" if error.where else ""
-    return " ".join(filter(None, (f"This cannot be shown: {error.what}{where}.", error.hint)))
+    told = f"This cannot be shown: {error.what}{where}." + (f" {error.hint}" if error.hint else "")
+    return " ".join(told.replace("HINT:", "").split())
 
 
 def _notes(evidence: Evidence) -> list[str]:

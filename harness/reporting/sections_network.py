@@ -43,7 +43,7 @@ def grad_cam_body(evidence: Evidence) -> Markup:
         for name, map_BHW in maps.items():
             alt = f"Grad-CAM of the {name} for test image {number} as {predicted}: {where_strongest(map_BHW[i])}"
             heat = resized(np.ascontiguousarray(map_BHW[i], np.float32), PICTURE_PX)
-            shown.append(_column(name, picture(overlaid(small, heat), alt)))
+            shown.append(_column(name.removesuffix(" branch"), picture(overlaid(small, heat), alt)))
         words = Markup("{}, taken for <strong>{}</strong>").format(true, predicted)
         tiles.append(Markup('<figure class="cam"><div>{}</div><figcaption>{}</figcaption></figure>').format(
             Markup("").join(shown), words))  # fmt: skip

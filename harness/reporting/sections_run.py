@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
 from markupsafe import Markup
 
 from harness.reporting.charts import Series, line_chart
@@ -42,7 +41,7 @@ def summary_section(run: Run) -> Section:
     if start:
         settings |= {name: value for name, value in _origin(start[0]).items() if value}
     body = figures(_headlines(run))
-    body += facts(settings) if settings else missing("The recipe cannot be read.")
+    body += facts(settings, short=True) if settings else missing("The recipe cannot be read.")
     return Section("summary", "Summary", body)
 
 
@@ -126,7 +125,7 @@ def _headlines(run: Run) -> dict[str, tuple[str, str]]:
         found["Test accuracy"] = (f"{run.last.value:.2%}", f"{counted}epoch {run.last.epoch:g}")
     if run.best is not None:
         by = ", averaged weights" if run.judged_by == "test_ema" else ""
-        found["Best test accuracy"] = (f"{run.best.value:.2%}", f"epoch {run.best.epoch:g}{by}")
+        found["Best accuracy"] = (f"{run.best.value:.2%}", f"epoch {run.best.epoch:g}{by}")
     for split, key, name, form in (
         ("test_ema", "accuracy", "Averaged weights", ".2%"),
         ("test", "loss", "Test loss", ".4f"),
@@ -224,12 +223,9 @@ def _details(start: Mapping[str, Any]) -> dict[str, str]:
 def _file_text(run: Run, name: str) -> str | None:
     try:
         with (run.path / name).open(encoding="utf-8", errors="replace") as file:
-            text = file.read(MOST_CHARACTERS)
+            return file.read(MOST_CHARACTERS)
     except OSError:
         return None
-    if name.endswith(".yaml") and run.settings:  # without the comments and in one form
-        text = yaml.safe_dump(dict(run.settings), sort_keys=False, allow_unicode=True)[:MOST_CHARACTERS]
-    return text
 
 
 def duration(seconds: float) -> str:

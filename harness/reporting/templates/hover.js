@@ -20,7 +20,7 @@ function addValues(svg) {
   const atY = py => {
     const share = (bottom - py) / (bottom - top);
     const value = log ? y0 * (y1 / y0) ** share : y0 + share * (y1 - y0);
-    return percent ? (100 * value).toPrecision(4) + " %" : short(value);
+    return percent ? (100 * value).toPrecision(4) + "%" : short(value);
   };
   const show = event => {
     const frame = svg.getBoundingClientRect();
