@@ -2,7 +2,7 @@
 # Sets up everything training needs; does nothing (in milliseconds) when it is all there.
 #
 #   scripts/setup.sh         Debian packages for FFCV where it may install them, .venv, the package with FFCV
-#   scripts/setup.sh --dev   also what tests and checks need: tools from PyPI; SLURM and Chromium from Debian where it may
+#   scripts/setup.sh --dev   also what tests and checks need: tools from PyPI, SLURM and Chromium from Debian if it may
 #
 # HARNESS_VENV=DIR   use this folder instead of .venv
 # HARNESS_NO_APT=1   never install Debian packages

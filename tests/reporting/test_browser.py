@@ -1,4 +1,4 @@
-"""Pages in a real browser: nothing is asked of a network, no error, nothing wider than a phone, words for every image."""
+"""Pages in a real browser: nothing is asked of a network, no error, nothing wider than a phone, words for all images."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def test_a_report_in_a_browser(browser: Any, report: Path, width: int, scheme: s
     assert all(image.get_attribute("alt") for image in images)
     assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
     assert page.evaluate("[...document.querySelectorAll('table')].every(t => t.tHead && t.caption)")
-    unnamed = "[...document.querySelectorAll('svg:not([aria-hidden])')].filter(s => !s.ariaLabel && !s.querySelector('title'))"
-    assert page.evaluate(f"{unnamed}.length") == 0
+    drawings = "[...document.querySelectorAll('svg:not([aria-hidden])')]"
+    assert page.evaluate(f"{drawings}.every(s => s.ariaLabel || s.querySelector('title'))")
     light = (
         sum(map(int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[:3])) > 382
     )
@@ -126,6 +126,7 @@ def served(run: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str
         process.communicate()
 
 
+@pytest.mark.slow
 def test_a_served_report_follows_its_run(browser: Any, run: Path) -> None:
     checkpoints = sorted((run / "checkpoints").glob("step_*"), key=lambda p: int(p.name[5:]))
     aside = run.parent / "aside"
@@ -154,7 +155,8 @@ def test_a_served_report_follows_its_run(browser: Any, run: Path) -> None:
         assert process.wait(timeout=30) == 0
 
 
-def test_the_server_answers_this_machine_alone(run: Path, free_port: int) -> None:
+@pytest.mark.slow
+def test_the_server_answers_this_machine_alone(run: Path, free_port: int, capsys: pytest.CaptureFixture[str]) -> None:
     with served(run, "--port", str(free_port)) as (url, process):
         assert url == f"http://127.0.0.1:{free_port}/"
         with urllib.request.urlopen(url, timeout=30) as answer:
@@ -169,12 +171,8 @@ def test_the_server_answers_this_machine_alone(run: Path, free_port: int) -> Non
                 urllib.request.urlopen(urllib.request.Request(url + path, headers=headers), timeout=30)
             assert refused.value.code == code
             refused.value.close()
-        again = subprocess.run(
-            [sys.executable, "-m", "harness", "report", str(run), "--serve", "--port", str(free_port)],
-            capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
-        assert again.returncode == 2
-        assert f"port {free_port} cannot be used" in again.stderr
+        assert main(["report", str(run), "--serve", "--port", str(free_port)]) == 2
+        assert f"port {free_port} cannot be used" in capsys.readouterr().err
         deadline = time.monotonic() + 60
         while not (run / "report.html").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
