@@ -1,4 +1,4 @@
-"""Pages in a real browser: nothing is asked of a network, no error, nothing wider than a phone, words for all images."""
+"""Pages in a real browser: nothing is asked of a network, no error, nothing wider than a phone, words for images."""
 
 from __future__ import annotations
 

@@ -26,21 +26,23 @@ def network(merge: str = "sum") -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("block", [0, 1])  # behind the last one only a mean follows, and its gradient is flat
 @pytest.mark.parametrize("merge", ["sum", "concat"])
-def test_both_branches_against_the_network_written_out(merge: str) -> None:
+def test_both_branches_against_the_network_written_out(merge: str, block: int) -> None:
     model = network(merge)
     images, classes = torch.randn(3, 3, 16, 16), torch.tensor([0, 3, 1])
-    found = grad_cam(model, layers_to_explain(model, images), images, classes)
-    assert list(found) == ["depthwise branch", "dilated branch"]
+    layers = {name: f"{name}_branches.{block}" for name in ("depthwise", "dilated")}
+    found = grad_cam(model, layers, images, classes)
     for i in range(3):  # an image at a time: none may influence another
-        x = images[i : i + 1]
-        for depthwise, dilated, transition in zip(
-            model.depthwise_branches, model.dilated_branches, model.transitions, strict=True
-        ):
-            one, other = depthwise(x).detach().requires_grad_(), dilated(x).detach().requires_grad_()
+        x, kept = images[i : i + 1], {}
+        blocks = zip(model.depthwise_branches, model.dilated_branches, model.transitions, strict=True)
+        for number, (depthwise, dilated, transition) in enumerate(blocks):
+            one, other = depthwise(x), dilated(x)
+            if number == block:
+                kept = {"depthwise": one, "dilated": other}
             x = transition(one + other if merge == "sum" else torch.cat((one, other), 1))
         logit = model.forward_head(x)[0, classes[i]]
-        for name, features in (("depthwise branch", one), ("dilated branch", other)):
+        for name, features in kept.items():
             (gradient,) = torch.autograd.grad(logit, features, retain_graph=True)
             expected = torch.zeros(features.shape[2:])
             for c in range(features.shape[1]):
@@ -49,6 +51,13 @@ def test_both_branches_against_the_network_written_out(merge: str) -> None:
             if expected.max() > 0:
                 expected /= expected.max()
             np.testing.assert_allclose(found[name][i], expected.numpy(), atol=1e-5)
+
+
+def test_it_looks_at_both_branches_of_the_last_block() -> None:
+    assert layers_to_explain(network(), torch.zeros(1, 3, 16, 16)) == {
+        "depthwise branch": "depthwise_branches.1",
+        "dilated branch": "dilated_branches.1",
+    }
 
 
 def test_it_leaves_the_network_as_it_was() -> None:
