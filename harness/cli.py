@@ -28,6 +28,7 @@ GROUPS = {
         "summary": "a recipe's network: layers, receptive fields, constraints",
         "recipe": "show, validate or describe recipes",
         "data": "convert and verify data",
+        "report": "a run as one HTML page: curves, mistakes, Grad-CAM, calibration",
         "runs": "list runs: how far, how good, what is broken",
         "curves": "draw the curves of runs in the terminal",
         "compare": "compare runs: differences, mean and spread over seeds, significance",
