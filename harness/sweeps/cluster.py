@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from harness.launching.submitting import MAX_ARRAY, RECIPE, SCRIPT, sbatch
 from harness.recipe.loading import resolved_yaml
 from harness.run_directory import JOB
 from harness.sweeps.plan import Plan, Trial
-from harness.sweeps.progress import read_json_list, statuses
+from harness.sweeps.progress import statuses
 from harness.sweeps.running import held
 
 SUBMITTED = "submitted.json"
@@ -71,7 +72,7 @@ def queued_runs(plan: Plan, *, must_answer: bool = False) -> set[str]:
         must_answer: it is an error where squeue cannot tell; else none is taken to be queued then.
     """
     names: set[str] = set()
-    for entry in read_json_list(_submitted_file(plan)):
+    for entry in _submissions(_submitted_file(plan)):
         runs, job_id = entry.get("runs"), str(entry.get("job_id"))
         if isinstance(runs, list):
             tasks = _tasks_of(job_id, must_answer=must_answer)
@@ -120,7 +121,7 @@ def _submit(plan: Plan, trials: Sequence[Trial], text: str) -> str:
             ) from None
         undo.pop_all()
     file = _submitted_file(plan)
-    write_json(file, [*read_json_list(file), {"job_id": job_id, "runs": [trial.name for trial in trials]}])
+    write_json(file, [*_submissions(file), {"job_id": job_id, "runs": [trial.name for trial in trials]}])
     return job_id
 
 
@@ -152,3 +153,12 @@ def _tasks_of(job_id: str, *, must_answer: bool) -> list[int]:
             exit_code=EXIT_FAILED,
         )
     return []
+
+
+def _submissions(path: Path) -> list[dict[str, object]]:
+    """The arrays that were submitted so far; none where the file is missing or broken."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return []
+    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []

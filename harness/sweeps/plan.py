@@ -51,9 +51,6 @@ class Plan:
     def folder(self) -> Path:
         return runs_of(self.name)
 
-    def trials_of(self, point: Point) -> list[Trial]:
-        return [trial for trial in self.trials if trial.point.id == point.id]
-
 
 def plan_sweep(path: str | Path) -> Plan:
     """Read a sweep and check the recipe of every run.

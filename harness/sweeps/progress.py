@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -99,12 +98,3 @@ def _run(path: Path) -> Run | None:
         return open_run(path)
     except HarnessError:
         return None
-
-
-def read_json_list(path: Path) -> list[dict[str, object]]:
-    """The objects of a file of ours; none where it is missing or broken."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return []
-    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []

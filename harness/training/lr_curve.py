@@ -17,7 +17,7 @@ def render_curve(found: LrRange) -> str:
     """The smoothed loss over the rate in letters; `|` are suggested rates."""
     if not found.smoothed:
         return "no loss was finite"
-    low, high = _y_range(found)
+    low, high = _y_range(found.smoothed, found.smoothed)
     cells = [[" "] * COLUMNS for _ in range(ROWS)]
     for suggestion in found.suggestions:
         column = _place(suggestion.lr, found)
@@ -47,7 +47,7 @@ def render_suggestions(found: LrRange) -> str:
 
 def curve_svg(found: LrRange, title: str) -> str:
     """The curve as a picture of its own: losses, smoothed loss and suggested rates over a logarithmic axis."""
-    low, high = _y_range(found)
+    low, high = _y_range(found.smoothed, [*found.smoothed, *found.losses])
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
         'font-family="sans-serif" font-size="12">',
@@ -108,10 +108,10 @@ def _place(lr: float | None, found: LrRange) -> float | None:
     return min(1.0, max(0.0, math.log(lr / found.lrs[0]) / span)) if span > 0 else 0.0
 
 
-def _y_range(found: LrRange) -> tuple[float, float]:
+def _y_range(smoothed: list[float], drawn: list[float]) -> tuple[float, float]:
     """The losses that are drawn: a diverging end would press all else flat."""
-    if not found.smoothed:
+    if not smoothed:
         return 0.0, 1.0
-    low, first = min(found.smoothed), found.smoothed[0]
+    low, first = min(drawn), smoothed[0]
     high = first + HEADROOM * (first - low)
     return low, high if high > low else low + max(1e-6, 0.1 * abs(low))

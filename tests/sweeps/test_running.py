@@ -17,7 +17,8 @@ import yaml
 
 from harness.cli import main
 from harness.run_directory import is_unused
-from harness.sweeps.plan import plan_sweep
+from harness.sweeps.plan import Plan, Trial, plan_sweep
+from harness.sweeps.points import Point
 from harness.sweeps.progress import status_of, statuses, write_exit_code
 from harness.sweeps.running import Trainer, held
 from harness.sweeps.table import rows_of
@@ -52,6 +53,10 @@ def environment() -> dict[str, str]:
 
 def starts_of(run: Path) -> list[dict[str, Any]]:
     return json.loads((run / "provenance.json").read_text())["starts"]
+
+
+def trials_of(plan: Plan, point: Point) -> list[Trial]:
+    return [trial for trial in plan.trials if trial.point is point]
 
 
 def finish(run: Path, accuracy: float, *, seed: int = 0) -> None:
@@ -211,9 +216,9 @@ def test_the_table_has_mean_and_deviation_over_seeds_the_best_first(
     plan = plan_sweep("sweep.yaml")
     low, high, part, none = plan.points
     for point, accuracies in ((low, (0.2, 0.3, 0.4)), (high, (0.6, 0.7, 0.8)), (part, (0.9, 0.9))):
-        for trial, accuracy in zip(plan.trials_of(point), accuracies, strict=False):
+        for trial, accuracy in zip(trials_of(plan, point), accuracies, strict=False):
             finish(trial.directory, accuracy, seed=trial.seed)
-    write_exit_code(plan.trials_of(part)[2].directory, 2)
+    write_exit_code(trials_of(plan, part)[2].directory, 2)
     rows = rows_of(plan, statuses(plan))
     assert [row.point.id for row in rows] == [high.id, low.id, part.id, none.id]
     assert [row.is_best for row in rows] == [True, False, False, False]

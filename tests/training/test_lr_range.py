@@ -16,6 +16,7 @@ import torch
 from harness.cli import main
 from harness.errors import HarnessError
 from harness.recipe import load
+from harness.training.lr_curve import curve_svg, render_curve, render_suggestions
 from harness.training.lr_range import STEEPEST, TENTH, find_lr, rates, smooth, suggest
 from harness.training.run import train
 
@@ -92,6 +93,9 @@ def test_what_is_not_finite_is_divergence_and_no_error(tiny: Path, lr: float) ->
     found = find_lr(load(tiny), min_lr=lr, max_lr=2 * lr, steps=20)
     assert found.diverged_at is not None
     assert [s.lr for s in found.suggestions] == [None, None]
+    assert "none: the loss diverged within" in render_suggestions(found)
+    assert render_curve(found)
+    ET.fromstring(curve_svg(found, "a & b"))
 
 
 def weights_of(run: Path) -> bytes:
