@@ -29,6 +29,7 @@ GROUPS = {
         "runs": "list runs: how far, how good, what is broken",
         "curves": "draw the curves of runs in the terminal",
         "compare": "compare runs: differences, mean and spread over seeds, significance",
+        "report": "a run as one HTML page: curves, mistakes, Grad-CAM, calibration",
     },
     "Measure": {
         "bench": "measure the loaders beside their peers, training on several ranks, all-reduces",

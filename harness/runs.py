@@ -88,7 +88,7 @@ class Run:
             if record.get("kind") == kind and record.get("split") == split:
                 value = _number(record.get(key))
                 if value is not None and math.isfinite(value):
-                    points.append(Point(int(record["step"]), float(record.get("epoch", 0)), value))
+                    points.append(Point(int(record["step"]), _number(record.get("epoch")) or 0.0, value))
         return points
 
     @property
@@ -111,7 +111,7 @@ class Run:
     @property
     def epoch(self) -> float:
         """How far it is."""
-        return max((float(record.get("epoch", 0)) for record in self.records), default=0.0)
+        return max((_number(record.get("epoch")) or 0.0 for record in self.records), default=0.0)
 
     @property
     def updated_unix_seconds(self) -> float | None:

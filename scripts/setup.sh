@@ -2,7 +2,7 @@
 # Sets up everything training needs; does nothing (in milliseconds) when it is all there.
 #
 #   scripts/setup.sh         Debian packages for FFCV where it may install them, .venv, the package with FFCV
-#   scripts/setup.sh --dev   also what tests and checks need: tools from PyPI, and SLURM from Debian where it may
+#   scripts/setup.sh --dev   also what tests and checks need: tools from PyPI; SLURM and Chromium from Debian where it may
 #
 # HARNESS_VENV=DIR   use this folder instead of .venv
 # HARNESS_NO_APT=1   never install Debian packages
@@ -59,26 +59,28 @@ has_library() { # name for pkg-config, Debian package
   if command -v pkg-config >/dev/null; then pkg-config --exists "$1"; else dpkg -s "$2" >/dev/null 2>&1; fi
 }
 
-# What the tests of the cluster lack; all else is tested without it.
-missing_cluster_packages() {
+# What the tests of the cluster and of pages lack; all else is tested without it.
+missing_test_packages() {
   local lacking=() program path=$PATH:/usr/sbin:/sbin
   for program in slurmctld slurmd sbatch; do
     PATH=$path command -v "$program" >/dev/null || lacking=(slurm-wlm)
   done
   PATH=$path command -v munged >/dev/null || lacking+=(munge)
   PATH=$path command -v ip >/dev/null || lacking+=(iproute2)
+  command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null ||
+    lacking+=(chromium)
   printf '%s' "${lacking[*]-}"
 }
 
-install_cluster_packages() {
+install_test_packages() {
   local lacking
-  lacking=$(missing_cluster_packages)
+  lacking=$(missing_test_packages)
   if [ -n "$lacking" ] && may_apt; then
     # shellcheck disable=SC2086  # one word a package
     apt_install $lacking || say "apt-get could not install them, see $log"
-    lacking=$(missing_cluster_packages)
+    lacking=$(missing_test_packages)
   fi
-  [ -z "$lacking" ] || say "the tests of the cluster will be skipped; HINT: apt-get install $lacking"
+  [ -z "$lacking" ] || say "the tests that need them will be skipped; HINT: apt-get install $lacking"
 }
 
 may_apt() {
@@ -169,7 +171,7 @@ if [ -n "$missing" ] && may_apt; then
   missing=$(missing_packages "$venv/bin/python")
 fi
 case ",$(stamped extras)," in *,dev,*) extras=ffcv,dev ;; esac # what is there stays
-case "$extras" in *dev*) install_cluster_packages ;; esac
+case "$extras" in *dev*) install_test_packages ;; esac
 rm -f "$stamp"
 install_package "$missing"
 printf 'key=%s\nextras=%s\nffcv=%s\nmissing=%s\n' "$(wanted)" "$extras" "$ffcv" "$missing" >"$stamp.new"

@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this machine lacks, each with its reason."""
-    reasons = {"gpu": _no_gpu, "cifar10": _no_cifar10, "ffcv": _no_ffcv, "slurm": _no_slurm}
+    reasons = {"gpu": _no_gpu, "cifar10": _no_cifar10, "ffcv": _no_ffcv, "slurm": _no_slurm, "browser": _no_browser}
     for name, missing in reasons.items():
         marked = [item for item in items if item.get_closest_marker(name)]
         reason = missing() if marked else None
@@ -66,6 +66,12 @@ def _no_cifar10() -> str | None:
 
 def _no_ffcv() -> str | None:
     return None if importlib.util.find_spec("ffcv") else "needs the ffcv extra: scripts/setup.sh tells what is missing"
+
+
+def _no_browser() -> str | None:
+    from tests.browsers import missing_browser
+
+    return missing_browser()
 
 
 def _no_slurm() -> str | None:

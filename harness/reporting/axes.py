@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+SAME = 1e-9  # values that differ by no more than this share of them are drawn as one
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -32,15 +34,26 @@ class Axis:
         return log_ticks(self.low, self.high) if self.log else ticks(self.low, self.high, about)
 
 
-def fit_axis(values: Sequence[float] | np.ndarray, start: float, end: float, *, log: bool = False) -> Axis:
-    """An axis that holds all values, with a little room where they are all the same."""
+def fit_axis(
+    values: Sequence[float] | np.ndarray, start: float, end: float, *, log: bool = False, room: float = 0.0
+) -> Axis:
+    """An axis that holds all values.
+
+    Args:
+        values: not empty; positive where `log`.
+        start, end: as `Axis` has them.
+        log: logarithmic.
+        room: share of the axis that is left free at either end, not below a lowest value of 0 or more.
+    """
     low, high = float(np.min(values)), float(np.max(values))
     if log:
-        return Axis(low / 1.5, high * 1.5, start, end, True) if low == high else Axis(low, high, start, end, True)
-    if low == high:
-        room = abs(low) * 0.1 or 1.0
-        low, high = low - room, high + room
-    return Axis(low, high, start, end)
+        factor = 1.5 if high / low <= 1 + SAME else (high / low) ** room
+        return Axis(low / factor, high * factor, start, end, True)
+    if high - low <= SAME * max(abs(low), abs(high)):
+        free = max(abs(low), abs(high)) * 0.1 or 1.0
+        return Axis(low - free, high + free, start, end)
+    free = (high - low) * room
+    return Axis(max(0.0, low - free) if low >= 0 else low - free, high + free, start, end)
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -77,4 +90,4 @@ def number(value: float) -> str:
 
 def percent(share: float) -> str:
     """A share from 0 to 1 in per cent, as short as it can be told."""
-    return f"{100 * share:.3g} %"
+    return "<0.01%" if 0 < share < 1e-4 else f"{100 * share:.3g}%"

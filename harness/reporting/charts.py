@@ -7,23 +7,36 @@ and sizes are in `templates/style.css`; `templates/hover.js` adds values under t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from harness.reporting.axes import Axis, fit_axis, number, percent
+from harness.reporting.drawing import (
+    BOTTOM,
+    COLOURS,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    figure,
+    frame,
+    legend,
+    shortened,
+    stroke,
+    svg,
+    swatch,
+)
 from harness.reporting.thinning import thin
 
-# Units of the drawing, about pixels on a desk; on a phone the drawing is smaller and its letters larger (style.css).
-WIDTH, HEIGHT = 480, 300
-LEFT, RIGHT, TOP, BOTTOM = 66, 24, 14, 48
+__all__ = ["Series", "bar_chart", "heat_map", "line_chart", "shortened", "swatch"]
+
 BUCKETS = 300  # a curve is thinned to as many stretches
+LARGEST = 1e100  # a value beyond is left out, as infinity is
 FEW_POINTS = 24  # up to which each is marked
-COLOURS = 8  # --series-0 … of style.css
-# In units of the drawing. Eight colours and five dashes go together in forty ways.
-DASHES = ("", "7 4", "2 3", "10 3 2 3", "14 4")
 
 
 @dataclass(frozen=True)
@@ -32,7 +45,7 @@ class Series:
 
     Attributes:
         name: in the legend.
-        x, y: of its points, in order of x; a value that is not finite is left out.
+        x, y: of its points; a value that is not finite, or beyond LARGEST, is left out.
         style: which colour and dashes; None takes the series' place in the chart.
     """
 
@@ -68,21 +81,21 @@ def line_chart(
     curves = [(s, i if s.style is None else s.style, *_points(s, log_y)) for i, s in enumerate(series)]
     curves = [curve for curve in curves if len(curve[2])]
     if not curves:
-        return _figure(title, "No values yet." if not series else "No values that can be drawn.", Markup(""))
+        return figure(title, "No values yet." if not series else "No values that can be drawn.", Markup(""))
     write = percent if as_percent else number
     x_axis = fit_axis(np.concatenate([x for _, _, x, _ in curves] + _ends(x_range)), LEFT, WIDTH - RIGHT)
     y_values = np.concatenate([y for _, _, _, y in curves] + _ends(y_range))
-    y_axis = fit_axis(y_values, HEIGHT - BOTTOM, TOP, log=log_y)
+    y_axis = fit_axis(y_values, HEIGHT - BOTTOM, TOP, log=log_y, room=0.04)
     last = "; ".join(f"{s.name}: {write(float(y[-1]))} at {number(float(x[-1]))}" for s, _, x, y in curves)
     drawn = [
-        _frame(x_axis, y_axis, x_label, y_label, number, write),
+        frame(x_axis, y_axis, x_label, y_label, number, write),
         *(_curve(s, style, x, y, x_axis, y_axis) for s, style, x, y in curves),
     ]
     names = [(s.name, style) for s, style, _, _ in curves]
     scales = f"{x_axis.low:.9g} {x_axis.high:.9g} {y_axis.low:.9g} {y_axis.high:.9g} {int(log_y)} {int(as_percent)}"
     plot = f"{LEFT} {TOP} {WIDTH - RIGHT} {HEIGHT - BOTTOM} {scales}"
-    drawing = _svg(title, f"{description} Last values: {last}.", drawn, extra=Markup(' data-plot="{}"').format(plot))
-    return _figure(title, "", drawing, _legend(names) if len(names) > 1 else Markup(""))
+    drawing = svg(title, f"{description} Last values: {last}.", drawn, extra=Markup(' data-plot="{}"').format(plot))
+    return figure(title, "", drawing, legend(names) if len(names) > 1 else Markup(""))
 
 
 def bar_chart(
@@ -105,7 +118,7 @@ def bar_chart(
         largest: what the longest bar would be worth; None takes the largest value.
     """
     if not len(values):
-        return _figure(title, "No values yet.", Markup(""))
+        return figure(title, "No values yet.", Markup(""))
     write = percent if as_percent else number
     row, left, right = 24, 140, 76
     top = max(largest or 0, *values) or 1.0
@@ -135,7 +148,7 @@ def bar_chart(
     if value_label:
         drawn.append(Markup('<text class="label" x="{}" y="{}">{}</text>').format(left, height - 6, value_label))
     spoken = "; ".join(f"{label}: {write(value)}" for label, value in zip(labels, values, strict=True))
-    return _figure(title, "", _svg(title, f"{description} {spoken}.", drawn, height=height))
+    return figure(title, "", svg(title, f"{description} {spoken}.", drawn, height=height))
 
 
 def heat_map(
@@ -191,28 +204,17 @@ def heat_map(
     words = Markup('<text class="label" x="{}" y="{}">{}</text>').format(
         left, height - 6, f"rows: {row_label}; columns: {column_label}"
     )
-    return _figure(title, "", _svg(title, description, [*drawn, words], height=height))
-
-
-def shortened(text: str, most: int) -> str:
-    """A text of at most so many letters, cut with an ellipsis."""
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def swatch(style: int) -> Markup:
-    """A short piece of a series' line, for legends and tables."""
-    return Markup(
-        '<svg class="swatch" viewBox="0 0 28 10" width="28" height="10" aria-hidden="true">'
-        '<path class="series" style="{}" d="M1 5H27"/></svg>'
-    ).format(_stroke(style))
+    return figure(title, "", svg(title, description, [*drawn, words], height=height))
 
 
 def _points(series: Series, log_y: bool) -> tuple[np.ndarray, np.ndarray]:
     x, y = np.asarray(series.x, float), np.asarray(series.y, float)
-    drawable = np.isfinite(x) & np.isfinite(y)
+    drawable = (np.abs(x) < LARGEST) & (np.abs(y) < LARGEST)  # nor what is not a number
     if log_y:
         drawable &= y > 0
-    return thin(x[drawable], y[drawable], buckets=BUCKETS)
+    x, y = x[drawable], y[drawable]
+    order = np.argsort(x, kind="stable")
+    return thin(x[order], y[order], buckets=BUCKETS)
 
 
 def _ends(bounds: tuple[float, float] | None) -> list[np.ndarray]:
@@ -224,7 +226,7 @@ def _curve(series: Series, style: int, x: np.ndarray, y: np.ndarray, x_axis: Axi
     points = " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
     kind = "series dense" if len(places) > BUCKETS else "series"
     line = Markup('<polyline class="{}" data-name="{}" style="{}" points="{}"/>').format(
-        kind, series.name, _stroke(style), points
+        kind, series.name, stroke(style), points
     )
     if len(places) > FEW_POINTS:
         return line
@@ -233,49 +235,6 @@ def _curve(series: Series, style: int, x: np.ndarray, y: np.ndarray, x_axis: Axi
         Markup('<circle class="point" style="{}" cx="{:.1f}" cy="{:.1f}" r="2.6"/>').format(colour, px, py)
         for px, py in places
     )
-
-
-def _stroke(style: int) -> str:
-    dash = DASHES[style % len(DASHES)]
-    return f"stroke:var(--series-{style % COLOURS})" + (f";stroke-dasharray:{dash}" if dash else "")
-
-
-def _frame(
-    x_axis: Axis,
-    y_axis: Axis,
-    x_label: str,
-    y_label: str,
-    write_x: Callable[[float], str],
-    write_y: Callable[[float], str],
-) -> Markup:
-    parts = []
-    for value, at in _ticks(y_axis):
-        parts.append(
-            Markup('<path class="gridline" d="M{} {:.1f}H{}"/><text class="end" x="{}" y="{:.1f}">{}</text>').format(
-                LEFT, at, WIDTH - RIGHT, LEFT - 6, at + 4, write_y(value)
-            )
-        )
-    for value, at in _ticks(x_axis):
-        parts.append(
-            Markup(
-                '<path class="gridline" d="M{0:.1f} {1}v4"/><text class="middle" x="{0:.1f}" y="{2}">{3}</text>'
-            ).format(at, HEIGHT - BOTTOM, HEIGHT - BOTTOM + 18, write_x(value))
-        )
-    parts.append(Markup('<path class="axis" d="M{} {}H{}"/>').format(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT))
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(Markup('<text class="label middle" x="{:.0f}" y="{}">{}</text>').format(middle, HEIGHT - 8, x_label))
-    if y_label:
-        parts.append(
-            Markup('<text class="label middle" transform="translate(13 {:.0f}) rotate(-90)">{}</text>').format(
-                (TOP + HEIGHT - BOTTOM) / 2, y_label
-            )
-        )
-    return Markup("").join(parts)
-
-
-def _ticks(axis: Axis) -> list[tuple[float, float]]:
-    values = axis.ticks()
-    return list(zip(values, axis.place(np.array(values)).tolist(), strict=True))
 
 
 def _cell(x: float, y: float, width: float, height: float, value: float, words: str) -> Markup:
@@ -290,23 +249,3 @@ def _opacity(value: float) -> float:
 def _cell_text(x: float, y: float, value: float, text: str) -> Markup:
     kind = "cell-text on" if _opacity(value) > 0.65 else "cell-text"
     return Markup('<text class="{}" x="{:.1f}" y="{:.1f}">{}</text>').format(kind, x, y, text)
-
-
-def _svg(
-    title: str, description: str, parts: Sequence[Markup], *, height: int = HEIGHT, extra: Markup | str = ""
-) -> Markup:
-    return Markup('<svg role="img" viewBox="0 0 {} {}"{}><title>{}</title><desc>{}</desc>{}</svg>').format(
-        WIDTH, height, extra, title, description, Markup("").join(parts)
-    )
-
-
-def _legend(names: Sequence[tuple[str, int]]) -> Markup:
-    items = (Markup("<li>{}<span>{}</span></li>").format(swatch(style), name) for name, style in names)
-    return Markup('<ul class="legend">{}</ul>').format(Markup("").join(items))
-
-
-def _figure(title: str, words: str, drawing: Markup, below: Markup | str = "") -> Markup:
-    told = Markup('<p class="missing">{}</p>').format(words) if words else ""
-    return Markup('<figure class="chart"><figcaption>{}</figcaption>{}{}{}</figure>').format(
-        escape(title), told, drawing, below
-    )

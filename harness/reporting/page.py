@@ -56,6 +56,7 @@ def page(
     subtitle: str = "",
     badges: Sequence[str] = (),
     notes: Sequence[str] = (),
+    version: str | None = None,
 ) -> str:
     """A whole HTML document.
 
@@ -65,6 +66,7 @@ def page(
         subtitle: below the heading.
         badges: short words beside it, such as a state.
         notes: sentences about what is missing or broken, above the sections.
+        version: of a page that a server shows: it follows the server's `version` and renews what has changed.
     """
     return render(
         "page.html",
@@ -73,7 +75,8 @@ def page(
         subtitle=subtitle,
         badges=badges,
         notes=notes,
-        version=harness.__version__,
+        version=version,
+        harness_version=harness.__version__,
     )
 
 
@@ -91,9 +94,9 @@ def table(
     return render("table.html", header=header, rows=[list(row) for row in rows], caption=caption, numeric=set(numeric))
 
 
-def facts(pairs: Mapping[str, Any]) -> Markup:
-    """Names with their values, in columns; a value is text or Markup."""
-    return render("facts.html", pairs=pairs)
+def facts(pairs: Mapping[str, Any], *, short: bool = False) -> Markup:
+    """Names with their values, in columns, narrow ones for `short` values; a value is text or Markup."""
+    return render("facts.html", pairs=pairs, short=short)
 
 
 def figures(pairs: Mapping[str, tuple[str, str]]) -> Markup:

@@ -57,7 +57,7 @@ class Predictions:
         return self.predicted_N == self.labels_N
 
 
-def predict_test_split(path: Path, *, which: str, weights: str = "raw") -> Predictions:
+def predict_test_split(path: Path, *, which: str, weights: str = "raw", keep: bool = True) -> Predictions:
     """Classify the test split of a run by one of its checkpoints, as the evaluation while training does.
 
     The answer is kept under `RUN/predictions/` with the digest of the checkpoint, and taken from there the next time.
@@ -67,6 +67,7 @@ def predict_test_split(path: Path, *, which: str, weights: str = "raw") -> Predi
         path: a run directory or one of its checkpoints.
         which: "last", "best" or "step_N".
         weights: "raw" or "ema".
+        keep: write the answer there too; what is there already is taken in any case.
 
     Raises:
         HarnessError: no such run, checkpoint or weights, a broken checkpoint, or no data.
@@ -79,7 +80,7 @@ def predict_test_split(path: Path, *, which: str, weights: str = "raw") -> Predi
     with opened(found, which=which) as run:
         made = _classify(run, weights)
         its_own_images = run.has_its_images()
-    if kept is not None and its_own_images:
+    if keep and kept is not None and its_own_images:
         tensors = {"labels": made.labels_N, "logits": made.logits_NK}
         with contextlib.suppress(OSError, HarnessError):
             kept.parent.mkdir(exist_ok=True)

@@ -1,5 +1,5 @@
 // Values under the pointer. The page says all it has to say without it.
-for (const svg of document.querySelectorAll("svg[data-plot]")) {
+function addValues(svg) {
   const [left, top, right, bottom, x0, x1, y0, y1, log, percent] = svg.dataset.plot.split(" ").map(Number);
   const curves = [...svg.querySelectorAll("polyline.series")].map(line => ({
     name: line.dataset.name,
@@ -20,7 +20,7 @@ for (const svg of document.querySelectorAll("svg[data-plot]")) {
   const atY = py => {
     const share = (bottom - py) / (bottom - top);
     const value = log ? y0 * (y1 / y0) ** share : y0 + share * (y1 - y0);
-    return percent ? (100 * value).toPrecision(4) + " %" : short(value);
+    return percent ? (100 * value).toPrecision(4) + "%" : short(value);
   };
   const show = event => {
     const frame = svg.getBoundingClientRect();
@@ -42,3 +42,4 @@ for (const svg of document.querySelectorAll("svg[data-plot]")) {
   svg.addEventListener("pointerdown", show);
   svg.addEventListener("pointerleave", () => { box.hidden = true; rule.removeAttribute("d"); });
 }
+document.querySelectorAll("svg[data-plot]").forEach(addValues);

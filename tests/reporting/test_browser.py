@@ -1,0 +1,182 @@
+"""Pages in a real browser: nothing is asked of a network, no error, nothing wider than a phone, words for every image."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.cli import main
+from tests.reporting.test_report import SECTIONS
+
+pytestmark = pytest.mark.browser
+
+WIDER_THAN_THE_PAGE = """() => [...document.querySelectorAll('body *')].filter(e => {
+    const inside = e.closest('.scroll, pre');
+    return (!inside || inside === e) && e.getBoundingClientRect().right > innerWidth + 1;
+}).map(e => e.outerHTML.slice(0, 100))"""
+
+
+class Watched:
+    """A page with all that went wrong in it and all that it asked for."""
+
+    def __init__(self, browser: Any, width: int = 1440, scheme: str = "light", scripts: bool = True) -> None:
+        self.context = browser.new_context(
+            viewport={"width": width, "height": 800}, color_scheme=scheme, java_script_enabled=scripts
+        )
+        self.page = self.context.new_page()
+        self.errors: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda m: self.errors.append(m.text) if m.type in ("error", "warning") else None)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+
+
+@pytest.fixture(scope="module")
+def report(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("pages") / "report.html"
+    run = shutil.copytree(trained, file.parent / trained.name)
+    assert main(["report", str(run), "--output", str(file)]) == 0
+    return file
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (360, "light"), (1440, "dark"), (1440, "light")])
+def test_a_report_in_a_browser(browser: Any, report: Path, width: int, scheme: str) -> None:
+    watched = Watched(browser, width, scheme)
+    page = watched.page
+    page.goto(report.as_uri())
+    assert watched.errors == []
+    assert {url for url in watched.requests if not url.startswith("data:")} == {report.as_uri()}
+    assert [s.get_attribute("id") for s in page.query_selector_all("main > section")] == SECTIONS
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for folded in page.query_selector_all("summary"):
+        folded.click()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate(WIDER_THAN_THE_PAGE) == []
+    images = page.query_selector_all("img")
+    assert len(images) > 20
+    assert all(image.get_attribute("alt") for image in images)
+    assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+    assert page.evaluate("[...document.querySelectorAll('table')].every(t => t.tHead && t.caption)")
+    unnamed = "[...document.querySelectorAll('svg:not([aria-hidden])')].filter(s => !s.ariaLabel && !s.querySelector('title'))"
+    assert page.evaluate(f"{unnamed}.length") == 0
+    light = (
+        sum(map(int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[:3])) > 382
+    )
+    assert light == (scheme == "light")
+    watched.context.close()
+
+
+def test_values_under_the_pointer(browser: Any, report: Path) -> None:
+    watched = Watched(browser)
+    page = watched.page
+    page.goto(report.as_uri())
+    chart = page.locator("#curves svg[data-plot]").first
+    chart.scroll_into_view_if_needed()
+    chart.hover(position={"x": 200, "y": 100})
+    told = page.locator("#curves .values").first
+    assert told.is_visible()
+    assert re.search(r"^\d+\ntraining: [\d.]+\ntest: [\d.]+", told.inner_text())
+    page.locator("h1").hover()
+    assert not told.is_visible()
+    assert watched.errors == []
+    page.get_by_role("link", name="Worst mistakes").click()
+    assert page.evaluate("location.hash") == "#mistakes"
+
+
+def test_without_scripts_all_is_there(browser: Any, report: Path) -> None:
+    watched = Watched(browser, scripts=False)
+    watched.page.goto(report.as_uri())
+    assert watched.page.locator("main > section").count() == len(SECTIONS)
+    assert watched.page.locator("svg polyline").count() >= 6
+    watched.page.locator("summary", has_text="Recipe").click()
+    assert watched.page.locator("pre", has_text="name: digits").is_visible()
+
+
+# --- --serve
+
+
+@contextmanager
+def served(run: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`harness report RUN --serve` as a process of its own, and its address."""
+    command = [sys.executable, "-m", "harness", "report", str(run), "--serve", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.match(r"http://127\.0\.0\.1:\d+/", line)
+        assert found, line + (process.communicate(timeout=30)[1] if process.poll() is not None else "")
+        yield found.group(), process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def test_a_served_report_follows_its_run(browser: Any, run: Path) -> None:
+    checkpoints = sorted((run / "checkpoints").glob("step_*"), key=lambda p: int(p.name[5:]))
+    aside = run.parent / "aside"
+    shutil.move(checkpoints[-1], aside)
+    (run / "result.json").unlink()
+    watched = Watched(browser)
+    page = watched.page
+    with served(run) as (url, process):
+        page.goto(url)
+        page.wait_for_selector(f".badge:has-text('{checkpoints[0].name}')", timeout=60_000)
+        page.locator("summary", has_text="Recipe").click()
+        record = {"kind": "epoch", "split": "test", "step": 999, "epoch": 3, "loss": 0.1, "accuracy": 0.9876}
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        page.wait_for_selector("#summary strong:has-text('98.76%')", timeout=60_000)
+        assert page.locator("pre", has_text="name: digits").is_visible()  # what was folded out stays so
+        shutil.move(aside, checkpoints[-1])
+        page.wait_for_selector(f".badge:has-text('{checkpoints[-1].name}')", timeout=60_000)
+        page.locator("#curves svg[data-plot]").first.hover(position={"x": 200, "y": 100})
+        assert page.locator("#curves .values").first.is_visible()  # in a part that was put in anew
+        assert watched.errors == []
+        assert all(asked.startswith((url, "data:")) for asked in watched.requests)
+        assert "98.76%" in (run / "report.html").read_text()
+        assert "setInterval" not in (run / "report.html").read_text()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 0
+
+
+def test_the_server_answers_this_machine_alone(run: Path, free_port: int) -> None:
+    with served(run, "--port", str(free_port)) as (url, process):
+        assert url == f"http://127.0.0.1:{free_port}/"
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            assert answer.headers["Cache-Control"] == "no-store"
+            assert "<!doctype html>" in answer.read().decode()
+        for path, headers, code in (
+            ("", {"Host": "example.org"}, 403),  # a name that was made to lead to this machine
+            ("metrics.jsonl", {}, 404),
+            ("../recipe.yaml", {}, 404),
+        ):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(urllib.request.Request(url + path, headers=headers), timeout=30)
+            assert refused.value.code == code
+            refused.value.close()
+        again = subprocess.run(
+            [sys.executable, "-m", "harness", "report", str(run), "--serve", "--port", str(free_port)],
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert again.returncode == 2
+        assert f"port {free_port} cannot be used" in again.stderr
+        deadline = time.monotonic() + 60
+        while not (run / "report.html").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0

@@ -1,0 +1,112 @@
+"""What a report says of predictions, against plain loops: calibration, confusion, the worst mistakes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness.reporting.calibration import calibration, reliability_diagram
+from harness.reporting.confusion import confusion_matrix, most_confused, per_class
+from harness.reporting.gallery import worst_mistakes
+
+
+def random_predictions(seed: int, images: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    probabilities = rng.dirichlet(np.full(classes, 0.3), images).astype(np.float32)
+    return probabilities, rng.integers(0, classes, images)
+
+
+def naive_ece(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> float:
+    """Equation 3 of Guo et al. 2017, an image at a time, in float64."""
+    members: list[list[int]] = [[] for _ in range(bins)]
+    for i, row in enumerate(probabilities):
+        confidence = float(max(row))
+        for m in range(bins):
+            if m / bins < confidence <= (m + 1) / bins or (m == bins - 1 and confidence > 1):
+                members[m].append(i)
+    total = 0.0
+    for inside in members:
+        if inside:
+            accuracy = sum(int(np.argmax(probabilities[i])) == labels[i] for i in inside) / len(inside)
+            confidence = sum(float(max(probabilities[i])) for i in inside) / len(inside)
+            total += len(inside) / len(labels) * abs(accuracy - confidence)
+    return total
+
+
+def test_calibration_by_hand() -> None:
+    """Ten images at 90 % of which seven are right, ten at 60 % of which six are: (0.2 + 0) / 2."""
+    rows = [[0.9, 0.1]] * 10 + [[0.4, 0.6]] * 10
+    labels = [0] * 7 + [1] * 3 + [1] * 6 + [0] * 4
+    found = calibration(np.array(rows), np.array(labels), bins=5)
+    assert found.ece == pytest.approx(0.1)
+    assert found.counts_M.tolist() == [0, 0, 10, 0, 10]
+    assert found.accuracy_M[[2, 4]].tolist() == [0.6, 0.7]
+    assert math.isnan(found.confidence_M[0])
+
+
+def test_an_edge_belongs_to_the_bin_below() -> None:
+    found = calibration(np.array([[0.5, 0.5], [1.0, 0.0]]), np.array([0, 0]), bins=4)
+    assert found.counts_M.tolist() == [0, 1, 0, 1]
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 10_000), st.integers(1, 300), st.integers(2, 12), st.integers(1, 20))
+def test_calibration_is_that_of_a_plain_loop(seed: int, images: int, classes: int, bins: int) -> None:
+    probabilities, labels = random_predictions(seed, images, classes)
+    found = calibration(probabilities, labels, bins=bins)
+    assert found.ece == pytest.approx(naive_ece(probabilities, labels, bins), abs=1e-12)
+    assert found.counts_M.sum() == images
+
+
+def test_the_diagram_says_its_figures() -> None:
+    drawn = reliability_diagram(calibration(*random_predictions(0, 1000, 10)))
+    assert "Expected calibration error" in drawn
+    assert drawn.count('class="bar"') >= 5
+    assert "nan" not in drawn
+
+
+def test_confusions_are_counted_once() -> None:
+    probabilities, labels = random_predictions(1, 500, 7)
+    predicted = probabilities.argmax(1)
+    matrix = confusion_matrix(labels, predicted, 7)
+    assert matrix.sum() == 500
+    assert np.trace(matrix) == (labels == predicted).sum()
+    assert matrix.sum(1).tolist() == np.bincount(labels, minlength=7).tolist()
+    assert matrix.sum(0).tolist() == np.bincount(predicted, minlength=7).tolist()
+    for i in range(7):
+        for j in range(7):
+            assert matrix[i, j] == sum(a == i and b == j for a, b in zip(labels, predicted, strict=True))
+
+
+def test_recall_precision_and_the_commonest_mistakes() -> None:
+    matrix = np.array([[8, 2, 0], [5, 5, 0], [0, 0, 0]])
+    recall, precision = per_class(matrix)
+    assert recall[:2].tolist() == [0.8, 0.5]
+    assert precision[:2] == pytest.approx([8 / 13, 5 / 7])
+    assert np.isnan([recall[2], precision[2]]).all()
+    assert most_confused(matrix, most=10) == [(1, 0, 5), (0, 1, 2)]
+    assert most_confused(matrix, most=1) == [(1, 0, 5)]
+    assert matrix[0, 0] == 8  # as it was
+
+
+def test_the_worst_mistakes_come_first() -> None:
+    probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.9, 0.1]])
+    labels = np.array([1, 1, 1, 1])
+    assert worst_mistakes(probabilities, labels, most=5).tolist() == [0, 3, 2]
+    assert worst_mistakes(probabilities, labels, most=1).tolist() == [0]
+    assert worst_mistakes(probabilities, np.array([0, 1, 0, 0]), most=5).tolist() == []
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 10_000))
+def test_no_mistake_that_is_left_out_is_worse(seed: int) -> None:
+    probabilities, labels = random_predictions(seed, 200, 5)
+    shown = worst_mistakes(probabilities, labels, most=10)
+    wrong = {i for i in range(200) if int(probabilities[i].argmax()) != labels[i]}
+    assert set(shown.tolist()) <= wrong
+    losses = [-math.log(max(1e-300, float(probabilities[i, labels[i]]))) for i in range(200)]
+    assert min(losses[i] for i in shown) >= max((losses[i] for i in wrong - set(shown.tolist())), default=0)
