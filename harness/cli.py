@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import harness
-from harness import commands, commands_look, commands_speed
+from harness import commands, commands_look, commands_speed, commands_sweep, commands_track
 from harness.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, HarnessError, from_disk, nearest, print_error
 
 # Groups of `harness --help`, each command with its line.
@@ -18,6 +18,8 @@ GROUPS = {
         "train": "train a recipe",
         "eval": "evaluate a run's checkpoint on its test split",
         "predict": "classify image files with a run's checkpoint",
+        "lr-find": "the learning-rate range test: loss over a growing rate, and what it suggests",
+        "sweep": "train a recipe at several settings and with several seeds, and compare",
     },
     "Cluster": {
         "submit": "hand a training to SLURM; it goes on by itself when it is preempted",
@@ -30,6 +32,8 @@ GROUPS = {
         "curves": "draw the curves of runs in the terminal",
         "compare": "compare runs: differences, mean and spread over seeds, significance",
         "report": "a run as one HTML page: curves, mistakes, Grad-CAM, calibration",
+        "track": "upload runs to Weights & Biases afterwards",
+        "dashboard": "write a W&B workspace for a recipe or a project",
     },
     "Measure": {
         "bench": "measure the loaders beside their peers, training on several ranks, all-reduces",
@@ -37,9 +41,12 @@ GROUPS = {
         "doctor": "what this machine has; --numerics checks its kernels",
     },
 }
-BUILDERS = vars(commands) | vars(commands_speed) | vars(commands_look)
+ROOMS = (commands, commands_look, commands_speed, commands_sweep, commands_track)
+BUILDERS = {name: value for room in ROOMS for name, value in vars(room).items()}
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
-    name: (text, BUILDERS[f"build_{name}"]) for group in GROUPS.values() for name, text in group.items()
+    name: (text, BUILDERS[f"build_{name.replace('-', '_')}"])
+    for group in GROUPS.values()
+    for name, text in group.items()
 }
 EXIT_CODE_FILE = "HARNESS_EXIT_CODE_FILE"
 

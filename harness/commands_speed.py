@@ -15,8 +15,9 @@ DEFAULT_RECIPE = Path("recipes", "debug.yaml")  # a training of seconds
 _PEER_BENCHMARKS = {  # what it measures, and its usual number of rounds
     "step": ("a training step of the seed's network: PyTorch, Accelerate, Lightning, timm and ours", 5),
     "overhead": ("the same loops around a network so small that overhead remains", 9),
+    "ranks": ("that network on two CPU ranks: raw DDP, Accelerate and ours", 9),
     "startup": ("seconds to --help and to the first step of a training", 5),
-    "all": ("loader, step, overhead and startup", 5),
+    "all": ("loader, step, overhead, ranks and startup", 5),
 }
 
 
@@ -34,6 +35,14 @@ def build_bench(parser: argparse.ArgumentParser) -> None:
         )
         _add_json_option(action)
         action.set_defaults(run=_bench_peers, name=name)
+    accuracy = actions.add_parser(
+        "accuracy", help="seconds of training to 80 … 94 %% on the real CIFAR-10: airbench94 and ours (an hour or more)"
+    )
+    accuracy.add_argument(
+        "--epochs", type=_count, metavar="N", help="of each at most, schedules shortened (default: each one's own)"
+    )
+    _add_json_option(accuracy)
+    accuracy.set_defaults(run=_bench_accuracy)
     scaling = actions.add_parser(
         "scaling", help="training on several CPU ranks: speed, and what gradient exchange, buckets and SyncBN cost"
     )
@@ -68,9 +77,15 @@ def _bench_peers(arguments: argparse.Namespace) -> int:
         results = report.bench_all(rounds=arguments.rounds)
         text = "\n\n".join(f"# {name}\n{report.render(result)}" for name, result in results.items())
         return _print(results, None if arguments.json else text)
-    bench = {"step": report.bench_step, "overhead": report.bench_overhead, "startup": report.bench_startup}
-    result = bench[arguments.name](rounds=arguments.rounds)
+    result = getattr(report, f"bench_{arguments.name}")(rounds=arguments.rounds)
     return _print(result, None if arguments.json else report.render(result))
+
+
+def _bench_accuracy(arguments: argparse.Namespace) -> int:
+    from harness.benchmarks.accuracy import bench_accuracy, render_accuracy
+
+    result = bench_accuracy(epochs=arguments.epochs)
+    return _print(result, None if arguments.json else render_accuracy(result))
 
 
 def _bench_scaling(arguments: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ RUNS = Path("runs")
 LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
 RUN_FILES = ("recipe.yaml", "provenance.json")
+EXIT_CODE = "exit_code"  # how the training ended, as whoever started it wrote it down
 JOB = "slurm"  # what the scheduler's job keeps there: its script, its recipe, what it prints
 
 
@@ -24,9 +25,11 @@ def new_run_directory(recipe_name: str) -> Path:
 
 
 def is_unused(path: Path) -> bool:
-    """Whether no training has begun in a directory: it is not there, or holds only a lock, the job's own files and what
-    a process that died left half written."""
-    return not path.exists() or all(entry.name in (LOCK, JOB) or _is_half_written(entry) for entry in path.iterdir())
+    """Whether no training has begun in a directory: it is not there, or holds only a lock, what those who started a
+    training keep there and what a process that died left half written."""
+    return not path.exists() or all(
+        entry.name in (LOCK, JOB, EXIT_CODE) or _is_half_written(entry) for entry in path.iterdir()
+    )
 
 
 def _is_half_written(entry: Path) -> bool:

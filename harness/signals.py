@@ -36,10 +36,16 @@ def noticed() -> Iterator[None]:
 
 
 def _notice_launchers_death() -> None:
-    """Have the kernel send SIGTERM when the launcher of this rank dies: an orphan would train on, and hold the run
-    directory against the restart. Only Linux can do so."""
+    """Be sent SIGTERM when the launcher of this rank dies: an orphan would train on, and hold the run directory against
+    the restart."""
     launched = "TORCHELASTIC_RUN_ID" in os.environ or "HARNESS_EXIT_CODE_FILE" in os.environ
-    if not launched or sys.platform != "linux":
+    if launched:
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Have the kernel send SIGTERM when the parent of this process dies. Only Linux can do so."""
+    if sys.platform != "linux":
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))

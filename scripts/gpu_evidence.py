@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness.benchmarks import evidence, evidence_page, evidence_parts
+from harness.benchmarks.gpu import evidence, evidence_page, evidence_parts
 from harness.errors import HarnessError, print_error
 
 

@@ -101,7 +101,7 @@ build_ffcv() {
 collect_wheels() {
   say "collecting the other wheels"
   "$python" -m venv "$work/stand-ins"
-  local needs=("$work/stand-ins/bin/python" -m harness.benchmarks.kit_needs)
+  local needs=("$work/stand-ins/bin/python" -m harness.benchmarks.gpu.kit_needs)
   "${needs[@]}" requirements >"$work/requirements"
   "${needs[@]}" stand-ins ${there:+--there "$there"} || exit $?
   pip_in stand-ins install --dry-run --report "$work/report.json" -r "$work/requirements" "$work"/wheels/ffcv-*.whl
@@ -136,7 +136,7 @@ fi
 packer=$venv/bin/python
 [ -n "$data" ] || packer=$(command -v python3)
 [ -x "$packer" ] || fail "there is no $packer" "scripts/setup.sh makes it; HARNESS_VENV names another"
-"$packer" -m harness.benchmarks.kit_parts "$out" --python "$version" --part-mb "$part_mb" \
+"$packer" -m harness.benchmarks.gpu.kit_parts "$out" --python "$version" --part-mb "$part_mb" \
   ${wheels:+--wheels "$work/wheels"} ${data:+--data "$data"} || exit $?
 [ -z "$wheels" ] || try_kit
 say "ready: $(du -sh "$out" | cut -f1) in $out; read $out/README.txt"

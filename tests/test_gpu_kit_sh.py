@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.benchmarks.kit_unpack import main
+from harness.benchmarks.gpu.kit_unpack import main
 from tests.conftest import ROOT
 from tests.data.test_parquet import rows, write
 

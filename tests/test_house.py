@@ -40,16 +40,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": GROUND | {"data", "preflight", "heartbeat"},
     "training": WORK,
     "launching": WORK,
+    "launching.ports": set(),
     "launching.trial": GROUND,  # processes for a measurement, whoever makes it
     "reporting": WORK,
     "comparing": WORK | {"reporting"},
     "scaling": WORK,
-    "benchmarks": WORK | {"launching.trial", "scaling"},
+    "sweeps": WORK | {"launching"},
+    "benchmarks": WORK | {"launching.ports", "launching.trial", "scaling"},
     "doctor": WORK,
     "commands": WORK | {"launching", "reporting", "benchmarks", "doctor"},
     "commands_speed": WORK | {"benchmarks", "scaling"},
     "commands_look": WORK | {"reporting", "comparing"},
-    "cli": GROUND | {"commands", "commands_speed", "commands_look"},
+    "commands_sweep": WORK | {"launching", "sweeps"},
+    "commands_track": WORK,
+    "cli": GROUND | {"commands", "commands_look", "commands_speed", "commands_sweep", "commands_track"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -267,7 +271,15 @@ def test_the_sandbox_is_executable() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["harness.recipe", "harness.launching.local", "harness.launching.ranks", "harness.launching.submitting"]
+    "module",
+    [
+        "harness.recipe",
+        "harness.launching.local",
+        "harness.launching.ranks",
+        "harness.launching.submitting",
+        "harness.sweeps.plan",
+        "harness.sweeps.running",
+    ],
 )
 def test_what_runs_before_training_does_not_import_torch(module: str) -> None:
     """Recipes are checked and remembered splits are read in milliseconds, torch takes a second or more."""

@@ -16,7 +16,7 @@ from harness.scaling.fitting import LoopbackModel, Measured, error_summary, fit_
 
 SIZES_BYTES = tuple(4096 << doubling for doubling in range(13))  # 4 KiB to 16 MiB
 RANKS = (2, 3, 4)
-ROUNDS = 25  # fewer, and the medians of crowded ranks swing by more than the model errs
+ROUNDS = 25  # fewer, and the fastest ones of crowded ranks swing by more than the model errs
 
 
 def bench_allreduce(
@@ -24,8 +24,8 @@ def bench_allreduce(
 ) -> dict[str, Any]:
     """Measure all-reduces of real gloo processes on loopback, fit the model on some, and predict the others.
 
-    Held out are every second message size and, where enough remain, the largest number of ranks. Alpha and beta are
-    fitted on medians over the rounds.
+    Held out are every second message size and, where enough remain, the largest number of ranks. The model is of the
+    fastest of the rounds: what other work on the machine adds to the others is none of its constants.
 
     Args:
         ranks: sizes of the groups, each at least 2.
@@ -33,11 +33,11 @@ def bench_allreduce(
         rounds: at least 1.
 
     Returns:
-        A dict for JSON: "model" (alpha_us, gbps, wait_ms, cores); "held_out", its parts "held_out_sizes" (of numbers
-        of ranks that were fitted) and "held_out_ranks" (of the one that was not), and "fitted", each with points,
-        error_percent_median and _max, None where there are no points; "measurements" (each with ranks,
-        message_bytes, seconds as median, min and max over the rounds, predicted_seconds, error_percent, held_out);
-        "settings" and "machine".
+        A dict for JSON: "model" (alpha_us, gbps, wait_ms, busy_share, cores); "held_out", its parts "held_out_sizes"
+        (of numbers of ranks that were fitted) and "held_out_ranks" (of the one that was not), and "fitted", each with
+        points, error_percent_median and _max, None where there are no points; "measurements" (each with ranks,
+        message_bytes, seconds as median, min and max over the rounds, predicted_seconds, error_percent of the
+        fastest round, held_out); "settings" and "machine".
 
     Raises:
         HarnessError: numbers out of range, or too few sizes or ranks; code 1 where a process died.
@@ -48,7 +48,7 @@ def bench_allreduce(
     rows: list[dict[str, Any]] = measured_by_ranks(
         "the all-reduce", "harness.benchmarks.allreduce_rank", [plan], ranks=max(ranks)
     )
-    points = [Measured(row["ranks"], row["message_bytes"], statistics.median(row["seconds"])) for row in rows]
+    points = [Measured(row["ranks"], row["message_bytes"], min(row["seconds"])) for row in rows]
     held_out = choose_held_out(points, cores=cores)
     model = fit_loopback([point for point in points if point not in held_out], cores=cores)
     fitted_ranks = {point.ranks for point in points if point not in held_out}
@@ -56,7 +56,7 @@ def bench_allreduce(
     return {
         "model": {
             "alpha_us": model.link.alpha_us, "gbps": model.link.gbps,
-            "wait_ms": model.wait_seconds * 1e3, "cores": cores,
+            "wait_ms": model.wait_seconds * 1e3, "busy_share": model.busy_share, "cores": cores,
         },
         "held_out": error_summary(model, held_out),
         "held_out_sizes": _summary(model, [point for point in held_out if point.ranks in fitted_ranks]),
@@ -93,8 +93,8 @@ def _measurement(seconds: list[float], point: Measured, model: LoopbackModel, *,
     return {
         "ranks": point.ranks,
         "message_bytes": point.message_bytes,
-        "seconds_median": point.seconds,
-        "seconds_min": min(seconds),
+        "seconds_median": statistics.median(seconds),
+        "seconds_min": point.seconds,
         "seconds_max": max(seconds),
         "predicted_seconds": model.seconds(point.ranks, point.message_bytes),
         "error_percent": 100 * model.relative_error(point),
@@ -128,7 +128,8 @@ def render_allreduce(result: dict[str, Any]) -> str:
     model = result["model"]
     lines.append(
         f"fitted: alpha {model['alpha_us']:.0f} us a message, {model['gbps']:.2f} Gbit/s, "
-        f"{model['wait_ms']:.2f} ms wait for a core ({model['cores']} cores)"
+        f"{model['wait_ms']:.2f} ms wait for a core, busy for {model['busy_share']:.0%} of a message "
+        f"({model['cores']} cores)"
     )
     parts = {
         "fitted": "fitted points",

@@ -24,8 +24,8 @@ def main(what: dict[str, Any]) -> None:
     one_round = getattr(importlib.import_module(module), name)(**what["arguments"])
     _answer(answers, ready=True)
     for _ in sys.stdin:
-        seconds, count = one_round()
-        _answer(answers, seconds=seconds, count=count)
+        seconds, count, *payload = one_round()
+        _answer(answers, seconds=seconds, count=count, payload=payload)
 
 
 def _answer(answers: TextIO, **fields: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,15 +20,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from harness.data.batches import Batch
 from harness.models.build import build_model
-from harness.recipe import load
+from harness.recipe import Recipe, load
 from harness.runtime import joined
 from harness.training.loop import Cadence, run_epoch
-from harness.training.parts import assemble
+from harness.training.parts import Parts, assemble
 from harness.training.startup import Startup
 from harness.training.state import Progress
 
@@ -44,7 +47,7 @@ class Task:
     Attributes:
         model, args: the network's name and the arguments of its constructor.
         size_px: height and width of the images.
-        batch_size: images a step.
+        batch_size: images a step, on each rank.
         steps: of a round.
         channels_last: layout of images and weights, rather than contiguous.
         bf16: autocast, rather than float32.
@@ -98,7 +101,19 @@ def _sgd(model: nn.Module) -> torch.optim.Optimizer:
 def pytorch(**settings: Any) -> Round:
     """A loop as short as it can be."""
     task = Task(**settings)
-    net, criterion, (images_BCHW, labels_B) = task.network(), nn.CrossEntropyLoss(), task.batch()
+    return _plain(task, task.network())
+
+
+def ddp(**settings: Any) -> Round:
+    """The same on several ranks, as PyTorch's tutorial of DDP has it."""
+    task = Task(**settings)
+    dist.init_process_group("gloo")
+    atexit.register(dist.destroy_process_group)
+    return _plain(task, DistributedDataParallel(task.network()))
+
+
+def _plain(task: Task, net: nn.Module) -> Round:
+    criterion, (images_BCHW, labels_B) = nn.CrossEntropyLoss(), task.batch()
     optimizer = _sgd(net)
 
     def step() -> None:
@@ -222,7 +237,8 @@ class _OneBatch:
 def harness(*, recipe: str, overrides: list[str], **settings: Any) -> Round:
     """An epoch of `harness train` of a recipe: `steps` steps with what the loop does around them."""
     task = Task(**settings)
-    images = task.steps * task.batch_size
+    global_batch_size = task.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+    images = task.steps * global_batch_size
     data = f"{{train_images: {images}, test_images: {CLASSES}, num_classes: {CLASSES}}}"
     own = (
         f"data.synthetic={data}",
@@ -230,17 +246,10 @@ def harness(*, recipe: str, overrides: list[str], **settings: Any) -> Round:
         f"data.image_size_px={task.size_px}",
         "data.loader=device",
     )
-    batch = (f"training.global_batch_size={task.batch_size}", f"optimizer.lr={LR}", f"optimizer.momentum={MOMENTUM}")
+    batch = (f"training.global_batch_size={global_batch_size}", f"optimizer.lr={LR}", f"optimizer.momentum={MOMENTUM}")
     loaded = load(recipe, [*own, *batch, *overrides])
-    stack = ExitStack()  # open until the process ends
-    directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="harness-bench-")))
-    runtime = stack.enter_context(joined(precision=loaded.training.precision, seed=0))
-    parts = assemble(loaded, runtime, directory, Startup())
-    stack.callback(parts.close)
-    parts = replace(parts, train_loader=_OneBatch(*task.batch()))
-    never = 1 << 60
-    cadence = Cadence(never, loaded.tracking.log_every_steps, never, checkpoint_steps=())
-    progress = Progress()
+    parts = replace(assembled(loaded), train_loader=_OneBatch(*task.batch()))
+    cadence, progress = epochs_alone(loaded), Progress()
 
     def one_round() -> tuple[float, int]:
         start = time.perf_counter()
@@ -248,5 +257,21 @@ def harness(*, recipe: str, overrides: list[str], **settings: Any) -> Round:
         return time.perf_counter() - start, images
 
     one_round()
-    atexit.register(stack.close)
     return one_round
+
+
+def assembled(recipe: Recipe) -> Parts:
+    """All parts of a recipe's training, as `harness train` builds them; they stay open until the process ends."""
+    stack = ExitStack()
+    atexit.register(stack.close)
+    directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="harness-bench-")))
+    runtime = stack.enter_context(joined(precision=recipe.training.precision, seed=recipe.seed))
+    parts = assemble(recipe, runtime, directory, Startup())
+    stack.callback(parts.close)
+    return parts
+
+
+def epochs_alone(recipe: Recipe) -> Cadence:
+    """A cadence by which `run_epoch` trains and logs, and neither evaluates nor saves."""
+    never = 1 << 60
+    return Cadence(never, recipe.tracking.log_every_steps, never, checkpoint_steps=())

@@ -9,7 +9,7 @@ import torch
 
 from harness.benchmarks.loader import bench_loader
 from harness.benchmarks.startup import bench_startup
-from harness.benchmarks.step import bench_overhead, bench_step
+from harness.benchmarks.step import bench_overhead, bench_ranks, bench_step
 from harness.data.prepare import prepare
 from harness.errors import HarnessError
 
@@ -17,6 +17,7 @@ ALL: dict[str, Callable[[int], dict[str, Any]]] = {
     "loader": lambda rounds: bench_loader_here(rounds=rounds, workers=None),
     "step": lambda rounds: bench_step(rounds=rounds),
     "overhead": lambda rounds: bench_overhead(rounds=2 * rounds - 1),  # its rounds are short
+    "ranks": lambda rounds: bench_ranks(rounds=2 * rounds - 1),
     "startup": lambda rounds: bench_startup(rounds=rounds),
 }
 

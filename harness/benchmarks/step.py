@@ -19,6 +19,7 @@ from harness.machine import usable_cores
 
 LOOPS, LIMITS = "harness.benchmarks.loops", "harness.benchmarks.limits"
 SEED_RECIPE, OVERHEAD_RECIPE = Path("recipes", "seed.yaml"), Path("recipes", "debug.yaml")
+CPU = torch.device("cpu")
 PACKAGES = ("torch", "accelerate", "timm", "lightning", "numpy")
 SEED = {"model": "dual_branch_seed", "args": {}, "size_px": 32}
 # A network of a few hundred thousand operations: what is measured is what surrounds them.
@@ -85,7 +86,7 @@ def bench_step(*, rounds: int = 5, batch_size: int = 128, threads: int | None = 
             "copy_gb_per_second": _median(times["copy"]) / 1e9,
         },
         "settings": {"rounds": rounds, "batch_size": batch_size, "threads": threads, "model": SEED["model"]},
-        "machine": describe_machine(torch.device("cpu"), PACKAGES),
+        "machine": describe_machine(CPU, PACKAGES),
     }
 
 
@@ -106,20 +107,56 @@ def bench_overhead(*, rounds: int = 9, threads: int = 1) -> dict[str, Any]:
     Raises:
         HarnessError: numbers below 1, or a contestant that failed.
     """
-    _needs(OVERHEAD_RECIPE)
-    overrides = ["model.name=dual_branch", *(f"model.args.{key}={value}" for key, value in TINY_ARGS.items())]
-    ours = {**TINY, "recipe": str(OVERHEAD_RECIPE), "overrides": [*overrides, "tracking.log_every_steps=50"]}
-    plain = {**ours, "overrides": [*ours["overrides"], "training.kernels=plain"]}
     contestants = {
         "pytorch": Contestant(f"{LOOPS}:pytorch", TINY),
         "pytorch_channels_last": Contestant(f"{LOOPS}:pytorch", {**TINY, "channels_last": True}),
         "accelerate": Contestant(f"{LOOPS}:accelerate", TINY),
         "lightning": Contestant(f"{LOOPS}:lightning", TINY, needs="lightning"),
         "timm": Contestant(f"{LOOPS}:timm", TINY),
-        "harness_plain": Contestant(f"{LOOPS}:harness", {**plain, "channels_last": True}),
-        "harness": Contestant(f"{LOOPS}:harness", {**ours, "channels_last": True}),
+        "harness_plain": _tiny_harness("training.kernels=plain"),
+        "harness": _tiny_harness(),
     }
     times = run_contest(contestants, rounds=rounds, threads=threads)
+    settings = {"rounds": rounds, "threads": threads, **TINY}
+    return {**_against(times, "pytorch"), "settings": settings, "machine": describe_machine(CPU, PACKAGES)}
+
+
+def bench_ranks(*, rounds: int = 9, ranks: int = 2) -> dict[str, Any]:
+    """The same small network on several CPU ranks over gloo: raw DDP, Accelerate and ours, one thread each.
+
+    All average gradients by DDP and keep each rank's own batch statistics.
+
+    Args:
+        rounds: of each contestant, in turn, after a warm-up; a round is 100 steps.
+        ranks: processes of each contestant.
+
+    Returns:
+        As `bench_overhead`, with ratios to raw DDP.
+
+    Raises:
+        HarnessError: numbers below 1, or a contestant that failed.
+    """
+    contestants = {
+        "pytorch_ddp": Contestant(f"{LOOPS}:ddp", TINY, ranks=ranks),
+        "accelerate": Contestant(f"{LOOPS}:accelerate", TINY, ranks=ranks),
+        "harness_plain": _tiny_harness("training.sync_batch_norm=false", "training.kernels=plain", ranks=ranks),
+        "harness": _tiny_harness("training.sync_batch_norm=false", ranks=ranks),
+    }
+    times = run_contest(contestants, rounds=rounds, threads=1)
+    settings = {"rounds": rounds, "ranks": ranks, "threads_per_rank": 1, **TINY}
+    return {**_against(times, "pytorch_ddp"), "settings": settings, "machine": describe_machine(CPU, PACKAGES)}
+
+
+def _tiny_harness(*overrides: str, ranks: int = 1) -> Contestant:
+    _needs(OVERHEAD_RECIPE)
+    network = ["model.name=dual_branch", *(f"model.args.{key}={value}" for key, value in TINY_ARGS.items())]
+    arguments = {**TINY, "recipe": str(OVERHEAD_RECIPE), "channels_last": True}
+    arguments["overrides"] = [*network, "tracking.log_every_steps=50", *overrides]
+    return Contestant(f"{LOOPS}:harness", arguments, ranks=ranks)
+
+
+def _against(times: Mapping[str, Times | None], bare: str) -> dict[str, Any]:
+    """Milliseconds a step of each contestant, and their ratios to the bare one's, round by round."""
     results: dict[str, dict[str, float] | None] = {}
     for name, each in times.items():
         if each is None:
@@ -131,18 +168,14 @@ def bench_overhead(*, rounds: int = 9, threads: int = 1) -> dict[str, Any]:
             "milliseconds_per_step_min": min(steps),
             "milliseconds_per_step_max": max(steps),
         }
-    bare = times["pytorch"]
-    assert bare is not None
-    return {
-        "contestants": results,
-        "ratios": {
-            f"{name}_over_pytorch": statistics.median(a / b for a, b in zip(each.seconds, bare.seconds, strict=True))
-            for name, each in times.items()
-            if each is not None and name != "pytorch"
-        },
-        "settings": {"rounds": rounds, "threads": threads, **TINY},
-        "machine": describe_machine(torch.device("cpu"), PACKAGES),
+    least = times[bare]
+    assert least is not None
+    ratios = {
+        f"{name}_over_{bare}": statistics.median(a / b for a, b in zip(each.seconds, least.seconds, strict=True))
+        for name, each in times.items()
+        if each is not None and name != bare
     }
+    return {"contestants": results, "ratios": ratios}
 
 
 def _rates(times: Times | None, unit: str) -> dict[str, float] | None:

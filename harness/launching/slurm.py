@@ -33,6 +33,9 @@ class Job:
         cpus_per_task: None leaves it to SLURM, which gives one.
         time_limit: as sbatch's --time; None leaves it to the partition.
         seeds: an array with a task each, whose index is the seed; empty: no array.
+        runs: an array with a task each, in this order: run directories whose recipes are frozen; `run_directory` then
+            holds what the job prints.
+        again: what to say of how to go on, where it is not sbatch.
         array_limit: tasks of the array that run at once; None: as many as fit.
         signal_seconds: before the time limit, when the ranks are told to stop.
         max_restarts: times that ranks are started again after one died, within the job.
@@ -51,6 +54,8 @@ class Job:
     partition: str | None = None
     account: str | None = None
     seeds: tuple[int, ...] = ()
+    runs: tuple[str, ...] = ()
+    again: str | None = None
     array_limit: int | None = None
     signal_seconds: int = 120
     max_restarts: int = 2
@@ -86,10 +91,11 @@ def log_path(job: Job, job_id: str, seed: int | None = None) -> Path:
 
 
 def _directives(job: Job) -> list[str]:
-    array = ",".join(map(str, job.seeds)) + (f"%{job.array_limit}" if job.array_limit else "")
+    indices = f"0-{len(job.runs) - 1}" if job.runs else ",".join(map(str, job.seeds))
+    array = indices + (f"%{job.array_limit}" if job.array_limit else "")
     # In names of files, SLURM replaces %j, %A and %a; %% is a plain %.
     folder = job.run_directory.replace("%", "%%")
-    log = f"{folder}-seed_%a/slurm/%A_%a.out" if job.seeds else f"{folder}/slurm/%j.out"
+    log = f"{folder}-seed_%a/slurm/%A_%a.out" if job.seeds else f"{folder}/slurm/{'%A_%a' if job.runs else '%j'}.out"
     options: dict[str, str | int | None] = {
         "job-name": job_name(job.name),
         "nodes": job.nodes,
@@ -128,4 +134,6 @@ def _settings(job: Job) -> list[str]:
         f"overrides=({shlex.join(job.overrides)})",
         f"run={shlex.quote(job.run_directory)}",
         f"max_restarts={job.max_restarts}",
+        *([f"runs=({shlex.join(job.runs)})"] if job.runs else []),
+        *([f"again={shlex.quote(job.again)}"] if job.again else []),
     ]

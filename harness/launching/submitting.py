@@ -81,7 +81,7 @@ def submit(
             (folder / RECIPE).write_text(resolved_yaml(frozen))
             (folder / SCRIPT).write_text(text)
         try:
-            job_id = _sbatch(folder / SCRIPT)
+            job_id = sbatch(folder / SCRIPT)
         except subprocess.TimeoutExpired:
             undo.pop_all()  # SLURM may have taken the job, which needs its folder
             raise HarnessError(
@@ -124,8 +124,13 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _sbatch(script: Path) -> str:
-    """The id of the new job."""
+def sbatch(script: Path) -> str:
+    """Submit a batch script; the id of the new job.
+
+    Raises:
+        HarnessError: sbatch is missing or refuses the job.
+        subprocess.TimeoutExpired: it does not answer; SLURM may have taken the job.
+    """
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -155,8 +160,12 @@ def _sbatch(script: Path) -> str:
 # --- options of the command line
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options whose values `request_of` reads."""
+def add_options(parser: argparse._ActionsContainer, *, array_of_seeds: bool = True) -> None:
+    """The options whose values `request_of` reads.
+
+    Args:
+        array_of_seeds: with --array; else with --at-once, for an array whose runs are known already.
+    """
     parser.add_argument("--nodes", type=_at_least(1), default=1, metavar="N", help="nodes (default 1)")
     parser.add_argument(
         "--gpus-per-node", type=_at_least(0), default=0, metavar="G", help="GPUs a node (default 0: trains on the CPU)"
@@ -168,13 +177,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--time", dest="time_limit", metavar="T", help="time limit, as sbatch has it: 4:00:00, 1-12")
     parser.add_argument("--partition", metavar="P", help="partition")
     parser.add_argument("--account", metavar="A", help="account")
-    parser.add_argument(
-        "--array",
-        type=_array,
-        default=((), None),
-        metavar="SEEDS",
-        help="a run a seed: 0-4, 1,5,9 or 0-9%%2 (two at once)",
-    )
+    if array_of_seeds:
+        parser.add_argument(
+            "--array",
+            type=_array,
+            default=((), None),
+            metavar="SEEDS",
+            help="a run a seed: 0-4, 1,5,9 or 0-9%%2 (two at once)",
+        )
+    else:
+        parser.add_argument(
+            "--at-once", type=_at_least(1), metavar="N", help="runs at once (default: as many as SLURM lets in)"
+        )
     parser.add_argument(
         "--signal-seconds",
         type=_at_least(1),
@@ -208,7 +222,7 @@ def request_of(arguments: argparse.Namespace) -> dict[str, Any]:
             f"--time {arguments.time_limit} is over as soon as --signal-seconds {arguments.signal_seconds} begin",
             hint="Ask for more time or give a smaller --signal-seconds: a job must get on before it is queued again.",
         )
-    seeds, limit = arguments.array
+    seeds, limit = getattr(arguments, "array", None) or ((), arguments.at_once)
     same = ("nodes", "cpus_per_task", "time_limit", "partition", "account", "signal_seconds", "max_restarts")
     return {
         **{name: getattr(arguments, name) for name in same},

@@ -19,6 +19,7 @@ from typing import Any
 from harness import network
 from harness.errors import HarnessError
 from harness.files import write_json
+from harness.machine import keep_freed_memory
 
 
 def run_trial(module: str, arguments: Sequence[str], *, ranks: int, limit_seconds: float) -> Any:
@@ -54,6 +55,7 @@ def run_trial(module: str, arguments: Sequence[str], *, ranks: int, limit_second
 
 def answer(folder: str, work: Callable[[], Any]) -> int:
     """Do a rank's work; rank 0 leaves its result, or its HarnessError, for `run_trial`. Returns the exit code 0."""
+    keep_freed_memory()  # as a training does
     try:
         answered: dict[str, Any] = {"result": work()}
     except HarnessError as error:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from harness.errors import HarnessError, ManyErrors, nearest
+from harness.errors import HarnessError, ManyErrors
 from harness.recipe import document as yaml_document
-from harness.recipe.document import Document, KeyPath
+from harness.recipe.document import Document
+from harness.recipe.explaining import at, explain
 from harness.recipe.rules import broken_rules
 from harness.recipe.schema import ARGS_SCHEMAS, Recipe
+
+# Settings that decide how and where to a training runs, not what it learns.
+_MAY_CHANGE = ("name", "tracking.", "checkpoint.", "data.loader", "data.workers", "data.path")
+_LENGTH = ("training.epochs", "training.steps")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -27,16 +33,32 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         HarnessError: all that is wrong with it, each with file:line (or the override) and a HINT.
     """
+    (found,) = load_variants(path, [overrides])
+    if isinstance(found, ManyErrors):
+        raise found
+    return found
+
+
+def load_variants(path: str | Path, variants: Iterable[Sequence[str]]) -> list[Recipe | ManyErrors]:
+    """One recipe under several sets of overrides, in their order: for each the recipe or all that is wrong with it.
+
+    Raises:
+        HarnessError: the file, or one that it inherits, is missing or no YAML.
+    """
     path = Path(path)
-    document = _read_with_bases(path)
-    document.data.setdefault("name", path.stem)
+    inherited = _read_with_bases(path)
+    inherited.data.setdefault("name", path.stem)
+    return [_with_overrides(copy.deepcopy(inherited), overrides, str(path)) for overrides in variants]
+
+
+def _with_overrides(document: Document, overrides: Sequence[str], where: str) -> Recipe | ManyErrors:
     changes = Document()
     for text in overrides:
         _apply_override(changes, text)
     _lay_over(document, changes)
-    recipe = _validate(document, str(path))
+    recipe = _validate(document, where)
     if document.errors:
-        raise ManyErrors(str(path), document.errors)
+        return ManyErrors(where, document.errors)
     assert recipe is not None
     return recipe
 
@@ -65,6 +87,16 @@ def differences(left: Recipe, right: Recipe) -> dict[str, tuple[Any, Any]]:
     """The keys (dotted) in which two recipes differ, with both values."""
     a, b = (_flatten(r.model_dump(mode="json")) for r in (left, right))
     return {k: (a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)}
+
+
+def changed_settings(before: Recipe, now: Recipe, *, other_length: bool = True) -> dict[str, tuple[Any, Any]]:
+    """The differences between two recipes that make them two trainings, as `differences` gives them.
+
+    Args:
+        other_length: a longer or shorter training is the same one.
+    """
+    ignored = _MAY_CHANGE + (_LENGTH if other_length else ())
+    return {k: v for k, v in differences(before, now).items() if not k.startswith(ignored)}
 
 
 def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -187,11 +219,11 @@ def _validate(document: Document, where: str) -> Recipe | None:
     try:
         recipe = Recipe.model_validate(document.data)
     except ValidationError as error:
-        document.errors += [_explain(e, document, where, Recipe, ()) for e in error.errors(include_url=False)]
+        document.errors += [explain(e, document, where, Recipe, ()) for e in error.errors(include_url=False)]
     _validate_model_args(document, where)
     if recipe is not None:
         for key, what, hint in broken_rules(recipe):
-            document.errors.append(_at(document, where, tuple(key.split(".")), f"{key}: {what}", hint))
+            document.errors.append(at(document, where, tuple(key.split(".")), f"{key}: {what}", hint))
     return recipe
 
 
@@ -206,69 +238,4 @@ def _validate_model_args(document: Document, where: str) -> None:
         schema.model_validate(model.get("args", {}))
     except ValidationError as error:
         errors = error.errors(include_url=False)
-        document.errors += [_explain(e, document, where, schema, ("model", "args")) for e in errors]
-
-
-def _at(document: Document, where: str, path: KeyPath, what: str, hint: str | None) -> HarnessError:
-    """An error at the place of the deepest part of `path` that was written somewhere."""
-    for end in range(len(path), 0, -1):
-        if path[:end] in document.places:
-            return HarnessError(what, where=document.places[path[:end]], hint=hint)
-    return HarnessError(what, where=where, hint=hint)
-
-
-def _explain(error: Any, document: Document, where: str, schema: type[BaseModel], prefix: KeyPath) -> HarnessError:
-    """A pydantic error in a recipe's words."""
-    loc = tuple(error["loc"])
-    path = (*prefix, *loc)
-    key = ".".join(map(str, path)) or "recipe"
-    owner = _section(schema, loc[:-1])
-    context = error.get("ctx", {})
-    given = repr(error.get("input"))
-    given = given if len(given) <= 60 else given[:57] + "…"
-    hint = _describe(owner, loc)
-    match error["type"]:
-        case "extra_forbidden":
-            valid = list(owner.model_fields) if owner else []
-            what, hint = f'unknown key "{key}"', nearest(str(loc[-1]), valid)
-        case "missing":
-            what = f'the key "{key}" is missing'
-        case "literal_error":
-            valid = [str(v) for v in _literal_values(owner, loc)]
-            what, hint = f"{key}: {given} is not one of its values", nearest(str(error["input"]), valid)
-        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
-            sign = {
-                "greater_than": "> ",
-                "greater_than_equal": "≥ ",
-                "less_than": "< ",
-                "less_than_equal": "≤ ",
-            }
-            bound = next(iter(context.values()))
-            what = f"{key}: must be {sign[error['type']]}{bound}, got {given}"
-        case _:
-            what = f"{key}: {error['msg'][0].lower() + error['msg'][1:]}, got {given}"
-    return _at(document, where, path, what, hint)
-
-
-def _section(schema: type[BaseModel], loc: Iterable[str | int]) -> type[BaseModel] | None:
-    current: Any = schema
-    for part in loc:
-        field = getattr(current, "model_fields", {}).get(part)
-        current = field.annotation if field is not None else None
-    return current if isinstance(current, type) and issubclass(current, BaseModel) else None
-
-
-def _describe(owner: type[BaseModel] | None, loc: KeyPath) -> str:
-    """What the key means, as a hint."""
-    field = owner.model_fields.get(str(loc[-1])) if owner and loc else None
-    section = _section(owner, loc[-1:]) if owner and field is not None else None
-    if section is not None:
-        return f"{loc[-1]} is a section with the keys {', '.join(section.model_fields)}."
-    if field is not None and field.description:
-        return f"{loc[-1]}: {field.description}."
-    return "`harness recipe schema` lists every key with its type."
-
-
-def _literal_values(owner: type[BaseModel] | None, loc: KeyPath) -> tuple[Any, ...]:
-    field = owner.model_fields.get(str(loc[-1])) if owner else None
-    return get_args(field.annotation) if field is not None else ()
+        document.errors += [explain(e, document, where, schema, ("model", "args")) for e in errors]

@@ -195,9 +195,19 @@ class Tracking(Section):
     project: Annotated[str, Field(min_length=1, max_length=128)] = Field(
         "dual-branch-harness", description="W&B project"
     )
-    entity: str | None = Field(None, description="W&B entity")
-    group: str | None = Field(None, description="W&B group")
-    tags: Strings = Field((), description="W&B tags")
+    entity: str | None = Field(None, description="W&B user or team; null is the key's own")
+    run_name: str | None = Field(None, description="W&B's name of the run; null: recipe and run directory")
+    group: str | None = Field(
+        None, description="W&B group; null: recipe and digest of its settings, the same for seeds"
+    )
+    job_type: str | None = Field(None, description="W&B job type; null: train")
+    tags: Strings = Field((), description="W&B tags; none given: model, data source, precision, ranks")
+    artifacts: Literal["none", "best", "all"] = Field(
+        "none", description="checkpoints uploaded to W&B at the end: the best one, or all that are kept"
+    )
+    predictions_table: bool = Field(
+        False, description="at the end, the worst misclassified test images and the confusion matrix as W&B tables"
+    )
 
 
 class Recipe(Section):

@@ -130,14 +130,17 @@ def hierarchical_seconds(
     return within + all_reduce_seconds(nodes, size_bytes / ranks_per_node, outer, algorithm)
 
 
-def shared_cores_ring_seconds(ranks: int, size_bytes: float, link: Link, *, cores: int, wait_seconds: float) -> float:
+def shared_cores_ring_seconds(
+    ranks: int, size_bytes: float, link: Link, *, cores: int, wait_seconds: float, busy_share: float = 1.0
+) -> float:
     """A ring all-reduce of ranks that share the cores of one machine; with a core for each it is `ring_seconds`.
 
-    Over loopback a message is work for a core, its copies and its system calls. With n ranks on c < n cores each of
-    the ring's 2(n-1) steps takes n/c as long, and with probability 1 - c/n the neighbour has no core and is waited
-    for. Bytes move while others wait, so the two add like the sides of a right angle, a smooth maximum:
-    2(n-1)·(n/c·α + √(((1 - c/n)·w)² + (n/c·m/n·β)²)). The first two factors follow from the counts; the smooth maximum
-    is a choice, checked against measurements (`harness bench allreduce`).
+    Over loopback a message is work for a core, its copies and its system calls, for a share u of the time that it takes
+    with a core for each rank; the rest is waiting, in which other ranks work. With n ranks on c < n cores each of the
+    ring's 2(n-1) steps takes k = max(1, u·n/c) times as long, and with probability 1 - c/n the neighbour has no core
+    and is waited for. Bytes move while others wait, so the two add like the sides of a right angle, a smooth maximum:
+    2(n-1)·(k·α + √(((1 - c/n)·w)² + (k·m/n·β)²)). k and the probability follow from the counts; the smooth maximum is
+    a choice, checked against measurements (`harness bench allreduce`).
 
     Args:
         ranks: n, at least 1.
@@ -145,8 +148,9 @@ def shared_cores_ring_seconds(ranks: int, size_bytes: float, link: Link, *, core
         link: as it is with a core for each rank.
         cores: c, at least 1.
         wait_seconds: w, until the system gives a waiting process a core: of the order of the scheduler's time slice.
+        busy_share: u, above 0 and at most 1.
     """
-    crowding = max(1.0, ranks / cores)
+    crowding = max(1.0, busy_share * ranks / cores)
     wait = max(0.0, 1 - cores / ranks) * wait_seconds
     moving = crowding * size_bytes / ranks * link.beta_seconds_per_byte
     return 2 * (ranks - 1) * (crowding * link.alpha_seconds + math.hypot(wait, moving))

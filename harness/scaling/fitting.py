@@ -1,7 +1,8 @@
-"""Alpha, beta and the wait for a core from measured all-reduces: least squares on relative errors."""
+"""Alpha, beta, and what sharing cores costs, from measured all-reduces: least squares on relative errors."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -12,8 +13,9 @@ import numpy as np
 from harness.errors import HarnessError
 from harness.scaling.collectives import Link, shared_cores_ring_seconds
 
-# The wait is searched between a microsecond and a second.
-WAITS_SECONDS = np.geomspace(1e-6, 1.0, 3001)
+# Where the constants of shared cores are searched: between a microsecond and a second, and up to all of the time.
+WAITS_SECONDS = np.geomspace(1e-6, 1.0, 301)
+BUSY_SHARES = np.linspace(0.4, 1.0, 61)
 
 
 @dataclass(frozen=True)
@@ -32,17 +34,23 @@ class LoopbackModel:
     Attributes:
         link: of ranks with a core each.
         cores: of the machine.
-        wait_seconds: 0 where no measurement had more ranks than cores.
+        wait_seconds, busy_share: of shared cores; 0 and 1 where no measurement had more ranks than cores.
     """
 
     link: Link
     cores: int
     wait_seconds: float = 0.0
+    busy_share: float = 1.0
 
     def seconds(self, ranks: int, message_bytes: float) -> float:
         """Of an all-reduce."""
         return shared_cores_ring_seconds(
-            ranks, message_bytes, self.link, cores=self.cores, wait_seconds=self.wait_seconds
+            ranks,
+            message_bytes,
+            self.link,
+            cores=self.cores,
+            wait_seconds=self.wait_seconds,
+            busy_share=self.busy_share,
         )
 
     def relative_error(self, point: Measured) -> float:
@@ -77,7 +85,7 @@ def fit_link(points: Sequence[Measured]) -> Link:
 
 
 def fit_loopback(points: Sequence[Measured], *, cores: int) -> LoopbackModel:
-    """The link from points with a core for each rank, then the wait from those of more ranks than cores.
+    """The link from points with a core for each rank, then the other constants from those of more ranks than cores.
 
     Where a machine has too few cores for any group, α and β come from all points with their share of a core.
 
@@ -89,7 +97,8 @@ def fit_loopback(points: Sequence[Measured], *, cores: int) -> LoopbackModel:
     link = fit_link(roomy or [Measured(p.ranks, p.message_bytes, p.seconds * cores / p.ranks) for p in points])
     if not crowded:
         return LoopbackModel(link, cores)
-    models = (LoopbackModel(link, cores, float(wait)) for wait in WAITS_SECONDS)
+    constants = itertools.product(WAITS_SECONDS, BUSY_SHARES)
+    models = (LoopbackModel(link, cores, float(wait), float(share)) for wait, share in constants)
     return min(models, key=lambda model: math.fsum(model.relative_error(point) ** 2 for point in crowded))
 
 

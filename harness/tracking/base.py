@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -11,7 +12,8 @@ Record = Mapping[str, Any]
 class Tracker(Protocol):
     """Takes what a run has to say. A record has at least `kind`, `split`, `step` and `epoch`.
 
-    `kind` is "step" (since the last log line) or "epoch" (a whole epoch or an evaluation).
+    `kind` is "step" (since the last log line) or "epoch" (a whole epoch or an evaluation). `Trackers` adds
+    `time_unix_seconds`.
     """
 
     def tick(self, step: int) -> None:
@@ -40,7 +42,7 @@ class NullTracker:
 
 
 class Trackers:
-    """Hands everything to each of several trackers."""
+    """Hands everything to each of several trackers, records with their time: all tell of the same one."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = tuple(trackers)
@@ -50,8 +52,9 @@ class Trackers:
             tracker.tick(step)
 
     def log(self, record: Record) -> None:
+        timed = {**record, "time_unix_seconds": round(time.time(), 3)}
         for tracker in self._trackers:
-            tracker.log(record)
+            tracker.log(timed)
 
     def note(self, text: str) -> None:
         for tracker in self._trackers:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import time
 from pathlib import Path
 
 from harness.files import write_text
@@ -25,8 +24,7 @@ class JsonlTracker(NullTracker):
         self._file = path.open("a", buffering=1)
 
     def log(self, record: Record) -> None:
-        whole = {**record, "time_unix_seconds": round(time.time(), 3)}
-        self._file.write(json.dumps({k: _finite(v) for k, v in whole.items()}, allow_nan=False) + "\n")
+        self._file.write(json.dumps({k: _finite(v) for k, v in record.items()}, allow_nan=False) + "\n")
 
     def finish(self, result: Record | None) -> None:
         with contextlib.suppress(OSError):  # what could not be written has been told of

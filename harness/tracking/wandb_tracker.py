@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-import netrc
 import os
+import secrets
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
+from harness.errors import HarnessError
+from harness.files import write_json
+from harness.tracking import wandb_server
 from harness.tracking.base import NullTracker, Record
+from harness.tracking.extras import Extras
+from harness.tracking.identity import Identity
+from harness.tracking.rows import (
+    STEP_METRIC,
+    SUMMARIES,
+    Best,
+    judged_split,
+    result_summary,
+    row_number,
+    values_of,
+)
+from harness.tracking.wandb_extras import log_answers, log_checkpoints, save_model_summary
 
-_INIT_TIMEOUT_SECONDS = 60
-_FINISH_TIMEOUT_SECONDS = 60
+LIMIT_VARIABLE = "HARNESS_WANDB_TIMEOUT_SECONDS"
+_LIMIT_SECONDS = 60.0
+_ARTIFACTS_LIMIT_SECONDS = 150.0  # with what else the first rank ends with, below the time limit of collectives
+UPLOADED = "uploaded.json"  # under wandb/: what was delivered whole
 
 
 def resolve_mode(setting: str) -> str:
@@ -28,21 +44,46 @@ def resolve_mode(setting: str) -> str:
     asked = os.environ.get("WANDB_MODE", "")
     if asked in ("online", "offline", "disabled"):
         return asked
-    return "online" if _has_key() else "offline"
+    return "online" if wandb_server.api_key() else "offline"
 
 
-def _has_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+def new_run_id() -> str:
+    """The id of a new W&B run: that which a sweep's agent has given this training, else a random one."""
+    given = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+    return given or secrets.token_hex(4)
+
+
+def limit_seconds() -> float:
+    """How long W&B may hold up the beginning and the end of a run: `$HARNESS_WANDB_TIMEOUT_SECONDS`, else a minute."""
+    text = os.environ.get(LIMIT_VARIABLE, "")
     try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+        seconds = float(text) if text else _LIMIT_SECONDS
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise HarnessError(
+            f'must be a number of seconds above 0, not "{text}"',
+            where=LIMIT_VARIABLE,
+            hint="Unset it for a minute, or give a number such as 20.",
+        )
+    return seconds
 
 
 class WandbTracker(NullTracker):
-    """A W&B run. Any trouble with the service becomes one warning, and the training goes on without it."""
+    """A W&B run. Any trouble with the service becomes one warning, and the training goes on without it.
+
+    W&B's own step (`_step`) never goes back, but a resumed training does: each record has a number of its own
+    (`row_number`), and those that the server has are not sent again. What an earlier start could not deliver is sent.
+
+    Args:
+        mode: "online" or "offline".
+        directory: the run directory; W&B's files go to `wandb/` in it.
+        run_id: W&B's id of the run, the same for every start.
+        config: the resolved recipe.
+        before: the records of earlier starts.
+        warn: takes a sentence.
+        of_another_machine: do not describe this machine, since the training ran elsewhere.
+    """
 
     def __init__(
         self,
@@ -50,69 +91,115 @@ class WandbTracker(NullTracker):
         mode: str,
         directory: Path,
         run_id: str,
-        name: str,
-        project: str,
-        entity: str | None,
-        group: str | None,
-        tags: tuple[str, ...],
+        identity: Identity,
         config: Mapping[str, Any],
         warn: Callable[[str], None],
+        before: Sequence[Record] = (),
+        extras: Extras | None = None,
+        of_another_machine: bool = False,
     ) -> None:
-        self._warn = warn
+        self._warn, self._directory, self._identity = warn, directory, identity
+        self._config, self._before, self._extras = dict(config), before, extras or Extras()
+        self._run_id, self._of_another_machine = run_id, of_another_machine
         self._run: Any = None
         self._active = True
-        arguments = {
-            "dir": str(directory),
-            "id": run_id,
-            "name": name,
-            "project": project,
-            "entity": entity,
-            "group": group,
-            "tags": list(tags),
-            "config": dict(config),
-        }
-        self._guard(lambda: self._start(mode=mode, **arguments))
-        if mode == "online" and not self._active:  # no network, as on many compute nodes: `wandb sync` later
+        self._best = Best(judged_split(config))
+        self._last_row = -1
+        self.delivered = False
+        self._guard(lambda: self._start(mode))
+        if mode == "online" and not self._active:  # no network, as on many compute nodes
             self._stop_service()  # it still holds the run's id
             self._active = True
-            self._warn("W&B goes on offline; `wandb sync` uploads the run later")
-            self._guard(lambda: self._start(mode="offline", **arguments))
+            self._warn("W&B goes on offline; `harness track sync` uploads the run later")
+            self._guard(lambda: self._start("offline"))
 
-    def _start(self, **arguments: Any) -> None:
+    def _start(self, mode: Any) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the library's own deprecations are not the user's concern
+            warnings.simplefilter("ignore")  # the client's own deprecations are not the user's concern
             import wandb
 
-            settings = wandb.Settings(
-                init_timeout=_INIT_TIMEOUT_SECONDS,
-                finish_timeout=_FINISH_TIMEOUT_SECONDS,  # without one it waits for a dead server for ever
-                finish_timeout_raises=True,
-                silent=True,
-                console="off",
+            identity = self._identity
+            self._run = wandb.init(
+                mode=mode,
+                dir=str(self._directory),
+                id=self._run_id,
+                name=identity.name,
+                project=identity.project,
+                entity=identity.entity,
+                group=identity.group,
+                job_type=identity.job_type,
+                tags=list(identity.tags),
+                config=self._config,
+                allow_val_change=True,
+                resume="allow",
+                settings=wandb.Settings(
+                    init_timeout=limit_seconds(),
+                    finish_timeout=self._finish_limit_seconds(),  # without one it waits for a dead server for ever
+                    finish_timeout_raises=True,
+                    silent=True,
+                    console="off",
+                    x_disable_stats=self._of_another_machine,
+                    x_disable_meta=self._of_another_machine,
+                    x_save_requirements=not self._of_another_machine,
+                ),
             )
-            self._run = wandb.init(resume="allow", settings=settings, **arguments)
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
-        self._run.define_metric("test/accuracy", summary="max", step_metric="step")
-        self._run.define_metric("test_ema/accuracy", summary="max", step_metric="step")
+        self._run.define_metric(STEP_METRIC)
+        self._run.define_metric("*", step_metric=STEP_METRIC)
+        for name, summary in SUMMARIES.items():
+            self._run.define_metric(name, summary=summary, step_metric=STEP_METRIC)
+        self._mode = mode
+        self._last_row = self._last_row_held()
+        for record in self._before:
+            self._take(record)
+        if (summary_text := self._extras.model_summary) is not None:
+            self._attempt("the network's summary", lambda: save_model_summary(self._run, summary_text()))
+
+    def _last_row_held(self) -> int:
+        """The number of the last row that need not be sent; -1 where there is none."""
+        if not self._before:
+            return -1
+        if self._mode == "offline":  # earlier starts have files of their own
+            return max(map(row_number, self._before))
+        if self._run.starting_step > 0:  # the server told the client
+            return int(self._run.starting_step) - 1
+        rows = wandb_server.read_history(self._run.entity, self._run.project, self._run_id)
+        return max((int(row["_step"]) for row in rows or ()), default=-1)
+
+    def _finish_limit_seconds(self) -> float:
+        more = LIMIT_VARIABLE not in os.environ and self._extras.checkpoints is not None
+        return _ARTIFACTS_LIMIT_SECONDS if more else limit_seconds()
 
     def log(self, record: Record) -> None:
-        scope = record["split"] if record["kind"] == "epoch" else f"{record['split']}_step"
-        values = {
-            f"{scope}/{key}": value
-            for key, value in record.items()
-            if key not in ("kind", "split", "step", "epoch") and isinstance(value, int | float)
-        }
-        self._guard(lambda: self._run.log({"step": record["step"], "epoch": record["epoch"], **values}))
+        self._guard(lambda: self._take(record))
+
+    def _take(self, record: Record) -> None:
+        number = row_number(record)
+        if number > self._last_row:
+            self._run.log(values_of(record), step=number, commit=True)  # else the client keeps it until the next
+            self._last_row = number
+        if self._best.take(record):
+            self._run.summary.update(self._best.summary())
 
     def finish(self, result: Record | None) -> None:
-        def end() -> None:
-            if result is not None:
-                self._run.summary["result"] = {k: v for k, v in result.items() if v is not None}
-            self._run.finish(exit_code=0 if result is not None else 1)
-
-        self._guard(end)
+        if result is not None:
+            self._guard(lambda: self._run.summary.update(result_summary(result)))
+            self._add_extras()
+        self._guard(lambda: self._run.finish(exit_code=0 if result is not None else 1))
+        if self._active and self._run is not None and self._mode == "online":
+            self.delivered = True
+            self._attempt("a note of what was uploaded", lambda: self._note_delivery(finished=result is not None))
         self._stop_service()
+
+    def _add_extras(self) -> None:
+        answers, checkpoints = self._extras.answers, self._extras.checkpoints
+        if answers is not None:
+            self._attempt("the predictions table", lambda: log_answers(self._run, answers()))
+        if checkpoints is not None:
+            name = self._identity.name
+            self._attempt("the checkpoints", lambda: log_checkpoints(self._run, name, checkpoints()))
+
+    def _note_delivery(self, *, finished: bool) -> None:
+        write_json(self._directory / "wandb" / UPLOADED, delivery(self._run_id, self._last_row, finished=finished))
 
     def _stop_service(self) -> None:
         """Whatever happened before: the client's service process must not outlive the run."""
@@ -120,6 +207,15 @@ class WandbTracker(NullTracker):
         self._active = client is not None
         self._guard(lambda: client.teardown())  # type: ignore[union-attr]
         self._active = False
+
+    def _attempt(self, what: str, action: Callable[[], Any]) -> None:
+        """Something that the run can do without."""
+        if not self._active:
+            return
+        try:
+            action()
+        except Exception as error:  # whatever it is, the training is done or goes on
+            self._warn(f"W&B goes without {what}: {type(error).__name__}: {error}")
 
     def _guard(self, action: Callable[[], Any]) -> None:
         if not self._active:
@@ -129,3 +225,8 @@ class WandbTracker(NullTracker):
         except Exception as error:  # whatever the service or its client does, the training must go on
             self._active = False
             self._warn(f"W&B fails and is left out: {type(error).__name__}: {error}")
+
+
+def delivery(run_id: str, last_row: int, *, finished: bool) -> dict[str, Any]:
+    """What `wandb/uploaded.json` says: which server has the run up to which row, and whether its end was told."""
+    return {"server": wandb_server.base_url(), "run_id": run_id, "last_row": last_row, "finished": finished}

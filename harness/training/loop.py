@@ -167,6 +167,7 @@ class _Window:
                     **score.to_json(),
                     "lr": self._parts.step.lr,
                     "grad_norm": self._parts.step.grad_norm_value(),
+                    "param_norm": self._parts.step.param_norm_value(),
                     "images_per_second": score.total / seconds,
                     "milliseconds_per_step": 1000 * seconds / max(1, steps),
                     "loader_wait_seconds": loader_wait_seconds,

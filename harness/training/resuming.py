@@ -16,23 +16,12 @@ from filelock import FileLock, Timeout
 
 from harness.errors import EXIT_BAD_INPUT, EXIT_FAILED, TRANSIENT_DISK_ERRORS, HarnessError, nearest
 from harness.recipe import Recipe, load
-from harness.recipe.loading import differences
+from harness.recipe.loading import changed_settings, differences
 from harness.run_directory import CHECKPOINTS, LOCK, is_unused, new_run_directory, run_of, runs_of
 from harness.runtime import Runtime, broadcast_text
 from harness.training import checkpoint
 
 LOCK_SECONDS = 0.5  # whoever only looks whether a run is held holds its lock for an instant
-# Settings that may differ between a run and its resumption: they decide how long, how and where to, not what.
-_MAY_CHANGE = (
-    "name",
-    "tracking.",
-    "checkpoint.",
-    "training.epochs",
-    "training.steps",
-    "data.loader",
-    "data.workers",
-    "data.path",
-)
 # Schedules whose shape follows the length of the training.
 _SHAPED_BY_LENGTH = ("cosine", "poly", "tanh", "wsd")
 
@@ -188,8 +177,7 @@ def _check_same_training(recipe: Recipe, run: Path) -> None:
     before = run / "recipe.yaml"
     if not before.exists():
         return
-    changed = differences(load(before), recipe)
-    wrong = {k: v for k, v in changed.items() if not k.startswith(_MAY_CHANGE)}
+    wrong = changed_settings(load(before), recipe)
     if wrong:
         listed = "; ".join(f"{k}: {old!r} → {new!r}" for k, (old, new) in wrong.items())
         raise HarnessError(

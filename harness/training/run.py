@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import secrets
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ from harness.run_directory import is_unused
 from harness.runtime import joined, provenance
 from harness.tracking import NullTracker, Tracker, Trackers
 from harness.tracking.console import ConsoleTracker
-from harness.tracking.jsonl import JsonlTracker
-from harness.tracking.wandb_tracker import WandbTracker, resolve_mode
+from harness.tracking.identity import identity_of
+from harness.tracking.jsonl import JsonlTracker, read
+from harness.tracking.wandb_tracker import WandbTracker, new_run_id, resolve_mode
 from harness.training import checkpoint
 from harness.training.loop import Cadence, fit
 from harness.training.parts import Parts, assemble, total_steps
 from harness.training.profiler import Profiler, StepProfiler, TooFewSteps, plan_steps
 from harness.training.resuming import agree_on_start, claim
+from harness.training.showing import extras_of
 from harness.training.startup import Startup
 from harness.training.state import Progress
 from harness.training.stopping import Stopped
@@ -113,7 +115,7 @@ def _profiler(path: Path, parts: Parts, progress: Progress, steps: int) -> Profi
 def _describe_run(path: Path, recipe: Recipe, parts: Parts, progress: Progress, steps: int) -> None:
     """Write what is known at the start, and move aside what going on from an earlier step makes untrue."""
     file, result = path / "provenance.json", path / "result.json"
-    before = {"wandb_run_id": secrets.token_hex(4), "starts": []} | _read_json(file)
+    before = {"wandb_run_id": new_run_id(), "starts": []} | _read_json(file)
     finished_step = _read_json(result).get("step", 0)
     manifest = parts.store.manifest
     now = {
@@ -121,12 +123,25 @@ def _describe_run(path: Path, recipe: Recipe, parts: Parts, progress: Progress, 
         "recipe_sha256": fingerprint(recipe),
         "data": {"source": manifest.source, "origin": manifest.origin, "sha256": dict(manifest.sha256)},
         "from_step": progress.step,
+        "kernels": parts.network.kernels,
     }
+    _warn_of_other_kernels(before["starts"], now)
     write_text(path / "recipe.yaml", resolved_yaml(recipe))
     write_json(file, {**before, "starts": [*before["starts"], now]})
     checkpoint.set_aside_later_than(path / "checkpoints", progress.step)
     if result.exists() and progress.step < steps:  # of a shorter training that goes on now
         result.rename(path / f"result_step_{finished_step}.json")
+
+
+def _warn_of_other_kernels(starts: list[dict[str, Any]], now: dict[str, Any]) -> None:
+    """Dropout draws from another source with other kernels, so that no bits can be promised from here on."""
+    earlier = starts[-1].get("kernels") if starts else None
+    if earlier is not None and now["from_step"] and earlier.split()[0] != now["kernels"].split()[0]:
+        print(
+            f"WARNING the run had other kernels before ({earlier}), now {now['kernels']}: dropout draws anew, so it "
+            "will not end bit-equal to a run that was left alone",
+            file=sys.stderr,
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -161,18 +176,16 @@ def _trackers(path: Path, recipe: Recipe, parts: Parts, progress: Progress, step
     trackers: list[Tracker] = [JsonlTracker(path / "metrics.jsonl", from_step=progress.step), console]
     mode = resolve_mode(recipe.tracking.wandb)
     if mode != "disabled":
-        tracking = recipe.tracking
+        settings = recipe.model_dump(mode="json")
         trackers.append(
             WandbTracker(
                 mode=mode,
                 directory=path,
                 run_id=json.loads((path / "provenance.json").read_text())["wandb_run_id"],
-                name=f"{recipe.name}-{path.name}",
-                project=tracking.project,
-                entity=tracking.entity,
-                group=tracking.group,
-                tags=tracking.tags,
-                config=recipe.model_dump(mode="json"),
+                identity=identity_of(settings, run_id=path.name, world_size=parts.runtime.world_size),
+                config=settings,
+                before=read(path / "metrics.jsonl"),
+                extras=extras_of(recipe, path, num_classes=len(parts.store.manifest.classes)),
                 warn=console.note,
             )
         )

@@ -115,6 +115,11 @@ class TrainingStep:
         """The gradient's L2 norm at the latest checked step, before clipping (waits for the device)."""
         return None if self.grad_norm is None else float(self.grad_norm)
 
+    def param_norm_value(self) -> float:
+        """The L2 norm of all trainable parameters (waits for the device)."""
+        with torch.no_grad():
+            return float(torch.nn.utils.get_total_norm(self._parameters))
+
     def _forward_backward(
         self, batch: Batch, *, step: int, micro: int, scale: float, last: bool, meter: Meter, phase: Phase
     ) -> None:

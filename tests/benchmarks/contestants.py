@@ -41,3 +41,33 @@ def fail(*, late: bool) -> Callable[[], tuple[float, int]]:
         raise ValueError("the reason of the failure")
 
     return one_round if late else one_round()  # type: ignore[return-value]
+
+
+def add_up_ranks() -> Callable[[], tuple[float, int]]:
+    """Counts the ranks that it reaches over gloo."""
+    import atexit
+
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    atexit.register(dist.destroy_process_group)
+
+    def one_round() -> tuple[float, int]:
+        one = torch.ones(())
+        dist.all_reduce(one)
+        return 1.0, int(one)
+
+    return one_round
+
+
+def tell(*, file: str, name: str) -> Callable[[], tuple[float, int, dict[str, int]]]:
+    """As `note`, and tells how often it had its turn."""
+    one_round, turns = note(file=file, name=name), 0
+
+    def telling_round() -> tuple[float, int, dict[str, int]]:
+        nonlocal turns
+        turns += 1
+        return *one_round(), {"turns": turns}
+
+    return telling_round

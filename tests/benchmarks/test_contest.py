@@ -32,6 +32,23 @@ def test_they_take_turns_in_processes_of_their_own(tmp_path: Path) -> None:
     assert times == {"a": Times([0.5] * 3, [4] * 3), "b": Times([0.5] * 3, [4] * 3), "c": None}
 
 
+def test_each_has_its_own_number_of_rounds_and_may_tell_more(tmp_path: Path) -> None:
+    file, seen = tmp_path / "lines", []
+    rounds: dict[str, int | None] = {"a": 1, "b": None, "c": 4}
+    contestants = {
+        name: Contestant(f"{HERE}:{'note' if name == 'a' else 'tell'}", {"file": str(file), "name": name}, rounds=own)
+        for name, own in rounds.items()
+    }
+    times = run_contest(
+        contestants, rounds=2, threads=1, after_round=lambda name, each: seen.append((name, len(each.seconds)))
+    )
+    assert [line.split()[0] for line in file.read_text().splitlines()] == list("abcbccc")
+    assert seen == [("a", 1), ("b", 1), ("c", 1), ("b", 2), ("c", 2), ("c", 3), ("c", 4)]
+    assert times["a"] == Times([0.5], [4])
+    assert times["b"] == Times([0.5] * 2, [4] * 2, [{"turns": 1}, {"turns": 2}])
+    assert times["c"] == Times([0.5] * 4, [4] * 4, [{"turns": n} for n in range(1, 5)])
+
+
 def test_rates_are_counts_over_seconds() -> None:
     times = Times([1.0, 2.0, 4.0], [8, 8, 8])
     assert times.per_second("images") == {
@@ -59,3 +76,10 @@ def test_numbers_must_be_positive() -> None:
     for numbers in ({"rounds": 0, "threads": 1}, {"rounds": 1, "threads": 0}):
         with pytest.raises(HarnessError, match="must be at least 1"):
             run_contest({}, **numbers)
+
+
+def test_ranks_work_together_and_the_first_one_answers() -> None:
+    several = Contestant("tests.benchmarks.contestants:add_up_ranks", ranks=2)
+    times = run_contest({"several": several}, rounds=2, threads=1)["several"]
+    assert times is not None
+    assert times.counts == [2, 2]

@@ -23,7 +23,10 @@ RESULT: dict[str, Any] = {
     "settings": {"rounds": 1, "threads": 2},
     "machine": {"cpu": "some", "cpus": 2, "gpu": None, "versions": {"torch": "2.0", "lightning": None}},
 }
-SECONDS = {"help": {"median": 0.25, "min": 0.2, "max": 0.3}}
+SECONDS = {
+    "help": {"median": 0.25, "min": 0.2, "max": 0.3},
+    "train_to_first_step": {"median": 11.0, "min": 10.0, "max": 12.0},
+}
 
 
 @pytest.mark.long
@@ -63,14 +66,14 @@ def test_all_benchmarks_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_recipe_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for bench in (step.bench_step, step.bench_overhead):
+    for bench in (step.bench_step, step.bench_overhead, step.bench_ranks):
         with pytest.raises(HarnessError, match="recipe is not here"):
             bench()
 
 
 def test_a_table_has_the_unit_and_what_is_missing() -> None:
     assert table(RESULT) == ("images_per_second", [("harness", [20.0, 10.0, 1234.5]), ("peer", None)])
-    assert table({"seconds": SECONDS}) == ("seconds", [("help", [0.25, 0.2, 0.3])])
+    assert table({"seconds": {"help": SECONDS["help"]}}) == ("seconds", [("help", [0.25, 0.2, 0.3])])
     text = render(RESULT)
     assert "1,234" in text
     assert "not installed" in text
@@ -82,10 +85,11 @@ def test_the_page_says_what_is_met_and_what_is_not() -> None:
     one_step = {**RESULT, "ratios": {"harness_bf16_over_pytorch_fp32": 8.5}}
     overhead = {**RESULT, "ratios": {"harness_over_pytorch": 1.06, "harness_plain_over_pytorch": 1.05}}
     startup = {"seconds": SECONDS, "settings": {}, "machine": RESULT["machine"]}
-    results = {"loader": loader, "step": one_step, "overhead": overhead, "startup": startup}
+    ranks = {**RESULT, "ratios": {"harness_over_pytorch_ddp": 1.05}}
+    results = {"loader": loader, "step": one_step, "overhead": overhead, "ranks": ranks, "startup": startup}
     lines = page(results, date="2026-01-02", picture="b.svg").splitlines()
     verdicts = [line for line in lines if line.startswith("| ") and ("yes" in line or "**no**" in line)]
-    assert ["**no**" in line for line in verdicts] == [False, True, False, True, False]
+    assert ["**no**" in line for line in verdicts] == [False, True, False, True, False, False, False, True]
     assert "2026-01-02: some, 2 cores, 2 threads; torch 2.0." in "\n".join(lines)
     assert "![Bars of the medians](b.svg)" in lines
     del one_step["ratios"]["harness_bf16_over_pytorch_fp32"]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from harness.launching.ports import free_port
 from tests.faults.fault import NotHere
@@ -45,14 +48,48 @@ class WandbServer:
             self._process.wait()
             self._process = None
 
+    def history(self, run_id: str) -> list[dict[str, Any]]:
+        """The rows it has of a run, in its order; times of W&B's own left out."""
+        files = list(self._folder.glob(f"files/*/*/{run_id}/wandb-history.jsonl"))
+        lines = files[0].read_text().splitlines() if files else []
+        return [{k: v for k, v in json.loads(line).items() if k != "_runtime"} for line in lines if line]
+
+    def runs(self) -> dict[str, dict[str, Any]]:
+        """Its table of runs, by id: display_name, state, tags, config, summary."""
+        with contextlib.closing(sqlite3.connect(self._folder / "openwandb.db")) as database:
+            rows = database.execute(
+                "SELECT run_id, display_name, state, tags_json, config_json, summary_json FROM runs"
+            )
+            return {
+                run_id: {
+                    "name": name,
+                    "state": state,
+                    "tags": json.loads(tags),
+                    "config": json.loads(config),
+                    "summary": json.loads(summary),
+                }
+                for run_id, name, state, tags, config, summary in rows
+            }
+
+    def artifacts(self, run_id: str) -> list[tuple[str, str, dict[str, Any]]]:
+        """(name, type, metadata) of a run's artifacts, in order."""
+        with contextlib.closing(sqlite3.connect(self._folder / "openwandb.db")) as database:
+            query = "SELECT name, artifact_type, metadata_json FROM artifacts WHERE run_id = ? ORDER BY id"
+            return [(name, kind, json.loads(facts)) for name, kind, facts in database.execute(query, (run_id,))]
+
+    def files(self, run_id: str) -> dict[str, Path]:
+        """The files that it has of a run, by their names."""
+        folders = list(self._folder.glob(f"files/*/*/{run_id}"))
+        return {str(p.relative_to(folders[0])): p for p in folders[0].rglob("*") if p.is_file()} if folders else {}
+
     def holds(self) -> int:
         """Bytes in its folder."""
         return sum(p.stat().st_size for p in self._folder.rglob("*") if p.is_file())
 
 
-def environment(port: int) -> dict[str, str]:
+def environment(port: int, *, key: str = KEY) -> dict[str, str]:
     """What a training needs to send to a server on this port."""
-    return {"WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": KEY, "WANDB_MODE": "online"}
+    return {"WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": key, "WANDB_MODE": "online"}
 
 
 def listens(port: int) -> bool:

@@ -42,6 +42,9 @@ JOBS = {
         max_restarts=0,
     ),
     "array": replace(PLAIN, seeds=(0, 1, 2, 7), array_limit=2),
+    "sweep": replace(
+        PLAIN, runs=("/home/me/runs/s/a-seed_0", f"/data/{EVIL}"), array_limit=1, again="harness sweep s.yaml --slurm"
+    ),
     "evil": replace(PLAIN, name=EVIL, recipe=f"/data/{EVIL}.yaml", run_directory=f"/data/{EVIL}", overrides=(EVIL,)),
 }
 SHELLCHECK = str(Path(sys.executable).with_name("shellcheck"))
@@ -110,6 +113,16 @@ def test_what_could_break_out_of_its_line_is_refused(change: dict[str, str]) -> 
 )
 def test_job_names(name: str, expected: str) -> None:
     assert job_name(name) == expected
+
+
+def test_a_task_of_a_sweep_has_the_run_of_its_index() -> None:
+    text = sbatch_text(JOBS["sweep"])
+    assert "#SBATCH --array=0-1%1\n" in text
+    head = text[: text.index("frozen=$run")]
+    for index, run in enumerate(JOBS["sweep"].runs):
+        script = f'SLURM_ARRAY_TASK_ID={index}\n{head}\nprintf %s "$run"'
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, timeout=10)
+        assert done.stdout == run
 
 
 def test_logs_are_in_the_run_directories() -> None:

@@ -24,6 +24,7 @@ from harness.models.kernels.depthwise import applies, depthwise_conv2d
 from harness.models.kernels.norm_relu_drop import LEVELS, moments, normalise_relu_drop
 from harness.models.safe_conv import SafeConv2d
 from harness.models.units import branch_unit, conv_stem
+from tests.conftest import ROOT, RunRanks
 from tests.models.without_kernels import closed
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
@@ -438,3 +439,11 @@ def test_a_cache_that_cannot_be_written_means_plain_layers(tmp_path: Path) -> No
     (tmp_path / "kernels").write_text("a file where the folder should be")
     with closed():
         assert adopt_compiled_kernels(nn.ModuleList(), tmp_path).startswith("plain (")
+
+
+def test_ranks_have_kernels_together_or_not_at_all(run_ranks: RunRanks) -> None:
+    worker = Path(__file__).with_name("one_rank_without_kernels.py")
+    done = run_ranks(2, worker, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert "rank 0: plain (another rank has no compiled ones); open: False" in done.stdout
+    assert 'rank 1: plain (no program "/nowhere/c++", which CXX names); open: False' in done.stdout

@@ -68,6 +68,9 @@ def test_ranks_that_share_cores_worked_out_by_hand() -> None:
     """4 ranks on 2 cores: 6 steps at half speed, each with 1 - 2/4 of the wait; 3 and 4 give 5 at right angles."""
     found = shared_cores_ring_seconds(4, 8, Link(10.0, 1.0), cores=2, wait_seconds=6.0)
     assert found == pytest.approx(6 * (2 * 10 + 5))
+    # Busy for three quarters of a message, they take half as long again.
+    found = shared_cores_ring_seconds(4, 8, Link(10.0, 4 / 3), cores=2, wait_seconds=6.0, busy_share=0.75)
+    assert found == pytest.approx(6 * (1.5 * 10 + 5))
     assert shared_cores_ring_seconds(2, 8, LINK, cores=2, wait_seconds=6.0) == ring_seconds(2, 8, LINK)
 
 

@@ -10,7 +10,7 @@ from harness.errors import HarnessError
 from harness.scaling.collectives import Link, ring_seconds
 from harness.scaling.fitting import LoopbackModel, Measured, error_summary, fit_link, fit_loopback
 
-TRUTH = LoopbackModel(Link.of(alpha_us=200, gbps=8), cores=2, wait_seconds=1.5e-3)
+TRUTH = LoopbackModel(Link.of(alpha_us=200, gbps=8), cores=2, wait_seconds=1.5e-3, busy_share=0.75)
 SIZES = [4096 << doubling for doubling in range(13)]
 
 
@@ -27,8 +27,9 @@ def test_the_constants_come_back() -> None:
     fitted = fit_loopback(points_of(TRUTH, [2, 3]), cores=2)
     assert fitted.link.alpha_us == pytest.approx(200, rel=1e-6)
     assert fitted.link.gbps == pytest.approx(8, rel=1e-6)
-    assert fitted.wait_seconds == pytest.approx(1.5e-3, rel=0.005)  # the width of the search's steps
-    assert error_summary(fitted, points_of(TRUTH, [4]))["error_percent_max"] < 1
+    assert fitted.wait_seconds == pytest.approx(1.5e-3, rel=0.05)  # the width of the search's steps
+    assert fitted.busy_share == pytest.approx(0.75, abs=0.02)
+    assert error_summary(fitted, points_of(TRUTH, [4]))["error_percent_max"] < 2
 
 
 def test_noise_of_ten_percent_moves_them_little() -> None:

@@ -12,6 +12,8 @@ import pytest
 
 from harness.tracking import NullTracker, Trackers
 from harness.tracking.console import ConsoleTracker
+from harness.tracking.extras import Extras
+from harness.tracking.identity import Identity
 from harness.tracking.jsonl import JsonlTracker, read
 from harness.tracking.wandb_tracker import WandbTracker, resolve_mode
 
@@ -168,11 +170,7 @@ def wandb_tracker(folder: Path, warnings: list[str], **changes: Any) -> WandbTra
         "mode": "offline",
         "directory": folder,
         "run_id": "run-1",
-        "name": "name",
-        "project": "project",
-        "entity": None,
-        "group": None,
-        "tags": ("a",),
+        "identity": Identity(None, "project", "name", "group", "train", ("a",)),
         "config": {"seed": 0},
         "warn": warnings.append,
     }
@@ -190,13 +188,14 @@ def test_an_offline_run_is_written(tmp_path: Path) -> None:
     assert len(runs) == 1
     data = next(runs[0].glob("*.wandb")).read_bytes()
     assert b"test/accuracy" in data
-    assert b"train_step/loss" in data
+    assert b"train/loss" in data
+    assert b"perf/milliseconds_per_step" in data
 
 
 def test_no_network_means_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens on the discard port
-    monkeypatch.setattr("harness.tracking.wandb_tracker._INIT_TIMEOUT_SECONDS", 3)
+    monkeypatch.setenv("HARNESS_WANDB_TIMEOUT_SECONDS", "3")
     warnings: list[str] = []
     tracker = wandb_tracker(tmp_path, warnings, mode="online")
     tracker.log(TEST)
@@ -217,8 +216,33 @@ def test_trouble_is_one_warning(tmp_path: Path) -> None:
     assert "W&B fails and is left out" in warnings[0]
 
 
-def test_records_are_json_lines(tmp_path: Path) -> None:
-    tracker = JsonlTracker(tmp_path / "m.jsonl")
+def test_a_time_limit_that_is_none_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARNESS_WANDB_TIMEOUT_SECONDS", "soon")
+    warnings: list[str] = []
+    wandb_tracker(tmp_path, warnings).finish(None)
+    assert len(warnings) == 1
+    assert 'HARNESS_WANDB_TIMEOUT_SECONDS: must be a number of seconds above 0, not "soon"' in warnings[0]
+
+
+def test_what_goes_wrong_beside_the_curves_is_one_warning_each(tmp_path: Path) -> None:
+    def fail() -> Any:
+        raise OSError("no space left")
+
+    warnings: list[str] = []
+    tracker = wandb_tracker(tmp_path, warnings, extras=Extras(model_summary=fail, checkpoints=fail, answers=fail))
+    tracker.log(TEST)
+    tracker.finish({"accuracy": 0.5})
+    assert [text.split(":")[0] for text in warnings] == [
+        "W&B goes without the network's summary",
+        "W&B goes without the predictions table",
+        "W&B goes without the checkpoints",
+    ]
+    (run,) = (tmp_path / "wandb").glob("offline-run-*-run-1")
+    assert b"test/accuracy" in next(run.glob("*.wandb")).read_bytes()  # the curves are there all the same
+
+
+def test_all_trackers_are_told_of_the_same_record_in_json_lines(tmp_path: Path) -> None:
+    tracker = Trackers([JsonlTracker(tmp_path / "m.jsonl")])
     tracker.log(TEST)
     record = json.loads((tmp_path / "m.jsonl").read_text())  # written as it happens, before the end
     assert abs(record.pop("time_unix_seconds") - time.time()) < 60

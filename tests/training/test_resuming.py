@@ -15,6 +15,7 @@ from harness.cli import main
 from harness.training.step import TrainingStep
 from harness.training.stopping import StopVote
 from tests.conftest import ROOT, RunRanks
+from tests.models.without_kernels import closed
 from tests.training.conftest import Train, metrics, result
 
 
@@ -204,6 +205,21 @@ def test_other_images_are_noticed(train: Train, tmp_path: Path, capsys: pytest.C
     shutil.copytree(other, one)
     assert main(["eval", str(run)]) == 0
     assert "WARNING these are not the images" in capsys.readouterr().err
+
+
+def test_other_kernels_are_warned_of(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Gone on with on a machine without a compiler: dropout draws anew there."""
+    run = train("run", "training.epochs=1")
+    assert result(run)["kernels"].startswith("compiled")
+    train("run", "training.epochs=2", resume="auto")
+    assert "other kernels" not in capsys.readouterr().err
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    with closed():
+        train("run", "training.epochs=3", resume="auto")
+    assert "WARNING the run had other kernels before (compiled" in capsys.readouterr().err
+    assert "nowhere" in result(run)["kernels"]
 
 
 def test_a_shorter_training_than_what_is_done_is_refused(train: Train, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,9 +16,11 @@ run=/home/me/runs/seed/20260101-000000-0000
 max_restarts=2
 set -uo pipefail
 
-# The run of this job: with an array one a task, whose index is its seed. What it trains is written down once, so that
-# a requeued job goes on with the same recipe, whatever became of the file since.
-if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+# The run of this job: with an array one a task, whose index is its seed, or its place among the runs of a sweep. What it
+# trains is written down once, so that a requeued job goes on with the same recipe, whatever became of the file since.
+if [ -n "${runs+x}" ]; then
+  run=${runs[$SLURM_ARRAY_TASK_ID]}
+elif [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
   run+=-seed_$SLURM_ARRAY_TASK_ID
   overrides+=("seed=$SLURM_ARRAY_TASK_ID")
 fi
@@ -89,6 +91,8 @@ for ((attempt = 0; ; attempt++)); do
   [ "$attempt" -lt "$max_restarts" ] || break
   printf 'launch: restart %d of %d, from the last checkpoint\n' "$((attempt + 1))" "$max_restarts" >&2
 done
+
+printf '%d\n' "$code" >"$run/exit_code"
 
 # Queue this job (of an array, this task) again, unless it was cancelled: a job that was has left the state RUNNING.
 # The id of one of an array's tasks is that of the whole array: tasks are named by array and index.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.benchmarks.roofline import (
+from harness.benchmarks.gpu.roofline import (
     PARAMETER_BYTES_A_STEP,
     copy_bandwidth,
     fused_elements,

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from harness.benchmarks import evidence, evidence_page, evidence_parts, evidence_train
-from harness.benchmarks.evidence import Call, Figures, Save
+from harness.benchmarks.gpu import evidence, evidence_page, evidence_parts, evidence_train
+from harness.benchmarks.gpu.evidence import Call, Figures, Save
 from harness.errors import HarnessError
 from tests.conftest import ROOT
 from tests.training.conftest import metrics, result

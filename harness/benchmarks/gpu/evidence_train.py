@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.benchmarks.evidence import ROOT, Call, Figures, Save
+from harness.benchmarks.gpu.evidence import ROOT, Call, Figures, Save
 from harness.errors import EXIT_DONE, EXIT_REQUEUE, HarnessError
 
 # From the signal to the end of the process: the step under way, an evaluation that has begun, the checkpoint.

@@ -13,9 +13,10 @@ from xml.etree import ElementTree
 
 import torch
 
-from harness.benchmarks import gpu_step, roofline
-from harness.benchmarks.evidence import ROOT, Call, Figures, Part, Save
-from harness.benchmarks.evidence_train import train_part
+from harness.benchmarks.gpu import roofline
+from harness.benchmarks.gpu import step as gpu_step
+from harness.benchmarks.gpu.evidence import ROOT, Call, Figures, Part, Save
+from harness.benchmarks.gpu.evidence_train import train_part
 from harness.benchmarks.loader import bench_loader, synthetic_split
 from harness.benchmarks.report import bench_loader_here
 

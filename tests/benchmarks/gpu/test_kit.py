@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from harness.benchmarks import kit_needs, kit_parts
-from harness.benchmarks.kit_unpack import KitError, main, unpack
+from harness.benchmarks.gpu import kit_needs, kit_parts
+from harness.benchmarks.gpu.kit_unpack import KitError, main, unpack
 from harness.data.prepare import open_store, prepare
 from harness.data.sources import locate
 from harness.errors import HarnessError
@@ -207,7 +207,7 @@ def test_pip_takes_stand_ins_for_packages(tmp_path: Path) -> None:
     there.write_text("numpy==2.5.2\npyyaml==5.1\n")
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], timeout=120, check=True)
     python = tmp_path / "env" / "bin" / "python"
-    needs = [python, "-m", "harness.benchmarks.kit_needs", "stand-ins", "--there", there]
+    needs = [python, "-m", "harness.benchmarks.gpu.kit_needs", "stand-ins", "--there", there]
     env = os.environ | {"PYTHONPATH": str(ROOT), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
     subprocess.run(needs, env=env, timeout=60, check=True)
     pip = [python, "-m", "pip", "install", "--dry-run", "numpy>=2,<3", "torch>=2.9,<3"]

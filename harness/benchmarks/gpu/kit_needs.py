@@ -4,9 +4,9 @@ An environment of the same Python is filled with stand-ins: metadata without con
 other machine has. pip then resolves the project's dependencies against them and names what is missing or too old,
 without fetching torch. Python's own library alone: it runs in that environment.
 
-    python -m harness.benchmarks.kit_needs requirements              # prints what the project needs there
-    python -m harness.benchmarks.kit_needs stand-ins [--there FILE]  # into the environment of this Python
-    python -m harness.benchmarks.kit_needs missing REPORT            # of pip install --dry-run --report, NAME==VERSION
+    python -m harness.benchmarks.gpu.kit_needs requirements              # prints what the project needs there
+    python -m harness.benchmarks.gpu.kit_needs stand-ins [--there FILE]  # into the environment of this Python
+    python -m harness.benchmarks.gpu.kit_needs missing REPORT            # of pip install --dry-run --report
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 from harness.errors import EXIT_DONE, HarnessError, print_error
 
-PROJECT_FILE = Path(__file__).resolve().parents[2] / "pyproject.toml"
+PROJECT_FILE = Path(__file__).resolve().parents[3] / "pyproject.toml"
 
 # Taken for granted on a GPU machine, in the oldest versions that pyproject.toml allows; they bring NVIDIA's libraries.
 ALWAYS_THERE = {"torch": "2.9.0", "torchvision": "0.24.0"}

@@ -24,7 +24,7 @@ from harness.machine import cpu_name, usable_cores
 from harness.preflight import installed_versions
 from harness.runtime import git_state
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FORMAT = 1
 DRY_NOTE = "A dry run with tiny sizes, to see that everything runs: these figures are no evidence."
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.benchmarks.evidence import read
-from harness.benchmarks.gpu_step import PRECISIONS, WAYS
+from harness.benchmarks.gpu.evidence import read
+from harness.benchmarks.gpu.step import PRECISIONS, WAYS
 from harness.errors import HarnessError
 from harness.files import write_text
 
@@ -100,7 +100,7 @@ def _step(figures: Mapping[str, Any]) -> Iterator[str]:
         f"Images/s, and the share of the memory roofline: {limit['copy_bytes_per_second'] / 1e12:.2f} TB/s measured by "
         f"a copy (read and written bytes), {counted['fused'] / 1e6:.2f} million elements an image (each layer a pass "
         f"of its own: {counted['layerwise'] / 1e6:.2f}), 2 bytes each in bf16 and 4 else; the rule stands in "
-        "`harness/benchmarks/roofline.py`."
+        "`harness/benchmarks/gpu/roofline.py`."
     )
     yield ""
     columns = sorted(limit["images_per_second"]["fused"], key=_precision_then_batch)

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from harness.benchmarks import roofline
+from harness.benchmarks.gpu import roofline
 from harness.data.batches import Batch
 from harness.models.build import build_model
 from harness.recipe import load

@@ -1,6 +1,6 @@
 """Packs a kit for a machine that can fetch nothing: files in parts of a size that travels, with their SHA-256.
 
-    python -m harness.benchmarks.kit_parts OUT --python 3.12 --wheels DIR [--data cifar10] [--part-mb 60]
+    python -m harness.benchmarks.gpu.kit_parts OUT --python 3.12 --wheels DIR [--data cifar10] [--part-mb 60]
 
 `scripts/gpu_kit.sh` calls it; `kit_unpack` is the other end.
 """
@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.benchmarks import kit_unpack
-from harness.benchmarks.kit_unpack import FORMAT, INDEX_FILE, digest_of
+from harness.benchmarks.gpu import kit_unpack
+from harness.benchmarks.gpu.kit_unpack import FORMAT, INDEX_FILE, digest_of
 from harness.errors import EXIT_DONE, HarnessError, print_error
 from harness.files import write_json, write_text
 

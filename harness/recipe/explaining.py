@@ -1,0 +1,96 @@
+"""What pydantic finds wrong with a YAML document, in the user's words and with the place of each key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel
+
+from harness.errors import HarnessError, nearest
+from harness.recipe.document import Document, KeyPath
+
+
+def at(document: Document, where: str, path: KeyPath, what: str, hint: str | None) -> HarnessError:
+    """An error at the place of the deepest part of `path` that was written somewhere."""
+    for end in range(len(path), 0, -1):
+        if path[:end] in document.places:
+            return HarnessError(what, where=document.places[path[:end]], hint=hint)
+    return HarnessError(what, where=where, hint=hint)
+
+
+SCHEMA_HINT = "`harness recipe schema` lists every key with its type."
+
+
+def explain(
+    error: Any,
+    document: Document,
+    where: str,
+    schema: type[BaseModel],
+    prefix: KeyPath,
+    *,
+    otherwise: str = SCHEMA_HINT,
+) -> HarnessError:
+    """A pydantic error in the words of the file.
+
+    Args:
+        where: names the file.
+        schema: the class that found the error, at `prefix` within the file.
+        otherwise: the hint for keys without a description.
+    """
+    loc = tuple(error["loc"])
+    path = (*prefix, *loc)
+    key = ".".join(map(str, path)) or "recipe"
+    owner = _section(schema, loc[:-1])
+    context = error.get("ctx", {})
+    given = repr(error.get("input"))
+    given = given if len(given) <= 60 else given[:57] + "…"
+    hint = _describe(owner, loc) or otherwise
+    match error["type"]:
+        case "extra_forbidden":
+            valid = list(owner.model_fields) if owner else []
+            what, hint = f'unknown key "{key}"', nearest(str(loc[-1]), valid)
+        case "missing":
+            what = f'the key "{key}" is missing'
+        case "literal_error":
+            valid = [str(v) for v in _literal_values(owner, loc)]
+            what, hint = f"{key}: {given} is not one of its values", nearest(str(error["input"]), valid)
+        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
+            sign = {
+                "greater_than": "> ",
+                "greater_than_equal": "≥ ",
+                "less_than": "< ",
+                "less_than_equal": "≤ ",
+            }
+            bound = next(iter(context.values()))
+            what = f"{key}: must be {sign[error['type']]}{bound}, got {given}"
+        case _:
+            what = f"{key}: {error['msg'][0].lower() + error['msg'][1:]}, got {given}"
+    return at(document, where, path, what, hint)
+
+
+def _section(schema: type[BaseModel], loc: Iterable[str | int]) -> type[BaseModel] | None:
+    current: Any = schema
+    for part in loc:
+        if get_origin(current) is dict:
+            current = get_args(current)[1]
+            continue
+        field = getattr(current, "model_fields", {}).get(part)
+        current = field.annotation if field is not None else None
+    return current if isinstance(current, type) and issubclass(current, BaseModel) else None
+
+
+def _describe(owner: type[BaseModel] | None, loc: KeyPath) -> str | None:
+    """What the key means, as a hint."""
+    field = owner.model_fields.get(str(loc[-1])) if owner and loc else None
+    section = _section(owner, loc[-1:]) if owner and field is not None else None
+    if section is not None:
+        return f"{loc[-1]} is a section with the keys {', '.join(section.model_fields)}."
+    if field is not None and field.description:
+        return f"{loc[-1]}: {field.description}."
+    return None
+
+
+def _literal_values(owner: type[BaseModel] | None, loc: KeyPath) -> tuple[Any, ...]:
+    field = owner.model_fields.get(str(loc[-1])) if owner else None
+    return get_args(field.annotation) if field is not None else ()

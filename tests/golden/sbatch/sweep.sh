@@ -1,0 +1,109 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=seed
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --array=0-1%1
+#SBATCH --signal=B:USR1@120
+#SBATCH --open-mode=append
+#SBATCH --output=/home/me/runs/seed/20260101-000000-0000/slurm/%A_%a.out
+#SBATCH --requeue
+# Made by `harness submit`.
+# shellcheck disable=SC2016  # $(…) in a name is part of the name
+python=/home/me/.venv/bin/python
+recipe=/home/me/seed.yaml
+overrides=()
+run=/home/me/runs/seed/20260101-000000-0000
+max_restarts=2
+runs=(/home/me/runs/s/a-seed_0 '/data/a "b" '"'"'c'"'"' $(touch x) `y` 100%j #d; e')
+again='harness sweep s.yaml --slurm'
+set -uo pipefail
+
+# The run of this job: with an array one a task, whose index is its seed, or its place among the runs of a sweep. What it
+# trains is written down once, so that a requeued job goes on with the same recipe, whatever became of the file since.
+if [ -n "${runs+x}" ]; then
+  run=${runs[$SLURM_ARRAY_TASK_ID]}
+elif [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+  run+=-seed_$SLURM_ARRAY_TASK_ID
+  overrides+=("seed=$SLURM_ARRAY_TASK_ID")
+fi
+frozen=$run/slurm/recipe.yaml
+mkdir -p "$run/slurm" || exit 1
+if [ ! -e "$frozen" ]; then
+  "$python" -m harness recipe show "$recipe" ${overrides[@]+"${overrides[@]}"} >"$frozen.$SLURM_JOB_ID" || exit $?
+  mv "$frozen.$SLURM_JOB_ID" "$frozen" || exit 1
+fi
+
+# One task a rank. srun does not take the batch job's CPUs a task by itself.
+export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
+export SRUN_CPUS_PER_TASK=$OMP_NUM_THREADS
+[ -n "${SLURM_GPUS_ON_NODE:-}" ] || export ACCELERATE_USE_CPU=true
+
+# The ranks meet on the first node, where this script runs.
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=127.0.0.1
+if [ "${#hosts[@]}" -gt 1 ]; then
+  MASTER_ADDR=$(scontrol show node -o "${hosts[0]}" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+fi
+export MASTER_ADDR=${MASTER_ADDR:-${hosts[0]}}
+
+# Before the time limit and at preemption this shell is sent USR1. It tells the ranks, again and again until they have
+# stopped: one that is still starting does not listen yet.
+stop=""
+trap 'stop=USR1' USR1
+trap 'stop=TERM' TERM
+# shellcheck disable=SC2016  # expanded by each task
+task='trap "" USR1 USR2
+export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
+export LOCAL_WORLD_SIZE=${SLURM_STEP_TASKS_PER_NODE%%[!0-9]*}
+export HARNESS_EXIT_CODE_FILE=$HARNESS_EXIT_CODES/$RANK
+exec "$@"'
+
+start=${SLURM_RESTART_COUNT:-0}
+for ((attempt = 0; ; attempt++)); do
+  if [ -n "$stop" ]; then code=75; break; fi
+  export HARNESS_EXIT_CODES=$run/slurm/codes.$SLURM_JOB_ID.$start.$attempt
+  rm -rf "$run/slurm/codes.$SLURM_JOB_ID".* # a start that was killed has left its own
+  mkdir -p "$HARNESS_EXIT_CODES"
+  MASTER_PORT=$("$python" -c 'import sys; from harness.launching.ports import free_port; print(free_port(sys.argv[1]))' \
+    "${SLURM_CLUSTER_NAME:-} $SLURM_JOB_ID $start $attempt") || exit 1
+  export MASTER_PORT
+  srun --kill-on-bad-exit=1 --wait=60 bash -c "$task" task \
+    "$python" -m harness train "$frozen" --run-dir "$run" --resume auto &
+  step=$!
+  while kill -0 "$step" 2>/dev/null; do
+    [ -z "$stop" ] || kill -USR1 "$step" 2>/dev/null
+    sleep 1 &
+    wait "$!" # unlike a plain sleep, a signal ends it
+  done
+  wait "$step"
+  status=$?
+
+  # srun's own code is that of any one rank; the ranks have written theirs.
+  written=" $(cat "$HARNESS_EXIT_CODES"/* 2>/dev/null | tr '\n' ' ')"
+  rm -rf "$HARNESS_EXIT_CODES"
+  case "$written" in
+    *" 2 "*) code=2; break ;;  # bad recipe, option or data
+    *" 3 "*) code=3; break ;;  # diverged
+    *" 75 "*) code=75; break ;; # stopped, with a checkpoint
+  esac
+  if [ "$status" = 0 ]; then code=0; break; fi
+  if [ -n "$stop" ]; then code=75; break; fi
+  code=1
+  printf 'launch: a rank died (srun: %s)\n' "$status" >&2
+  [ "$attempt" -lt "$max_restarts" ] || break
+  printf 'launch: restart %d of %d, from the last checkpoint\n' "$((attempt + 1))" "$max_restarts" >&2
+done
+
+printf '%d\n' "$code" >"$run/exit_code"
+
+# Queue this job (of an array, this task) again, unless it was cancelled: a job that was has left the state RUNNING.
+# The id of one of an array's tasks is that of the whole array: tasks are named by array and index.
+if [ "$code" = 75 ]; then
+  job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}
+  case "$(scontrol show job -o "$job")" in
+    *" JobState=RUNNING "* | *" Reason=TimeLimit "*) scontrol requeue "$job" && exit 75 ;;
+  esac
+  again=${again:-sbatch ${SLURM_ARRAY_TASK_ID:+--array=$SLURM_ARRAY_TASK_ID }$(printf %q "$run/slurm/job.sbatch")}
+  printf 'launch: stopped with a checkpoint; if SLURM does not queue the job again, go on by %s\n' "$again" >&2
+fi
+exit "$code"

@@ -1,0 +1,112 @@
+"""Dashboards as code: the specification, the package's object for it, and what is said where something is missing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from harness.cli import main
+from harness.recipe import load
+from harness.tracking.dashboard import of_project, specification
+from harness.tracking.workspace import build_workspace
+from tests.faults.wandb_server import WandbServer, environment
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "golden" / "dashboard.json"
+RECIPE = str(ROOT / "recipes" / "quickstart.yaml")
+
+
+def test_the_specification_is_the_golden_one() -> None:
+    """After a change that is meant: harness dashboard recipes/quickstart.yaml --print > tests/golden/dashboard.json."""
+    assert specification(load(RECIPE).model_dump(mode="json")) == json.loads(GOLDEN.read_text())
+
+
+def test_averaged_weights_have_curves_where_there_are_any() -> None:
+    panels = specification(load(RECIPE, ["ema.decay=0.9"]).model_dump(mode="json"))["sections"][0]["panels"]
+    assert panels[0]["y"] == ["test/accuracy", "test_ema/accuracy", "train/epoch_accuracy"]
+
+
+def test_a_project_is_enough() -> None:
+    spec = of_project("team/cifar", [])
+    assert (spec["entity"], spec["project"]) == ("team", "cifar")
+    assert of_project("cifar", [])["entity"] is None
+
+
+def test_print_needs_no_key_no_extra_and_nothing_heavy(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom harness.cli import main\n"
+        "assert main(sys.argv[1:]) == 0\n"
+        "heavy = {'torch', 'numpy', 'wandb', 'wandb_workspaces'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    words = [sys.executable, "-c", code, "dashboard", RECIPE, "--print"]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == GOLDEN.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["a/b/c"], '"a/b/c" is no project'),
+        (["project", "seed=1"], '"seed=1" changes a recipe, and "project" is a project'),
+        (["project"], "there is no W&B API key"),
+    ],
+)
+def test_mistakes_are_told(
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("wandb_workspaces")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["dashboard", *words]) == 2
+    text = capsys.readouterr().err
+    assert said in text
+    assert "HINT:" in text
+
+
+def test_without_the_extra_the_pip_line_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
+    assert main(["dashboard", "project"]) == 2
+    assert "HINT: pip install '.[dashboard]'" in capsys.readouterr().err
+
+
+def test_the_package_takes_the_specification() -> None:
+    pytest.importorskip("wandb_workspaces")
+    spec = specification(load(RECIPE).model_dump(mode="json"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        view = build_workspace(spec, entity="team")._to_model()
+    bank = view.spec.section.panel_bank_config.sections
+    assert [section.name for section in bank] == [section["name"] for section in spec["sections"]]
+    shown = view.spec.model_dump_json(by_alias=True)
+    for panel in (panel for section in spec["sections"] for panel in section["panels"]):
+        for metric in (*panel.get("y", ()), panel.get("metric"), panel.get("table")):
+            assert metric is None or f'{metric}"' in shown
+
+
+def test_a_server_without_workspaces_says_so(
+    wandb_server: WandbServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """openwandb has none; saving one needs W&B's own servers."""
+    pytest.importorskip("wandb_workspaces")
+    for name, value in environment(wandb_server.port).items():
+        monkeypatch.setenv(name, value)
+    assert main(["dashboard", RECIPE]) == 1
+    text = capsys.readouterr().err
+    assert "the server does not take the workspace" in text
+    assert "--print shows what would be written" in text
+    sys.modules["wandb"].teardown()

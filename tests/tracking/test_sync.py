@@ -1,0 +1,90 @@
+"""`harness track sync`: what it refuses, and what it does about a history that cannot be added to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from harness.cli import main
+from harness.run_directory import LOCK
+from harness.tracking.rows import row_number
+from tests.faults.check import records
+from tests.faults.wandb_server import WandbServer, environment
+from tests.tracking.test_rows import record
+
+RECORDS = [record("step", "train", step, loss=1 / step, time_unix_seconds=step) for step in (1, 2, 3)]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that was stopped after three steps, and no key."""
+    path = tmp_path / "runs" / "small" / "one"
+    path.mkdir(parents=True)
+    (path / "recipe.yaml").write_text("name: small\n")
+    (path / "provenance.json").write_text(json.dumps({"wandb_run_id": f"t{tmp_path.name}"[:20], "starts": []}))
+    write(path, RECORDS)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return path
+
+
+def write(path: Path, lines: list[dict[str, Any]]) -> None:
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def said(capsys: pytest.CaptureFixture[str], run: Path, *options: str, code: int) -> str:
+    assert main(["track", "sync", str(run), *options]) == code
+    out, err = capsys.readouterr()
+    assert code == 0 or "HINT:" in err
+    return out + err
+
+
+def test_what_is_refused(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "there is no W&B API key" in said(capsys, run, code=2)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens on the discard port
+    assert "the W&B server does not answer" in said(capsys, run, code=1)
+    with FileLock(run / LOCK):
+        assert "the run is still going" in said(capsys, run, code=2)
+    assert "there is no such run" in said(capsys, run.parent / "two", code=2)
+    write(run, [])
+    assert "there is nothing to upload" in said(capsys, run, code=2)
+    write(run, RECORDS)
+    (run / "provenance.json").unlink()
+    assert "provenance.json is missing" in said(capsys, run, code=2)
+
+
+def test_one_runs_trouble_stops_no_other(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["track", "sync", str(run.parent / "two"), str(run)]) == 2
+    err = capsys.readouterr().err
+    assert "there is no such run" in err
+    assert "there is no W&B API key" in err
+
+
+def test_a_growing_run_is_added_to_and_another_history_is_rebuilt(
+    run: Path, wandb_server: WandbServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment(wandb_server.port).items():
+        monkeypatch.setenv(name, value)
+    run_id = json.loads((run / "provenance.json").read_text())["wandb_run_id"]
+    write(run, RECORDS[:2])
+    assert "sent 2 of 2 records; its history equals metrics.jsonl" in said(capsys, run, code=0)
+    write(run, RECORDS)
+    assert "sent 1 of 3 records" in said(capsys, run, code=0)
+    assert "is complete: 3 records; nothing was sent" in said(capsys, run, code=0)
+    assert [row["_step"] for row in wandb_server.history(run_id)] == [row_number(r) for r in RECORDS]
+    write(run, [RECORDS[0], {**RECORDS[1], "loss": 9.0}])  # resumed from step 1 with other settings, say
+    text = said(capsys, run, code=2)
+    assert "it has 1 rows that metrics.jsonl has not; it has other values in 1 rows" in text
+    assert "--rebuild" in text
+    assert "sent 2 of 2 records" in said(capsys, run, "--rebuild", code=0)
+    provenance = json.loads((run / "provenance.json").read_text())
+    assert provenance["wandb_run_ids_before"] == [run_id]
+    assert len(wandb_server.history(run_id)) == 3  # the old one stays as it was
+    rows = wandb_server.history(provenance["wandb_run_id"])
+    assert [row["train/loss"] for row in rows] == [r["loss"] for r in records(run)]
+    assert "nothing was sent" in said(capsys, run, code=0)
