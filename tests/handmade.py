@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hypothesis import strategies as st
 
 
 def records_of(
@@ -46,4 +47,51 @@ def write_run(
     if finished:
         result = {"accuracy": accuracies[-1], "seconds": 100.0, "images_per_second": 900.0, "parameters": 1234}
         (path / "result.json").write_text(json.dumps(result))
+    return path
+
+
+# What may stand in a run's files: nothing that makes sense, or almost something.
+ANY_CONTENT = st.one_of(
+    st.binary(max_size=60),
+    st.sampled_from(
+        [
+            b"{}",
+            b"[]",
+            b"null",
+            b"training: {epochs: .nan}",
+            b"training: 3",
+            b"seed: .nan",
+            b"seed: [1]",
+            b"seed: {a: b}",
+            b"optimizer: {lr: .inf, args: {? [1, 2] : .nan}}",
+            b'{"accuracy": NaN, "seconds": Infinity, "images_per_second": -1, "parameters": "x"}',
+            b'{"kind": "epoch", "split": "test", "step": 1, "epoch": 1, "accuracy": -1e308, "loss": 1e308}\n' * 2,
+            b'{"kind": "epoch", "split": "train", "step": 1, "epoch": 1e14, "loss": 5e-324}\n',
+            b"training: {steps: 1" + b"0" * 400 + b"}",
+            b"name: {a: b}",
+            b"checkpoint: {best_by: [1]}",
+            b'{"kind": "epoch", "split": "test", "step": 1, "epoch": "x", "accuracy": 1}\n',
+            b'{"kind": "epoch", "split": "test", "step": 1, "epoch": NaN, "accuracy": 1}\n',
+            b'{"kind": "epoch", "split": "test", "step": 1, "epoch": 1, "accuracy": [1]}\n',
+            b'{"kind": "epoch", "split": "test", "step": 1, "accuracy": 1' + b"0" * 400 + b"}\n",
+            b'{"kind": "epoch", "split": "test", "step": 0, "epoch": 1e400, "time_unix_seconds": "x"}\n',
+            b'{"step": true, "epoch": null, "time_unix_seconds": NaN}\n',
+            b'{"step": 1, "epoch": 1, "time_unix_seconds": Infinity}\n',
+            b"[" * 100_000,
+            b"{" * 3_000,
+            b"a: &a [*a]",
+            b"!!python/object/apply:os.system ['true']",
+            b"!!set {a}",
+            b"name: 2026-01-01",
+        ]
+    ),
+)
+
+
+def write_contents(path: Path, recipe: bytes, provenance: bytes, result: bytes, metrics: bytes) -> Path:
+    """A run directory whose files hold these bytes; an earlier one is written over."""
+    path.mkdir(parents=True, exist_ok=True)
+    names = ("recipe.yaml", "provenance.json", "result.json", "metrics.jsonl")
+    for name, content in zip(names, (recipe, provenance, result, metrics), strict=True):
+        (path / name).write_bytes(content)
     return path

@@ -92,3 +92,22 @@ def test_where_there_is_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(HarnessError, match="is not a run directory") as above:
         open_run("runs/small")
     assert "HINT" in str(above.value)
+
+
+def test_without_the_records_of_steps(tmp_path: Path) -> None:
+    """For whoever reads hundreds of runs: the latest records are there all the same, for ages and progress."""
+    path = make_run(tmp_path / "run", result=False)
+    step = {"kind": "step", "split": "train", "step": 25, "epoch": 2.5, "loss": 1.0, "time_unix_seconds": 40}
+    with (path / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps({**step, "step": 21 + i, "epoch": 2.1 + i / 10}) + "\n" for i in range(5))
+    run, whole = open_run(path, steps=False), open_run(path)
+    assert len(run.records) == 4 + 3
+    assert run.curve("test", "accuracy") == whole.curve("test", "accuracy")
+    assert (run.epoch, run.updated_unix_seconds, run.problems) == (whole.epoch, whole.updated_unix_seconds, ())
+
+
+def test_settings_are_read_by_the_rules_of_recipes(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run")
+    (path / "recipe.yaml").write_text("training: {precision: no}\noptimizer: {lr: 1e-3}\n")
+    run = open_run(path)
+    assert (run.setting("training.precision"), run.setting("optimizer.lr")) == ("no", 0.001)

@@ -38,7 +38,7 @@ class Group:
     @property
     def seeds(self) -> list[Any]:
         """The seed of each run; None where it is not known."""
-        return [run.setting("seed") for run in self.runs]
+        return [_plain(run.setting("seed")) for run in self.runs]
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,12 @@ def _flat(data: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator
         if isinstance(value, Mapping) and value and depth < _DEEPEST:
             yield from _flat(value, f"{prefix}{key}.", depth + 1)
         else:
-            yield f"{prefix}{key}", json.loads(json.dumps(value, default=str), parse_constant=str)
+            yield f"{prefix}{key}", _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON has; infinities and what is not a number are told by name."""
+    return json.loads(json.dumps(value, default=str, skipkeys=True), parse_constant=str)
 
 
 def _letter(number: int) -> str:

@@ -92,10 +92,12 @@ def load_plain(text: str) -> Any:
     """What `dump` wrote, as plain data: nothing is checked, and it takes a fifth of the time of `parse`.
 
     Raises:
-        yaml.YAMLError, ValueError, RecursionError: it is no YAML, or too much of it.
+        yaml.YAMLError, ValueError, RecursionError: it is no YAML, too much of it, or more than plain data.
     """
     if len(text) > MAX_BYTES:
         raise ValueError(f"more than {MAX_BYTES:,} bytes are no recipe")
+    if "&" in text and any(isinstance(token, yaml.AnchorToken) for token in yaml.scan(text, Loader=_QuickLoader)):
+        raise ValueError("anchors are not used in recipes, and may go round in circles")
     return yaml.load(text, Loader=_QuickLoader)
 
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from harness.cli import main
 from harness.comparing.comparison import compare
+from harness.comparing.page import comparison_page
 from harness.comparing.significance import over_images, over_seeds
 from harness.comparing.text import p_text, render
+from harness.reporting.terminal_curves import QUANTITIES, draw_runs
 from harness.training.predictions import predict_test_split
-from tests.handmade import write_run
+from tests.handmade import ANY_CONTENT, write_contents, write_run
 
 NAMES = ("a-0", "a-1", "a-2", "b-0", "b-1", "b-2")
 
@@ -154,6 +159,24 @@ def test_the_same_run_counts_once_and_equal_seeds_are_told(trained: Path, capsys
         shutil.rmtree(trained / "copy")
     assert "A has several runs of seed 0" in found["notes"][0]
     assert found["pairs"] == []
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(first=st.tuples(*[ANY_CONTENT] * 4), second=st.tuples(*[ANY_CONTENT] * 4))
+def test_no_run_makes_a_comparison_or_a_drawing_fail(
+    tmp_path: Path, first: tuple[bytes, ...], second: tuple[bytes, ...]
+) -> None:
+    there = [write_contents(tmp_path / "any" / str(i), *contents) for i, contents in enumerate((first, second))]
+    there.append(tmp_path / "whole" / "run")
+    if not there[-1].exists():
+        write_run(there[-1])
+    found = compare(there, checkpoint="best", weights="raw")
+    json.dumps(found.to_json(), allow_nan=False)
+    assert render(found, width=80)
+    assert "</html>" in comparison_page(found)
+    text, goes_on = draw_runs(there, tuple(QUANTITIES), size=os.terminal_size((80, 24)), colours=False)
+    assert "accuracy by epoch" in text
+    assert not goes_on
 
 
 def test_mistakes(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

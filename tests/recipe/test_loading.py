@@ -315,5 +315,6 @@ def test_dumped_values_are_read_back(value: object) -> None:
     def same(a: object, b: object) -> bool:
         return repr(a) == repr(b)
 
-    document = yaml_document.parse(yaml_document.dump({"value": value}), "text")
-    assert same(document.data["value"], value)
+    text = yaml_document.dump({"value": value})
+    assert same(yaml_document.parse(text, "text").data["value"], value)
+    assert same(yaml_document.load_plain(text)["value"], value)

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from harness.cli import main
 from harness.errors import HarnessError
@@ -21,7 +20,7 @@ from harness.recipe import load
 from harness.recipe.loading import resolved_yaml
 from harness.reporting.listing import Entry, age, list_runs, render
 from harness.run_directory import LOCK
-from tests.handmade import write_run
+from tests.handmade import ANY_CONTENT, write_contents, write_run
 
 NAMES = [f"20260101-00000{i}-aaaa" for i in range(10)]
 
@@ -101,46 +100,12 @@ def test_a_folder_that_cannot_be_looked_into() -> None:
     assert entry.problems == ("cannot be read (Permission denied)",)
 
 
-ANY_TEXT = st.one_of(
-    st.binary(max_size=60),
-    st.sampled_from(
-        [
-            b"{}",
-            b"[]",
-            b"null",
-            b"training: {epochs: .nan}",
-            b"training: 3",
-            b"training: {steps: 1" + b"0" * 400 + b"}",
-            b"name: {a: b}",
-            b"checkpoint: {best_by: [1]}",
-            b'{"kind": "epoch", "split": "test", "step": 1, "epoch": "x", "accuracy": 1}\n',
-            b'{"kind": "epoch", "split": "test", "step": 1, "epoch": NaN, "accuracy": 1}\n',
-            b'{"kind": "epoch", "split": "test", "step": 1, "epoch": 1, "accuracy": [1]}\n',
-            b'{"kind": "epoch", "split": "test", "step": 1, "accuracy": 1' + b"0" * 400 + b"}\n",
-            b'{"kind": "epoch", "split": "test", "step": 0, "epoch": 1e400, "time_unix_seconds": "x"}\n',
-            b'{"step": true, "epoch": null, "time_unix_seconds": NaN}\n',
-            b'{"step": 1, "epoch": 1, "time_unix_seconds": Infinity}\n',
-            b"[" * 100_000,
-            b"{" * 3_000,
-            b"a: &a [*a]",
-            b"!!python/object/apply:os.system ['true']",
-            b"!!set {a}",
-            b"name: 2026-01-01",
-        ]
-    ),
-)
-
-
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(recipe=ANY_TEXT, provenance=ANY_TEXT, result=ANY_TEXT, metrics=ANY_TEXT)
+@given(recipe=ANY_CONTENT, provenance=ANY_CONTENT, result=ANY_CONTENT, metrics=ANY_CONTENT)
 def test_no_run_makes_the_list_fail(
     tmp_path: Path, recipe: bytes, provenance: bytes, result: bytes, metrics: bytes
 ) -> None:
-    run = tmp_path / "any" / "run"
-    run.mkdir(parents=True, exist_ok=True)
-    names = ("recipe.yaml", "provenance.json", "result.json", "metrics.jsonl")
-    for name, content in zip(names, (recipe, provenance, result, metrics), strict=True):
-        (run / name).write_bytes(content)
+    write_contents(tmp_path / "any" / "run", recipe, provenance, result, metrics)
     entries = list_runs(tmp_path)
     assert len(entries) == 1
     assert render(entries, tmp_path, width=80)

@@ -41,9 +41,9 @@ def test_a_curve_that_rises_goes_from_the_lower_left_to_the_upper_right() -> Non
     drawn = [row for row in rows if "│" in row or "┤" in row]
     assert len(drawn) == 14
     assert drawn[0].endswith("a")
-    assert "100 %" in drawn[0]
+    assert "100%" in drawn[0]
     assert drawn[-1].split("┤")[1][0] != " "
-    assert drawn[-1].split("┤")[0].strip() == "0 %"
+    assert drawn[-1].split("┤")[0].strip() == "0%"
     starts = [len(row) - len(row[7:].lstrip(" ")) for row in drawn]
     assert starts == sorted(starts, reverse=True)
     assert rows[-1] == "  a test: 100.00% at epoch 3"
