@@ -65,6 +65,7 @@ def test_one_runs_trouble_stops_no_other(run: Path, capsys: pytest.CaptureFixtur
     assert "there is no W&B API key" in err
 
 
+@pytest.mark.slow
 def test_a_growing_run_is_added_to_and_another_history_is_rebuilt(
     run: Path, wandb_server: WandbServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,8 @@ from tests.faults.runs import Stage
 from tests.faults.wandb_server import WandbServer, environment
 from tests.tracking.door import Door
 
+pytestmark = pytest.mark.slow  # client and server take seconds to begin and to end
+
 ONLINE = "tracking.wandb=online"
 DIGITS = """
 data: {source: digits, loader: device, image_size_px: 8}
@@ -57,7 +59,6 @@ def sync(stage: Stage, *words: str, env: dict[str, str]) -> tuple[int, str]:
     return code, process.text() + Path(f"{process._err}.out").read_text()
 
 
-@pytest.mark.slow
 def test_two_ranks_are_one_run_and_its_history_is_metrics_jsonl(
     wandb_server: WandbServer, run_ranks: RunRanks, tmp_path: Path
 ) -> None:
