@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,7 +92,7 @@ def test_a_server_that_dies_and_comes_back_gets_the_rest_by_sync(mortal_server: 
     time.sleep(1)  # some of it has arrived by now
     mortal_server.kill()
     killed_at = time.monotonic()
-    process.send(18)
+    process.send(signal.SIGCONT)
     try:
         assert process.wait(60) == 0, process.text()
         assert time.monotonic() - killed_at < 30
@@ -115,26 +116,36 @@ def test_a_server_that_dies_and_comes_back_gets_the_rest_by_sync(mortal_server: 
     assert (mortal_server.runs()[run_id], mortal_server.history(run_id)) == (state, history)
 
 
-def test_a_killed_run_goes_on_without_a_lost_or_doubled_row(wandb_server: WandbServer, stage: Stage) -> None:
-    env = environment(wandb_server.port) | AT_ONCE
-    process = stage.train(ONLINE, env=env, faults=[{"kind": "step", "step": 12, "action": "SIGSTOP"}])
-    deadline = time.monotonic() + 60
-    run_id = ""
-    while not run_id or max((row["step"] for row in wandb_server.history(run_id)), default=0) < 11:
-        run_id = wandb_id(stage.run) if (stage.run / "provenance.json").exists() else ""
+@pytest.mark.parametrize("ahead", [True, False], ids=["server-ahead-of-checkpoint", "server-behind-checkpoint"])
+def test_a_killed_run_goes_on_without_a_lost_or_doubled_row(
+    ahead: bool, wandb_server: WandbServer, stage: Stage
+) -> None:
+    env = environment(wandb_server.port)
+    now = AT_ONCE if ahead else {}
+    process = stage.train(ONLINE, env=env | now, faults=[{"kind": "step", "step": 12, "action": "SIGSTOP"}])
+    deadline = time.monotonic() + 120
+    while reached(stage.run) < 11 or (ahead and last_step(wandb_server, stage.run) < 11):
         time.sleep(0.05)
         assert time.monotonic() < deadline, process.text()
-    process.send(9)
+    process.send(signal.SIGKILL)
     process.wait()
     shutil.rmtree(stage.run / "checkpoints" / "step_9", ignore_errors=True)  # so that more is done again
-    process = stage.train(ONLINE, env=env)
+    held = last_step(wandb_server, stage.run)
+    process = stage.train(ONLINE, env=env | AT_ONCE)
     assert process.wait() == 0, process.text()
-    assert json.loads((stage.run / "provenance.json").read_text())["starts"][-1]["from_step"] < 11
-    rows = wandb_server.history(run_id)
+    from_step = json.loads((stage.run / "provenance.json").read_text())["starts"][-1]["from_step"]
+    assert 0 < from_step < 11
+    assert held >= 11 if ahead else held < from_step
+    rows = wandb_server.history(wandb_id(stage.run))
     assert [row["_step"] for row in rows] == [row["_step"] for row in rows_of(stage.run)]
     found = compare(records(stage.run), rows)  # all but times, which the second start has anew
     assert (found.missing, found.wrong) == ((), ())
     assert differences(stage.run, stage.reference()) == []
+
+
+def last_step(server: WandbServer, run: Path) -> int:
+    """The last optimizer step that the server has of a run."""
+    return max((row["step"] for row in server.history(wandb_id(run))), default=0)
 
 
 def test_a_refused_key_is_a_warning_and_sync_says_so(door: Door, stage: Stage) -> None:
