@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 SAME = 1e-9  # values that differ by no more than this share of them are drawn as one
+LEAST = 1e-290  # a smaller span than this has no ticks that floats could tell apart
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def fit_axis(
     if log:
         factor = 1.5 if high / low <= 1 + SAME else (high / low) ** room
         return Axis(low / factor, high * factor, start, end, True)
-    if high - low <= SAME * max(abs(low), abs(high)):
+    if high - low <= max(SAME * max(abs(low), abs(high)), LEAST):
         free = max(abs(low), abs(high)) * 0.1 or 1.0
         return Axis(low - free, high + free, start, end)
     free = (high - low) * room

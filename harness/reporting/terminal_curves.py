@@ -34,6 +34,7 @@ HEIGHT_LINES = 14
 MIN_WIDTH, MAX_WIDTH = 12, 110
 _FEW = 3  # epochs up to which the steps of the training are drawn too
 _DOTS_ACROSS, _DOTS_DOWN = 2, 4  # in a character
+LARGEST = 1e300
 _EMPTY = "\u2800"
 
 
@@ -133,7 +134,7 @@ def draw(title: str, curves: Sequence[Curve], name: str, *, size: os.terminal_si
         return f"{title}\n  no values yet"
     write = percent if name == "accuracy" else number
     exactly = "{:.2%}".format if name == "accuracy" else number
-    values = np.array([point.value for curve in curves for point in curve.points])
+    values = np.concatenate([_values(curve) for curve in curves])
     epochs = np.array([point.epoch for curve in curves for point in curve.points])
     height = max(4, min(HEIGHT_LINES, size.lines - 6)) if size.lines else HEIGHT_LINES
     y_axis = fit_axis(values, 0, height * _DOTS_DOWN - 1)
@@ -155,7 +156,7 @@ def _canvas(
     placed = []
     for curve in curves:
         x = x_axis.place(np.array([point.epoch for point in curve.points])).round().astype(int).tolist()
-        y = y_axis.place(np.array([point.value for point in curve.points])).round().astype(int).tolist()
+        y = y_axis.place(_values(curve)).round().astype(int).tolist()
         placed.append(list(zip(x, y, strict=True)))
     for i, places in enumerate(placed):
         shade = COLOURS[i % len(COLOURS)] if colours else None
@@ -168,6 +169,11 @@ def _canvas(
                 canvas.point(x, y, marker=LETTERS[i % len(LETTERS)])
     text = canvas.plot(linesep="\n").replace(_EMPTY, " ")
     return [(height - 1 - i, line) for i, line in enumerate(text.split("\n"))]
+
+
+def _values(curve: Curve) -> np.ndarray:
+    """The values of a curve, (points,) float64, within what leaves their differences finite."""
+    return np.clip([point.value for point in curve.points], -LARGEST, LARGEST)
 
 
 def _spread(places: Sequence[tuple[int, int]], apart: int) -> list[tuple[int, int]]:

@@ -62,6 +62,13 @@ def test_no_line_is_wider_than_the_terminal(columns: int, values: list[float]) -
         assert not COLOUR_CODE.search(text)  # plotille sees that there is no terminal; see below for one
 
 
+@pytest.mark.parametrize("values", [[-1e308, 1e308], [1e308, 1e308], [5e-324, 0.0], [1e-300, 1e300], [0.0, 0.0]])
+def test_numbers_at_the_ends_of_what_floats_hold(values: list[float]) -> None:
+    text = draw("loss", [straight("test", values)], "loss", size=SIZE, colours=False)
+    assert sum("a" in line.split("│")[-1].split("┤")[-1] for line in text.splitlines()[1:15]) >= 1
+    assert len(text.splitlines()) == 18
+
+
 def test_letters_tell_curves_apart_without_colours() -> None:
     curves = [straight("first", [0.0, 0.0]), straight("second", [1.0, 1.0])]
     rows = draw("loss", curves, "loss", size=SIZE, colours=False).splitlines()
