@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -32,10 +31,6 @@ def _print_json(data: Any) -> None:
 def _width() -> int | None:
     """Columns of the terminal; None where the output is read by something else."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-
-
-def _has_colours() -> bool:
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 # --- report
@@ -129,7 +124,7 @@ def build_curves(parser: argparse.ArgumentParser) -> None:
 
 
 def _curves(arguments: argparse.Namespace) -> int:
-    from harness.reporting.terminal_curves import draw_runs, parse_what, watch
+    from harness.reporting.terminal_curves import draw_runs, has_colours, parse_what, watch
 
     what = parse_what(arguments.what)
 
@@ -138,7 +133,7 @@ def _curves(arguments: argparse.Namespace) -> int:
             arguments.run_paths,
             what,
             size=shutil.get_terminal_size(),
-            colours=_has_colours(),
+            colours=has_colours(),
         )
 
     if not arguments.watch:
@@ -169,8 +164,9 @@ def build_compare(parser: argparse.ArgumentParser) -> None:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from harness.comparing.comparison import compare
-    from harness.comparing.page import check_target, comparison_page
+    from harness.comparing.page import comparison_page
     from harness.comparing.text import render
+    from harness.reporting.page import check_target
 
     if arguments.html:
         check_target(arguments.html)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ def build_lr_find(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-lr", type=float, default=1e-6, metavar="X", help="rate of the first step (default 1e-6)")
     parser.add_argument("--max-lr", type=float, default=10.0, metavar="X", help="rate of the last step (default 10)")
     parser.add_argument("--steps", type=_count, default=100, metavar="N", help="optimizer steps (default 100)")
-    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="write the curve as a picture")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with the curve")
     _add_json_option(parser)
     parser.set_defaults(run=_lr_find)
 
@@ -157,18 +158,23 @@ def build_lr_find(parser: argparse.ArgumentParser) -> None:
 def _lr_find(arguments: argparse.Namespace) -> int:
     from harness.recipe import load
 
-    plot = arguments.plot
-    if plot is not None and plot.suffix != ".svg":
-        raise HarnessError(f"--plot {plot}: the picture is an SVG", hint=f"--plot {plot.with_suffix('.svg')}")
     recipe = load(arguments.recipe, arguments.overrides)
     from harness.files import write_text
-    from harness.training.lr_curve import curve_svg, render_curve, render_suggestions
+    from harness.reporting.lr_curve import curve_page, render_curve, render_suggestions
+    from harness.reporting.page import check_target
+    from harness.reporting.terminal_curves import has_colours
     from harness.training.lr_range import find_lr
 
+    if arguments.html is not None:
+        check_target(arguments.html)
     found = find_lr(recipe, min_lr=arguments.min_lr, max_lr=arguments.max_lr, steps=arguments.steps)
-    if plot is not None:
-        write_text(plot, curve_svg(found, f"{recipe.name}: learning-rate range test"))
-    _print(found.to_json() if arguments.json else f"{render_curve(found)}\n{render_suggestions(found)}")
+    if arguments.html is not None:
+        write_text(arguments.html, curve_page(found, recipe.name))
+    if arguments.json:
+        _print(found.to_json())
+    else:
+        curve = render_curve(found, size=shutil.get_terminal_size(), colours=has_colours())
+        print(f"{curve}\n{render_suggestions(found)}")
     return EXIT_DONE
 
 

@@ -128,7 +128,7 @@ def keep_freed_memory() -> bool:
     """Let this process keep the memory of freed tensors for the next ones; says whether the system can.
 
     glibc gives tensors above 32 MiB back as they are freed, and the next step takes them anew, page fault by page
-    fault: a third of a step of the seed's network at batch 128. Kept, the process holds on to the most it ever used.
+    fault. Kept, the process holds on to the most it ever used.
     Does nothing without glibc, or where somebody has tuned malloc by its variables (MALLOC_*, GLIBC_TUNABLES).
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):

@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "commands": WORK | {"launching", "reporting", "benchmarks", "doctor"},
     "commands_speed": WORK | {"benchmarks", "scaling"},
     "commands_look": WORK | {"reporting", "comparing"},
-    "commands_sweep": WORK | {"launching", "sweeps"},
+    "commands_sweep": WORK | {"launching", "reporting", "sweeps"},
     "commands_track": WORK,
     "cli": GROUND | {"commands", "commands_look", "commands_speed", "commands_sweep", "commands_track"},
     "__main__": {"cli"},

@@ -15,7 +15,7 @@ from harness.errors import HarnessError
 from harness.machine import usable_cores
 from harness.recipe import Recipe, load
 from harness.scaling.fitting import LoopbackModel
-from harness.scaling.networks import LOOPBACK_LINK, LOOPBACK_WAIT_SECONDS
+from harness.scaling.networks import LOOPBACK_BUSY_SHARE, LOOPBACK_LINK, LOOPBACK_WAIT_SECONDS
 from harness.scaling.prediction import BACKWARD_SHARE, exposed_seconds
 from harness.scaling.workload import given_timing, workload_of
 
@@ -131,7 +131,7 @@ def _predicted(recipe: Recipe, figures: dict[str, Any], cores: int) -> dict[str,
     if without is None:
         return None
     work = workload_of(recipe, given_timing(recipe, without["step_ms_median"]))
-    model = LoopbackModel(LOOPBACK_LINK, cores, LOOPBACK_WAIT_SECONDS)
+    model = LoopbackModel(LOOPBACK_LINK, cores, LOOPBACK_WAIT_SECONDS, LOOPBACK_BUSY_SHARE)
 
     def all_reduce(size_bytes: float) -> float:
         return model.seconds(figures["ranks"], size_bytes)

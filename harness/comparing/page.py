@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from markupsafe import Markup
 
 from harness.comparing.comparison import Comparison
@@ -19,7 +17,6 @@ from harness.comparing.text import (
     value_text,
     what_the_spread_is,
 )
-from harness.errors import HarnessError
 from harness.reporting import charts, page
 from harness.runs import Run
 
@@ -32,20 +29,6 @@ _CHARTS = (
     ("Learning rate", "lr", "train", "learning rate", False),
     ("Throughput", "images_per_second", "train", "images a second", False),
 )
-
-
-def check_target(path: Path) -> None:
-    """See that a page may be written there: to a new file, or over a page of ours.
-
-    Raises:
-        HarnessError: something else is there, or no folder to write in.
-    """
-    if not path.parent.is_dir():
-        raise HarnessError("there is no such folder", where=str(path.parent), hint="Make it, or give another --html.")
-    if path.is_dir() or (path.exists() and b'content="harness ' not in path.read_bytes()[:2000]):
-        raise HarnessError(
-            "is there already and no page of ours", where=str(path), hint="Give another name; nothing was overwritten."
-        )
 
 
 def comparison_page(comparison: Comparison) -> str:

@@ -80,16 +80,7 @@ def submit(
             folder = _make_folder(job.run_directory_of(seed), undo)
             (folder / RECIPE).write_text(resolved_yaml(frozen))
             (folder / SCRIPT).write_text(text)
-        try:
-            job_id = sbatch(folder / SCRIPT)
-        except subprocess.TimeoutExpired:
-            undo.pop_all()  # SLURM may have taken the job, which needs its folder
-            raise HarnessError(
-                f"sbatch did not answer within {SBATCH_LIMIT_SECONDS} s; {folder} is kept",
-                hint=f"`squeue --me` tells whether the job is there; else: sbatch {folder / SCRIPT}",
-                exit_code=EXIT_FAILED,
-            ) from None
-        undo.pop_all()
+        job_id = submit_script(folder / SCRIPT, undo)
     return Submission(job, text, job_id)
 
 
@@ -122,6 +113,25 @@ def _make_folder(run: Path, undo: ExitStack) -> Path:
 def _remove_if_empty(folder: Path) -> None:
     if not any(folder.iterdir()):
         folder.rmdir()
+
+
+def submit_script(script: Path, undo: ExitStack) -> str:
+    """Submit a batch script; `undo`, which takes back what was made for the job, is emptied where SLURM has it.
+
+    Raises:
+        HarnessError: as `sbatch`, or it did not answer: SLURM may have taken the job, which needs what was made.
+    """
+    try:
+        job_id = sbatch(script)
+    except subprocess.TimeoutExpired:
+        undo.pop_all()
+        raise HarnessError(
+            f"sbatch did not answer within {SBATCH_LIMIT_SECONDS} s; {script} is kept",
+            hint=f"`squeue --me` tells whether the job is there; else: sbatch {script}",
+            exit_code=EXIT_FAILED,
+        ) from None
+    undo.pop_all()
+    return job_id
 
 
 def sbatch(script: Path) -> str:

@@ -62,6 +62,7 @@ def line_chart(
     description: str,
     x_label: str,
     y_label: str = "",
+    log_x: bool = False,
     log_y: bool = False,
     as_percent: bool = False,
     y_range: tuple[float, float] | None = None,
@@ -74,16 +75,17 @@ def line_chart(
         title: above the chart.
         description: what it shows, for readers who cannot see it; the last values are added.
         x_label, y_label: with units.
-        log_y: a logarithmic axis; values that are not positive are left out.
+        log_x, log_y: a logarithmic axis; values that are not positive are left out.
         as_percent: write shares from 0 to 1 in per cent.
         x_range, y_range: what the axes must hold at least.
     """
-    curves = [(s, i if s.style is None else s.style, *_points(s, log_y)) for i, s in enumerate(series)]
+    curves = [(s, i if s.style is None else s.style, *_points(s, log_x, log_y)) for i, s in enumerate(series)]
     curves = [curve for curve in curves if len(curve[2])]
     if not curves:
         return figure(title, "No values yet." if not series else "No values that can be drawn.", Markup(""))
     write = percent if as_percent else number
-    x_axis = fit_axis(np.concatenate([x for _, _, x, _ in curves] + _ends(x_range)), LEFT, WIDTH - RIGHT)
+    x_values = np.concatenate([x for _, _, x, _ in curves] + _ends(x_range))
+    x_axis = fit_axis(x_values, LEFT, WIDTH - RIGHT, log=log_x)
     y_values = np.concatenate([y for _, _, _, y in curves] + _ends(y_range))
     y_axis = fit_axis(y_values, HEIGHT - BOTTOM, TOP, log=log_y, room=0.04)
     last = "; ".join(f"{s.name}: {write(float(y[-1]))} at {number(float(x[-1]))}" for s, _, x, y in curves)
@@ -92,8 +94,8 @@ def line_chart(
         *(_curve(s, style, x, y, x_axis, y_axis) for s, style, x, y in curves),
     ]
     names = [(s.name, style) for s, style, _, _ in curves]
-    scales = f"{x_axis.low:.9g} {x_axis.high:.9g} {y_axis.low:.9g} {y_axis.high:.9g} {int(log_y)} {int(as_percent)}"
-    plot = f"{LEFT} {TOP} {WIDTH - RIGHT} {HEIGHT - BOTTOM} {scales}"
+    scales = f"{x_axis.low:.9g} {x_axis.high:.9g} {y_axis.low:.9g} {y_axis.high:.9g}"
+    plot = f"{LEFT} {TOP} {WIDTH - RIGHT} {HEIGHT - BOTTOM} {scales} {int(log_x)} {int(log_y)} {int(as_percent)}"
     drawing = svg(title, f"{description} Last values: {last}.", drawn, extra=Markup(' data-plot="{}"').format(plot))
     return figure(title, "", drawing, legend(names) if len(names) > 1 else Markup(""))
 
@@ -207,9 +209,11 @@ def heat_map(
     return figure(title, "", svg(title, description, [*drawn, words], height=height))
 
 
-def _points(series: Series, log_y: bool) -> tuple[np.ndarray, np.ndarray]:
+def _points(series: Series, log_x: bool, log_y: bool) -> tuple[np.ndarray, np.ndarray]:
     x, y = np.asarray(series.x, float), np.asarray(series.y, float)
     drawable = (np.abs(x) < LARGEST) & (np.abs(y) < LARGEST)  # nor what is not a number
+    if log_x:
+        drawable &= x > 0
     if log_y:
         drawable &= y > 0
     x, y = x[drawable], y[drawable]

@@ -14,17 +14,6 @@ from harness.reporting.axes import percent
 from harness.reporting.pictures import picture
 
 
-def worst_mistakes(probabilities_NK: np.ndarray, labels_N: np.ndarray, *, most: int) -> np.ndarray:
-    """Ids of the misclassified images with the lowest probability of their true class, that one first, int64.
-
-    These are the images of the highest cross-entropy among those that are misclassified; where several are equal,
-    lower ids come first.
-    """
-    wrong = np.flatnonzero(probabilities_NK.argmax(1) != labels_N)
-    true_probability = probabilities_NK[wrong, labels_N[wrong]]
-    return wrong[np.argsort(true_probability, kind="stable")][:most]
-
-
 def caption_of(probabilities_K: np.ndarray, label: int, classes: Sequence[str]) -> tuple[str, str, str]:
     """True class, predicted class and its probability, and the probability of the true class, in words."""
     predicted = int(probabilities_K.argmax())

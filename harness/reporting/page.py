@@ -6,14 +6,19 @@ Everything that is put into a page is escaped unless it is `Markup`, which only 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import harness
+from harness.errors import HarnessError
+
+MARK = '<meta name="generator" content="harness'  # of the files that a page may be written over
 
 
 @dataclass(frozen=True)
@@ -117,3 +122,26 @@ def missing(sentence: str) -> Markup:
 def folded(summary: str, body: Markup) -> Markup:
     """A part that is opened by a click on its summary."""
     return Markup("<details><summary>{}</summary>{}</details>").format(summary, body)
+
+
+def check_target(path: Path) -> None:
+    """See that a page may be written there: to a new file, or over a page of ours.
+
+    Raises:
+        HarnessError: something else is there, or no folder that can be written to.
+    """
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise HarnessError(
+            "is no folder that can be written to", where=str(path.parent), hint="Make it, or give another file."
+        )
+    try:
+        with path.open(encoding="utf-8", errors="replace") as before:
+            taken = MARK not in before.read(1000)
+    except FileNotFoundError:
+        taken = False
+    except OSError:
+        taken = True
+    if taken:
+        raise HarnessError(
+            "is there already and no page of ours", where=str(path), hint="Give another file; nothing was overwritten."
+        )

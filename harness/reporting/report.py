@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from harness.errors import HarnessError
 from harness.files import write_text
 from harness.reporting.calibration import BINS
 from harness.reporting.evidence import Evidence, NoCheckpoint
-from harness.reporting.page import Section, missing, page
+from harness.reporting.page import Section, check_target, missing, page
 from harness.reporting.sections_network import architecture_body, fields_body, grad_cam_body, layers_body
 from harness.reporting.sections_run import curves_section, origin_section, rates_section, summary_section
 from harness.reporting.sections_test import calibration_body, class_body, confusion_body, gallery_body
@@ -21,7 +20,6 @@ from harness.runs import RESULT, Run, is_held, open_run
 from harness.training import checkpoint
 
 FILE = "report.html"
-MARK = '<meta name="generator" content="harness'  # of the files that a report may be written over
 
 # What needs a checkpoint: anchor, title, lead, what makes it.
 _CHECKPOINT_SECTIONS: tuple[tuple[str, str, str, Callable[[Evidence], Markup]], ...] = (
@@ -158,21 +156,7 @@ def output_of(reporter: Reporter, output: Path | None) -> Path:
         HarnessError: there is something else already, or its folder cannot be written to.
     """
     file = output or reporter.run.path / FILE
-    if not os.access(file.parent, os.W_OK | os.X_OK):
-        raise HarnessError(
-            "is no folder that can be written to", where=str(file.parent), hint="Give another file: --output FILE."
-        )
-    try:
-        with file.open(encoding="utf-8", errors="replace") as before:
-            taken = MARK not in before.read(1000)
-    except FileNotFoundError:
-        taken = False
-    except OSError:
-        taken = True
-    if taken:
-        raise HarnessError(
-            "is there already and is no report of a run", where=str(file), hint="Give another file: --output FILE."
-        )
+    check_target(file)
     return file
 
 

@@ -13,10 +13,11 @@ from harness.reporting.architecture import architecture_diagram
 from harness.reporting.axes import percent
 from harness.reporting.evidence import Evidence
 from harness.reporting.fields import BRANCHES, branch_fields, field_drawing
-from harness.reporting.gallery import caption_of, worst_mistakes
+from harness.reporting.gallery import caption_of
 from harness.reporting.gradcam import grad_cam, layers_to_explain
 from harness.reporting.page import facts, folded, grid, missing, table
 from harness.reporting.pictures import overlaid, picture, resized
+from harness.training.predictions import worst_mistakes
 
 EXPLAINED = 8  # images with Grad-CAM
 PICTURE_PX = 96

@@ -10,8 +10,9 @@ from harness.reporting.calibration import BINS, calibration, reliability_diagram
 from harness.reporting.charts import bar_chart, heat_map
 from harness.reporting.confusion import confusion_matrix, most_confused, per_class
 from harness.reporting.evidence import Evidence
-from harness.reporting.gallery import gallery, name_of, worst_mistakes
+from harness.reporting.gallery import gallery, name_of
 from harness.reporting.page import facts, folded, grid, missing, table
+from harness.training.predictions import worst_mistakes
 
 MOST_CLASSES_DRAWN = 30
 MISTAKES = 24  # in the gallery

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from plotille import Canvas, color
 
 from harness.errors import HarnessError, nearest
 from harness.reporting.axes import Axis, fit_axis, number, percent
-from harness.runs import Point, Run, open_run
+from harness.runs import Run, open_run
 
 # What can be drawn: the key in metrics.jsonl, its title, and which splits have it.
 _SPLITS = {"train": "train", "test": "test", "test_ema": "EMA"}
@@ -44,11 +45,17 @@ class Curve:
 
     Attributes:
         name: in the legend.
-        points: in order.
+        x, y: of its points, in order; at least one.
     """
 
     name: str
-    points: Sequence[Point]
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def has_colours() -> bool:
+    """Whether standard output is a terminal that shows colours, and they are wanted (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def parse_what(text: str) -> tuple[str, ...]:
@@ -124,28 +131,38 @@ def curves_of(runs: Sequence[Run], name: str) -> list[Curve]:
             words = [run.run_id] if len(runs) > 1 else []
             words += [_SPLITS[split]] if len(splits) > 1 or not words else []
             if points:
-                curves.append(Curve(" ".join(words), points))
+                curves.append(Curve(" ".join(words), [p.epoch for p in points], [p.value for p in points]))
     return curves
 
 
-def draw(title: str, curves: Sequence[Curve], name: str, *, size: os.terminal_size, colours: bool) -> str:
+def draw(
+    title: str,
+    curves: Sequence[Curve],
+    name: str,
+    *,
+    size: os.terminal_size,
+    colours: bool,
+    x_label: str = "epoch",
+    log_x: bool = False,
+) -> str:
     """A chart with its title, axes and legend, no wider than the terminal."""
     if not curves:
         return f"{title}\n  no values yet"
     write = percent if name == "accuracy" else number
     exactly = "{:.2%}".format if name == "accuracy" else number
     values = np.concatenate([_values(curve) for curve in curves])
-    epochs = np.array([point.epoch for curve in curves for point in curve.points])
+    places = np.concatenate([curve.x for curve in curves])
     height = max(4, min(HEIGHT_LINES, size.lines - 6)) if size.lines else HEIGHT_LINES
     y_axis = fit_axis(values, 0, height * _DOTS_DOWN - 1)
     labels = _labels(y_axis, height, write)
     margin = max(map(len, labels.values())) + 2
     width = max(MIN_WIDTH, min(MAX_WIDTH, size.columns - margin - 1))
-    x_axis = fit_axis(epochs, 0, width * _DOTS_ACROSS - 1)
+    x_axis = fit_axis(places, 0, width * _DOTS_ACROSS - 1, log=log_x)
     lines = _canvas(curves, x_axis, y_axis, width, height, colours)
     drawn = [f"{labels.get(row, ''):>{margin - 2}} {'┤' if row in labels else '│'}{line}" for row, line in lines]
-    legend = [_legend(i, curve, exactly, size.columns, colours) for i, curve in enumerate(curves)]
-    return "\n".join([f"{title} by epoch", *(line.rstrip() for line in drawn), *_below(x_axis, width, margin), *legend])
+    legend = [_legend(i, curve, exactly, x_label, size.columns, colours) for i, curve in enumerate(curves)]
+    below = _below(x_axis, width, margin)
+    return "\n".join([f"{title} by {x_label}", *(line.rstrip() for line in drawn), *below, *legend])
 
 
 def _canvas(
@@ -155,7 +172,7 @@ def _canvas(
     canvas = Canvas(width, height, 0, 0, width * _DOTS_ACROSS, height * _DOTS_DOWN, mode="byte")
     placed = []
     for curve in curves:
-        x = x_axis.place(np.array([point.epoch for point in curve.points])).round().astype(int).tolist()
+        x = x_axis.place(np.array(curve.x)).round().astype(int).tolist()
         y = y_axis.place(_values(curve)).round().astype(int).tolist()
         placed.append(list(zip(x, y, strict=True)))
     for i, places in enumerate(placed):
@@ -173,7 +190,7 @@ def _canvas(
 
 def _values(curve: Curve) -> np.ndarray:
     """The values of a curve, (points,) float64, within what leaves their differences finite."""
-    return np.clip([point.value for point in curve.points], -LARGEST, LARGEST)
+    return np.clip(curve.y, -LARGEST, LARGEST)
 
 
 def _spread(places: Sequence[tuple[int, int]], apart: int) -> list[tuple[int, int]]:
@@ -205,9 +222,8 @@ def _below(axis: Axis, width: int, margin: int) -> list[str]:
     return [" " * (margin - 1) + "└" + "".join(line), " " * margin + numbers]
 
 
-def _legend(index: int, curve: Curve, write: Callable[[float], str], columns: int, colours: bool) -> str:
-    last = curve.points[-1]
-    told = f"{write(last.value)} at epoch {number(last.epoch)}"
+def _legend(index: int, curve: Curve, write: Callable[[float], str], x_label: str, columns: int, colours: bool) -> str:
+    told = f"{write(curve.y[-1])} at {x_label} {number(curve.x[-1])}"
     room = max(6, columns - len(told) - 7)
     name = curve.name if len(curve.name) <= room else "…" + curve.name[1 - room :]
     mark = color("⠤⠤", fg=COLOURS[index % len(COLOURS)], mode="byte") if colours else LETTERS[index % len(LETTERS)]

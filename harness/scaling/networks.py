@@ -83,10 +83,9 @@ _PCIE4 = Link.of(alpha_us=2.5, gbps=252)  # 16 lanes of 16 GT/s, 128b/130b (PCI 
 _TCP_ALPHA_US = 48.0
 _TCP = "latency: TCP, half of a round trip of 92 to 100 us, Scalable Logic 2014"
 
-# The middle of five runs of `harness bench allreduce` on two cores of an AMD EPYC beside other work, torch 2.14.1:
-# 168 to 205 µs, 7.7 to 10.9 Gbit/s, 1.5 to 1.75 ms (docs/results.md).
-LOOPBACK_LINK = Link.of(alpha_us=200, gbps=8)
-LOOPBACK_WAIT_SECONDS = 1.6e-3  # for a core, of ranks that share them
+# The middle of two runs of `harness bench allreduce` on two quiet cores of an AMD EPYC, torch 2.14.1 (docs/results.md).
+LOOPBACK_LINK = Link.of(alpha_us=173, gbps=16.4)
+LOOPBACK_WAIT_SECONDS, LOOPBACK_BUSY_SHARE = 0.2e-3, 0.75  # of ranks that share cores
 
 NETWORKS: dict[str, Network] = {
     network.name: network

@@ -16,7 +16,7 @@ from typing import Any
 from harness.errors import EXIT_FAILED, HarnessError
 from harness.files import write_json, write_text
 from harness.launching.slurm import Job, sbatch_text
-from harness.launching.submitting import MAX_ARRAY, RECIPE, SCRIPT, sbatch
+from harness.launching.submitting import MAX_ARRAY, RECIPE, SCRIPT, submit_script
 from harness.recipe.loading import resolved_yaml
 from harness.run_directory import JOB
 from harness.sweeps.plan import Plan, Trial
@@ -110,16 +110,7 @@ def _submit(plan: Plan, trials: Sequence[Trial], text: str) -> str:
         _make(plan.folder / JOB, undo)
         script = plan.folder / JOB / SCRIPT
         write_text(script, text)
-        try:
-            job_id = sbatch(script)
-        except subprocess.TimeoutExpired:
-            undo.pop_all()  # SLURM may have taken the job, which needs its folders
-            raise HarnessError(
-                f"sbatch did not answer; {script} is kept",
-                hint=f"`squeue --me` tells whether the job is there; else: sbatch {script}",
-                exit_code=EXIT_FAILED,
-            ) from None
-        undo.pop_all()
+        job_id = submit_script(script, undo)
     file = _submitted_file(plan)
     write_json(file, [*_submissions(file), {"job_id": job_id, "runs": [trial.name for trial in trials]}])
     return job_id

@@ -9,6 +9,7 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -87,6 +88,17 @@ def predict_test_split(path: Path, *, which: str, weights: str = "raw", keep: bo
             with replacing(kept) as file:
                 file.write(save(tensors, metadata={"checkpoint_sha256": manifest_sha256}))
     return made
+
+
+def worst_mistakes(probabilities_NK: np.ndarray, labels_N: np.ndarray, *, most: int) -> np.ndarray:
+    """Ids of the misclassified images with the lowest probability of their true class, that one first, int64.
+
+    These are the images of the highest cross-entropy among those that are misclassified; where several are equal,
+    lower ids come first.
+    """
+    wrong = np.flatnonzero(probabilities_NK.argmax(1) != labels_N)
+    true_probability = probabilities_NK[wrong, labels_N[wrong]]
+    return wrong[np.argsort(true_probability, kind="stable")][:most]
 
 
 def _classify(run: Opened, weights: str) -> Predictions:

@@ -21,7 +21,7 @@ from harness.run_directory import CHECKPOINTS
 from harness.tracking.extras import Answers, CheckpointFolder, Extras, Guess
 from harness.training import checkpoint
 from harness.training.parts import open_data
-from harness.training.predictions import predict_test_split
+from harness.training.predictions import predict_test_split, worst_mistakes
 
 WORST_IMAGES = 100
 _LIMIT_SECONDS = 90
@@ -98,20 +98,18 @@ def _answers(recipe: Recipe, path: Path) -> Answers:
     found = predict_test_split(path, which=which, weights=weights)  # as that process left it
     store = open_data(recipe)
     classes, images_BHWC = store.manifest.classes, store.split("test").images_BHWC
-    probabilities_NK, predicted_N = found.probabilities_NK, found.predicted_N
-    own_N = probabilities_NK.gather(1, found.labels_N[:, None])[:, 0]
-    wrong = sorted((~found.correct_N).nonzero()[:, 0].tolist(), key=lambda i: float(own_N[i]))[:WORST_IMAGES]
-    labels, predicted = found.labels_N.tolist(), predicted_N.tolist()
+    probabilities_NK, labels_N = found.probabilities_NK.numpy(), found.labels_N.numpy()
+    labels, predicted = found.labels_N.tolist(), found.predicted_N.tolist()
     worst = [
         Guess(
             i,
             images_BHWC[i],
             classes[labels[i]],
             classes[predicted[i]],
-            float(own_N[i]),
+            float(probabilities_NK[i, labels[i]]),
             float(probabilities_NK[i, predicted[i]]),
         )
-        for i in wrong
+        for i in worst_mistakes(probabilities_NK, labels_N, most=WORST_IMAGES).tolist()
     ]
     pairs = Counter(zip(labels, predicted, strict=True))
     confusion = [(classes[label], classes[taken], count) for (label, taken), count in sorted(pairs.items())]

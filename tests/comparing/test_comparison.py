@@ -191,7 +191,7 @@ def test_mistakes(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "nothing was overwritten" in capsys.readouterr().err
     assert other.read_text() == "<html>"
     assert main(["compare", str(trained / "a-0"), "--html", str(tmp_path / "no" / "x.html")]) == 2
-    assert "there is no such folder" in capsys.readouterr().err
+    assert "is no folder that can be written to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

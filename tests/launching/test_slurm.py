@@ -8,6 +8,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -264,3 +265,18 @@ def test_ports_of_jobs_begin_apart_and_taken_ones_are_passed() -> None:
     with socket.socket() as server:
         server.bind(("", first))
         assert free_port("1 0 0") != first
+
+
+def test_what_slurm_may_have_taken_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An sbatch that does not answer: the job may be there, and needs the folder that was made for it."""
+    (tmp_path / "sbatch").write_text("#!/bin/sh\nexec sleep 30\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(submitting, "SBATCH_LIMIT_SECONDS", 0.2)
+    folder = tmp_path / "made"
+    folder.mkdir()
+    with pytest.raises(HarnessError, match="sbatch did not answer") as told, ExitStack() as undo:
+        undo.callback(folder.rmdir)
+        submitting.submit_script(folder / "job.sbatch", undo)
+    assert told.value.exit_code == 1
+    assert folder.exists()

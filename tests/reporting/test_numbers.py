@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from harness.reporting.calibration import calibration, reliability_diagram
 from harness.reporting.confusion import confusion_matrix, most_confused, per_class
-from harness.reporting.gallery import worst_mistakes
+from harness.training.predictions import worst_mistakes
 
 
 def random_predictions(seed: int, images: int, classes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -107,7 +107,7 @@ def test_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_nothing_but_a_report_is_written_over(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (run / "metrics.jsonl").read_bytes()
     assert main(["report", str(run), "--output", str(run / "metrics.jsonl")]) == 2
-    assert "is no report of a run" in capsys.readouterr().err
+    assert "no page of ours" in capsys.readouterr().err
     assert (run / "metrics.jsonl").read_bytes() == before
     report(run)
     report(run)

@@ -23,7 +23,7 @@ from harness.cli import main
 from harness.errors import HarnessError
 from harness.reporting.terminal_curves import Curve, curves_of, draw, draw_runs, parse_what
 from harness.run_directory import LOCK
-from harness.runs import Point, open_run
+from harness.runs import open_run
 from tests.handmade import records_of, write_run
 
 SIZE = os.terminal_size((80, 40))
@@ -31,7 +31,7 @@ COLOUR_CODE = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def straight(name: str, values: list[float]) -> Curve:
-    return Curve(name, [Point(i, i + 1.0, value) for i, value in enumerate(values)])
+    return Curve(name, [i + 1.0 for i in range(len(values))], values)
 
 
 def test_a_curve_that_rises_goes_from_the_lower_left_to_the_upper_right() -> None:
@@ -83,7 +83,7 @@ def test_train_test_and_averaged_weights_of_several_runs(tmp_path: Path) -> None
     both = [curve.name for curve in curves_of(runs, "accuracy")]
     assert both == ["run-0 train", "run-0 test", "run-0 EMA", "run-1 train", "run-1 test"]
     assert [curve.name for curve in curves_of(runs, "throughput")] == ["run-0", "run-1"]
-    assert [p.value for p in curves_of(runs[:1], "lr")[0].points] == pytest.approx([0.1, 0.05, 0.1 / 3])
+    assert curves_of(runs[:1], "lr")[0].y == pytest.approx([0.1, 0.05, 0.1 / 3])
 
 
 def test_a_run_shows_what_there_is(tmp_path: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import random
-import xml.etree.ElementTree as ET
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,13 @@ import torch
 from harness.cli import main
 from harness.errors import HarnessError
 from harness.recipe import load
-from harness.training.lr_curve import curve_svg, render_curve, render_suggestions
+from harness.reporting.lr_curve import curve_page, render_curve, render_suggestions
 from harness.training.lr_range import STEEPEST, TENTH, find_lr, rates, smooth, suggest
 from harness.training.run import train
 
 STEPS = 100
+SIZE = os.terminal_size((80, 24))
+LINES = re.compile(r'<polyline class="series" data-name="([^"]+)"[^>]*points="([^"]+)"')
 
 
 def test_rates_are_even_on_a_logarithmic_scale() -> None:
@@ -94,8 +97,8 @@ def test_what_is_not_finite_is_divergence_and_no_error(tiny: Path, lr: float) ->
     assert found.diverged_at is not None
     assert [s.lr for s in found.suggestions] == [None, None]
     assert "none: the loss diverged within" in render_suggestions(found)
-    assert render_curve(found)
-    ET.fromstring(curve_svg(found, "a & b"))
+    assert render_curve(found, size=SIZE, colours=False)
+    assert "a &amp; b: learning-rate range test" in curve_page(found, "a & b")
 
 
 def weights_of(run: Path) -> bytes:
@@ -127,16 +130,28 @@ def test_generators_environment_and_runs_are_left_as_they_were(
 
 
 def test_the_command_draws_the_curve(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plot = tmp_path / "curve.svg"
-    words = ["--min-lr", "1e-4", "--max-lr", "1", "--steps", "30", "--plot", str(plot)]
+    html = tmp_path / "curve.html"
+    words = ["--min-lr", "1e-4", "--max-lr", "1", "--steps", "30", "--html", str(html)]
     assert main(["lr-find", str(tiny), "optimizer.name=adamw", *words]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("*") >= 12
+    assert "training loss by learning rate" in printed
+    assert all(rate in printed for rate in ("0.0001", "0.001", "0.01", "0.1"))  # evenly spaced powers of ten
     assert "30 steps" in printed
-    picture = ET.parse(plot).getroot()
-    lines = picture.findall("{http://www.w3.org/2000/svg}polyline")
-    assert [len(line.attrib["points"].split()) for line in lines] == [30, 30]
-    assert "tiny: learning-rate range test" in plot.read_text()
+    page = html.read_text()
+    assert "tiny: learning-rate range test" in page
+    drawn = {name: places.split() for name, places in LINES.findall(page)}
+    assert {name: len(drawn[name]) for name in ("loss", "smoothed")} == {"loss": 30, "smoothed": 30}
+    x = [float(place.split(",")[0]) for place in drawn["loss"]]
+    gaps = [b - a for a, b in itertools.pairwise(x)]
+    assert max(gaps) - min(gaps) <= 0.21  # the same factor from rate to rate, written with one digit
+
+
+def test_nothing_is_overwritten_by_the_page(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "thesis.html"
+    other.write_text("<html>")
+    assert main(["lr-find", str(tiny), "--html", str(other)]) == 2
+    assert "nothing was overwritten" in capsys.readouterr().err
+    assert other.read_text() == "<html>"
 
 
 @pytest.mark.parametrize(
@@ -146,7 +161,6 @@ def test_the_command_draws_the_curve(tiny: Path, tmp_path: Path, capsys: pytest.
         (["--min-lr", "0"], "are no range of rates"),
         (["--max-lr", "inf"], "are no range of rates"),
         (["--steps", "3"], "too few to see a curve"),
-        (["--plot", "a.png"], "the picture is an SVG"),
         (["optimizer.nam=sgd"], 'unknown key "optimizer.nam"'),
     ],
 )

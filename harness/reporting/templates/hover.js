@@ -1,6 +1,6 @@
 // Values under the pointer. The page says all it has to say without it.
 function addValues(svg) {
-  const [left, top, right, bottom, x0, x1, y0, y1, log, percent] = svg.dataset.plot.split(" ").map(Number);
+  const [left, top, right, bottom, x0, x1, y0, y1, logX, logY, percent] = svg.dataset.plot.split(" ").map(Number);
   const curves = [...svg.querySelectorAll("polyline.series")].map(line => ({
     name: line.dataset.name,
     points: line.getAttribute("points").split(" ").map(point => point.split(",").map(Number)),
@@ -16,10 +16,10 @@ function addValues(svg) {
   svg.append(rule);
   svg.parentElement.append(box);
   const short = value => Math.abs(value) >= 1e4 ? Math.round(value).toLocaleString("en") : String(+value.toPrecision(4));
-  const atX = px => x0 + (px - left) / (right - left) * (x1 - x0);
+  const between = (low, high, share, log) => log ? low * (high / low) ** share : low + share * (high - low);
+  const atX = px => between(x0, x1, (px - left) / (right - left), logX);
   const atY = py => {
-    const share = (bottom - py) / (bottom - top);
-    const value = log ? y0 * (y1 / y0) ** share : y0 + share * (y1 - y0);
+    const value = between(y0, y1, (bottom - py) / (bottom - top), logY);
     return percent ? (100 * value).toPrecision(4) + "%" : short(value);
   };
   const show = event => {

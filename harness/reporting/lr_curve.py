@@ -1,0 +1,65 @@
+"""The curve of a learning-rate range test, in the terminal and as a page."""
+
+from __future__ import annotations
+
+import os
+
+from harness.reporting import page
+from harness.reporting.charts import Series, line_chart
+from harness.reporting.terminal_curves import Curve, draw
+from harness.training.lr_range import LrRange
+
+HEADROOM = 0.5  # of the fall from the first to the least loss: as much is drawn above the first
+
+
+def render_curve(found: LrRange, *, size: os.terminal_size, colours: bool) -> str:
+    """The smoothed loss over the rate."""
+    if not found.smoothed:
+        return "no loss was finite"
+    curve = Curve("smoothed", found.lrs, _drawn(found, found.smoothed))
+    return draw("training loss", [curve], "loss", size=size, colours=colours, x_label="learning rate", log_x=True)
+
+
+def render_suggestions(found: LrRange) -> str:
+    """What the rules say, a line each, and how the test ended."""
+    lines = []
+    for suggestion in found.suggestions:
+        said = f"{suggestion.lr:.2e}" if suggestion.lr is not None else f"none: {suggestion.reason}"
+        lines.append(f"{said}  ({suggestion.rule}; {suggestion.source})" if suggestion.lr else said)
+    return "\n".join([_end(found), *dict.fromkeys(lines)])
+
+
+def curve_page(found: LrRange, recipe_name: str) -> str:
+    """A self-contained page: losses, smoothed loss and suggested rates over a logarithmic axis."""
+    series = [
+        Series("loss", found.lrs, _drawn(found, found.losses)),
+        Series("smoothed", found.lrs, _drawn(found, found.smoothed)),
+    ]
+    bounds = [min(curve.y) for curve in series if curve.y] + [max(curve.y) for curve in series if curve.y]
+    for suggestion in found.suggestions:
+        if suggestion.lr is not None:
+            series.append(Series(f"{suggestion.lr:.2e}", [suggestion.lr] * 2, [min(bounds), max(bounds)]))
+    chart = line_chart(
+        series,
+        title="Loss over the learning rate",
+        description=_end(found),
+        x_label="learning rate",
+        y_label="training loss",
+        log_x=True,
+    )
+    rows = [[s.rule, s.source, s.reason if s.lr is None else f"{s.lr:.2e}"] for s in found.suggestions]
+    told = page.table(["rule", "source", "rate"], rows, caption="Suggested rates")
+    section = page.Section("curve", "Range test", chart + told, lead=_end(found))
+    return page.page(f"{recipe_name}: learning-rate range test", [section])
+
+
+def _end(found: LrRange) -> str:
+    end = "went to the largest rate" if found.diverged_at is None else f"diverged at lr {found.diverged_at:.2e}"
+    return f"{len(found.losses)} steps, {end}; smoothed with beta {found.beta}"
+
+
+def _drawn(found: LrRange, losses: list[float]) -> list[float]:
+    """Losses as they are drawn: a diverging end would press all else flat."""
+    first, least = (found.smoothed[0], min(found.smoothed)) if found.smoothed else (0.0, 0.0)
+    highest = first + max(HEADROOM * (first - least), 1e-6)
+    return [min(loss, highest) for loss in losses]
