@@ -275,8 +275,9 @@ def test_what_slurm_may_have_taken_is_kept(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(submitting, "SBATCH_LIMIT_SECONDS", 0.2)
     folder = tmp_path / "made"
     folder.mkdir()
-    with pytest.raises(HarnessError, match="sbatch did not answer") as told, ExitStack() as undo:
+    with ExitStack() as undo:
         undo.callback(folder.rmdir)
-        submitting.submit_script(folder / "job.sbatch", undo)
+        with pytest.raises(HarnessError, match="sbatch did not answer") as told:
+            submitting.submit_script(folder / "job.sbatch", undo)
     assert told.value.exit_code == 1
     assert folder.exists()
