@@ -6,6 +6,8 @@ whoever uploads, and however often, each record has one place.
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -99,6 +101,25 @@ class Best:
         """`best/accuracy` (a share from 0 to 1) with its `best/epoch` and `best/step`."""
         record = self._record
         return {} if record is None else {f"best/{key}": record[key] for key in ("accuracy", "epoch", "step")}
+
+
+class Summaries:
+    """`SUMMARIES` over all records of a run. W&B's client knows of those alone that this start has sent."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = {}
+
+    def take(self, record: Record) -> None:
+        for name, value in values_of(record).items():
+            if name in SUMMARIES and math.isfinite(value):
+                self._values.setdefault(name, []).append(value)
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """As the client gives them: `{"test/accuracy": {"max": …}, …}`."""
+        of_kind = {"max": max, "min": min, "mean": statistics.fmean}
+        return {
+            name: {kind: of_kind[kind](self._values[name])} for name, kind in SUMMARIES.items() if name in self._values
+        }
 
 
 def judged_split(settings: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from harness.tracking.rows import (
     STEP_METRIC,
     SUMMARIES,
     Best,
+    Summaries,
     judged_split,
     result_summary,
     row_number,
@@ -103,7 +104,7 @@ class WandbTracker(NullTracker):
         self._run_id, self._of_another_machine = run_id, of_another_machine
         self._run: Any = None
         self._active = True
-        self._best = Best(judged_split(config))
+        self._best, self._summaries = Best(judged_split(config)), Summaries()
         self._last_row = -1
         self.delivered = False
         self._guard(lambda: self._start(mode))
@@ -151,6 +152,7 @@ class WandbTracker(NullTracker):
         self._last_row = self._last_row_held()
         for record in self._before:
             self._take(record)
+        self._tell_summary()
         if (summary_text := self._extras.model_summary) is not None:
             self._attempt("the network's summary", lambda: save_model_summary(self._run, summary_text()))
 
@@ -171,18 +173,25 @@ class WandbTracker(NullTracker):
 
     def log(self, record: Record) -> None:
         self._guard(lambda: self._take(record))
+        if record["kind"] == "epoch":
+            self._guard(self._tell_summary)
 
     def _take(self, record: Record) -> None:
         number = row_number(record)
         if number > self._last_row:
             self._run.log(values_of(record), step=number, commit=True)  # else the client keeps it until the next
             self._last_row = number
-        if self._best.take(record):
-            self._run.summary.update(self._best.summary())
+        self._best.take(record)
+        self._summaries.take(record)
+
+    def _tell_summary(self) -> None:
+        self._run.summary.update({**self._best.summary(), **self._summaries.summary()})
 
     def finish(self, result: Record | None) -> None:
         if result is not None:
             self._guard(lambda: self._run.summary.update(result_summary(result)))
+        self._guard(self._tell_summary)
+        if result is not None:
             self._add_extras()
         self._guard(lambda: self._run.finish(exit_code=0 if result is not None else 1))
         if self._active and self._run is not None and self._mode == "online":

@@ -23,10 +23,12 @@ class Door:
 
     Attributes:
         asked: the variables of each GraphQL request, in order.
+        summaries: each summary that was sent, in order; openwandb drops what is nested in them.
     """
 
     def __init__(self, port: int, *, key: str = KEY) -> None:
         self.asked: list[dict[str, Any]] = []
+        self.summaries: list[dict[str, Any]] = []
         self._to, self._key = port, key
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
@@ -52,6 +54,9 @@ class Door:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 if self.path == "/graphql" and body:
                     door.asked.append(json.loads(body).get("variables") or {})
+                if self.path.endswith("/file_stream") and body:
+                    content = json.loads(body).get("files", {}).get("wandb-summary.json", {}).get("content", [])
+                    door.summaries += map(json.loads, content)
                 token = self.headers.get("Authorization", "").removeprefix("Basic ")
                 signed = self.command == "PUT"  # an upload's address is its own permission
                 if not signed and base64.b64decode(token).decode().partition(":")[2] != door._key:

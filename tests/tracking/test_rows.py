@@ -9,7 +9,7 @@ import pytest
 
 from harness.recipe.schema import Recipe
 from harness.tracking.identity import identity_of, settings_digest
-from harness.tracking.rows import Best, result_summary, row_number, values_of
+from harness.tracking.rows import Best, Summaries, result_summary, row_number, values_of
 from harness.tracking.wandb_server import compare
 
 
@@ -71,6 +71,19 @@ def test_the_best_is_the_first_of_equals_of_its_split() -> None:
     assert not best.take(record("epoch", "test_ema", 8, accuracy=0.9))
     assert not best.take(record("step", "train", 9, accuracy=0.9))
     assert best.summary() == {"best/accuracy": 0.5, "best/epoch": 1, "best/step": 4}
+
+
+def test_summaries_are_of_all_finite_values() -> None:
+    found = Summaries()
+    assert found.summary() == {}
+    for step, accuracy, loss in ((4, 0.9, 0.5), (8, 0.5, math.nan)):
+        found.take(record("step", "train", step, accuracy=1.0, images_per_second=step))
+        found.take(record("epoch", "test", step, accuracy=accuracy, loss=loss))
+    assert found.summary() == {
+        "test/accuracy": {"max": 0.9},
+        "test/loss": {"min": 0.5},
+        "perf/images_per_second": {"mean": 6},
+    }
 
 
 def test_a_result_is_flat_summary_values() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from harness.run_directory import LOCK
 from harness.tracking.rows import row_number
 from tests.faults.check import records
 from tests.faults.wandb_server import WandbServer, environment
+from tests.tracking.door import Door
 from tests.tracking.test_rows import record
 
 RECORDS = [record("step", "train", step, loss=1 / step, time_unix_seconds=step) for step in (1, 2, 3)]
@@ -89,3 +91,25 @@ def test_a_growing_run_is_added_to_and_another_history_is_rebuilt(
     rows = wandb_server.history(provenance["wandb_run_id"])
     assert [row["train/loss"] for row in rows] == [r["loss"] for r in records(run)]
     assert "nothing was sent" in said(capsys, run, code=0)
+
+
+@pytest.fixture
+def door(wandb_server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Door]:
+    made = Door(wandb_server.port)
+    for name, value in environment(made.port).items():
+        monkeypatch.setenv(name, value)
+    yield made
+    made.close()
+
+
+@pytest.mark.slow
+def test_the_summary_is_of_all_records_and_not_of_those_sent_last(
+    run: Path, door: Door, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [record("epoch", "test", step, accuracy=a, loss=1 - a) for step, a in ((4, 0.75), (8, 0.5))]
+    for count in (1, 2):
+        write(run, found[:count])
+        assert f"sent 1 of {count} records" in said(capsys, run, code=0)
+    last = door.summaries[-1]
+    assert (last["test/accuracy"], last["test/loss"]) == ({"max": 0.75}, {"min": 0.25})
+    assert (last["best/accuracy"], last["best/epoch"], last["step"]) == (0.75, 1, 8)
