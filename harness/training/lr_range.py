@@ -203,7 +203,7 @@ def _check(min_lr: float, max_lr: float, steps: int) -> None:
             "the range test takes one process: the recipe's global batch means the same on any number of ranks",
             hint="Start it without accelerate launch, torchrun or srun: harness lr-find RECIPE.",
         )
-    if not (math.isfinite(min_lr) and math.isfinite(max_lr)) or not 0 < min_lr < max_lr:
+    if not 0 < min_lr < max_lr or not math.isfinite(max_lr / min_lr):  # of which either may be infinite or NaN
         raise HarnessError(
             f"--min-lr {min_lr:g} and --max-lr {max_lr:g} are no range of rates",
             hint="Both above 0, the first the smaller one, for example --min-lr 1e-6 --max-lr 1.",

@@ -160,6 +160,7 @@ def test_nothing_is_overwritten_by_the_page(tiny: Path, tmp_path: Path, capsys: 
         (["--min-lr", "1", "--max-lr", "0.1"], "are no range of rates"),
         (["--min-lr", "0"], "are no range of rates"),
         (["--max-lr", "inf"], "are no range of rates"),
+        (["--min-lr", "1e-300", "--max-lr", "1e300"], "are no range of rates"),
         (["--steps", "3"], "too few to see a curve"),
         (["optimizer.nam=sgd"], 'unknown key "optimizer.nam"'),
     ],
