@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, ManyErrors
 from harness.recipe import Recipe
 from harness.recipe.document import parse_value
 from harness.recipe.dual_branch_args import DualBranchArgs
@@ -43,7 +43,7 @@ def points_of(file: SweepFile) -> list[Point]:
     """All points in their order: the last parameter of a grid changes fastest.
 
     Raises:
-        HarnessError: random points are asked for, and there are not so many.
+        HarnessError: random points are asked for, and there are not so many, or a range has no whole number.
     """
     sweep = file.sweep
     if sweep.method == "grid":
@@ -51,6 +51,7 @@ def points_of(file: SweepFile) -> list[Point]:
         rows = itertools.product(*(parameter.values or () for parameter in sweep.parameters.values()))
         settings: list[dict[str, Any]] = [dict(zip(keys, row, strict=True)) for row in rows]
     else:
+        _refuse_empty_ranges(file)
         settings = list(_drawn(sweep))
         if len(settings) < (sweep.points or 0):
             raise HarnessError(
@@ -116,6 +117,22 @@ def _drawn(sweep: Sweep) -> Iterator[dict[str, Any]]:
             return
 
 
+def _refuse_empty_ranges(file: SweepFile) -> None:
+    """See that a range of a setting that takes whole numbers holds one."""
+    errors = [
+        HarnessError(
+            f"parameters.{key}: takes whole numbers, and there is none from {parameter.min:g} to {parameter.max:g}",
+            where=file.place_of(("parameters", key)),
+            hint="For example {min: 4, max: 16}.",
+        )
+        for key, parameter in file.sweep.parameters.items()
+        if parameter.min is not None and parameter.max is not None and whole_numbers(key, parameter)
+        if math.ceil(parameter.min) > math.floor(parameter.max)
+    ]
+    if errors:
+        raise ManyErrors(str(file.path), errors)
+
+
 def _share(seed: int, key: str, number: int) -> float:
     """A number in [0, 1) with 53 random bits."""
     digest = hashlib.sha256(f"{seed}\n{key}\n{number}".encode()).digest()
@@ -130,7 +147,7 @@ def _value(parameter: Parameter, share: float, whole: bool) -> Any:
     assert parameter.max is not None
     low, high = parameter.min, parameter.max
     if whole:
-        low, high = math.ceil(low), max(math.ceil(low), math.floor(high))
+        low, high = math.ceil(low), math.floor(high)
     edge = 0.5 if whole else 0.0  # so that the first and the last number are as likely as the others
     if parameter.scale == "log":
         first, last = math.log(max(low - edge, 0.5) if whole else low), math.log(high + edge)

@@ -94,6 +94,11 @@ def test_random_points_differ(tiny: Path) -> None:
     assert "sweep.yaml:3: points: 3 are asked for, and no more than 2 different ones were found" in error
 
 
+def test_a_range_without_a_whole_number_is_refused_where_it_needs_one(tiny: Path) -> None:
+    errors = errors_of(tiny, RANDOM.replace("{min: 4, max: 16}", "{min: 4.2, max: 4.8}"))
+    assert ["parameters.training.global_batch_size: takes whole numbers" in error for error in errors] == [True]
+
+
 @pytest.mark.parametrize(
     ("key", "low", "high", "whole"),
     [
