@@ -6,6 +6,7 @@ starts, and not through the memory of the rank that speaks with the server.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -80,7 +81,8 @@ def run_agent(plan: Plan, sweep_id: str) -> int:
 
 def _metric(metric: Metric) -> dict[str, str]:
     """By the names under which the trainings log it."""
-    return {"name": f"{metric.split}/{metric.key}", "goal": metric.goal}
+    key = f"epoch_{metric.key}" if metric.split == "train" else metric.key
+    return {"name": f"{metric.split}/{key}", "goal": metric.goal}
 
 
 def _parameter(key: str, parameter: Parameter) -> Mapping[str, Any]:
@@ -93,7 +95,8 @@ def _parameter(key: str, parameter: Parameter) -> Mapping[str, Any]:
             shape = {"distribution": "q_log_uniform_values", "q": 1}
         return {**shape, "min": parameter.min, "max": parameter.max}
     if whole:
-        return {"distribution": "int_uniform", "min": int(parameter.min or 0), "max": int(parameter.max or 0)}
+        low, high = math.ceil(parameter.min or 0), math.floor(parameter.max or 0)
+        return {"distribution": "int_uniform", "min": low, "max": high}
     return {"distribution": "uniform", "min": parameter.min, "max": parameter.max}
 
 

@@ -15,6 +15,7 @@ from harness.launching.training import Ranks
 from harness.recipe import load
 from harness.sweeps.agents import configuration
 from harness.sweeps.plan import plan_sweep
+from harness.tracking.rows import values_of
 from harness.tracking.wandb_tracker import new_run_id
 from tests.conftest import ROOT, run_limited
 from tests.faults.fault import NotHere
@@ -71,6 +72,17 @@ def test_the_configuration_says_the_same_as_the_file(sweep: Path, monkeypatch: p
             "seed": {"values": [4, 5]},
         },
     }
+
+
+def test_what_is_optimised_has_the_name_that_trainings_log(sweep: Path) -> None:
+    """Of the training, `train/loss` is that of a log step."""
+    text = SWEEP.replace("checkpoint.keep_last: {min: 8, max: 16}", "checkpoint.keep_last: {min: 7.5, max: 16.5}")
+    sweep.write_text(f"{text}metric: {{split: train, key: loss, goal: minimize}}\n")
+    found = configuration(plan_sweep("sweep.yaml"), TWO)
+    record = {"kind": "epoch", "split": "train", "step": 4, "epoch": 1, "loss": 0.5}
+    assert found["metric"]["name"] in values_of(record)
+    assert found["metric"] == {"name": "train/epoch_loss", "goal": "minimize"}
+    assert found["parameters"]["checkpoint.keep_last"] == {"distribution": "int_uniform", "min": 8, "max": 16}
 
 
 def test_what_the_agent_writes_reads_back(sweep: Path) -> None:
