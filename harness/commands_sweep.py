@@ -72,6 +72,9 @@ def _sweep_on_cluster(plan: Any, arguments: argparse.Namespace) -> int:
     request = request_of(arguments)
     check_ranks(plan, request["nodes"] * request["tasks_per_node"])
     done = submit_sweep(plan, request=request, retry_failed=arguments.retry_failed, dry_run=arguments.dry_run)
+    if done.job_id is None and arguments.json:
+        _print({"job": None, "runs": [{"run_directory": str(t.directory.absolute())} for t in done.trials]})
+        return EXIT_DONE
     if done.job_id is None:
         print(done.text if done.trials else "no run is due: all are finished, failed, running or queued", end="")
         print(end="" if done.trials else "\n")
@@ -140,6 +143,15 @@ def _refuse_lost_options(arguments: argparse.Namespace) -> None:
         raise HarnessError(f"{', '.join(given)}: only with --slurm", hint="Add --slurm, or leave it out.")
     if arguments.slurm and arguments.ranks is not None:
         raise HarnessError("--ranks is for this machine alone", hint="With --slurm: --nodes N --tasks-per-node R.")
+    own = {"--ranks": arguments.ranks is not None, "--dry-run": arguments.dry_run, "--json": arguments.json}
+    lost = [name for name, is_given in own.items() if is_given]
+    if arguments.wandb_agent and lost:
+        raise HarnessError(
+            f"{', '.join(lost)}: not with --wandb-agent, which trains as the server's sweep says",
+            hint="Leave it out; `--wandb --ranks N` makes a sweep of N ranks, `--wandb --dry-run` shows it.",
+        )
+    if arguments.retry_failed and (arguments.wandb or arguments.wandb_agent or arguments.table):
+        raise HarnessError("--retry-failed: only with --local or --slurm", hint="Leave it out.")
 
 
 def build_lr_find(parser: argparse.ArgumentParser) -> None:

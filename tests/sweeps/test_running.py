@@ -253,6 +253,9 @@ def test_an_exit_code_alone_makes_no_run(tmp_path: Path) -> None:
         (["--slurm", "--ranks", "2"], "--ranks is for this machine alone"),
         (["--ranks", "3"], "cannot be shared out among 3 ranks: 16"),
         (["--slurm", "--tasks-per-node", "5"], "cannot be shared out among 5 ranks: 16"),
+        (["--wandb-agent", "x", "--dry-run"], "--dry-run: not with --wandb-agent"),
+        (["--wandb-agent", "x", "--ranks", "2"], "--ranks: not with --wandb-agent"),
+        (["--wandb", "--retry-failed"], "--retry-failed: only with --local or --slurm"),
         (["--slurm", "--wandb"], "not allowed with argument --slurm"),
     ],
 )
@@ -264,6 +267,19 @@ def test_options_that_do_not_go_together(
     assert message in error
     assert "HINT:" in error
     assert not Path("runs").exists()
+
+
+def test_json_is_json_where_nothing_is_submitted(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sweep", "sweep.yaml", "--slurm", "--json"]
+    assert main([*words, "--dry-run"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    plan = plan_sweep("sweep.yaml")
+    assert found["job"] is None
+    assert [run["run_directory"] for run in found["runs"]] == [str(t.directory.absolute()) for t in plan.trials]
+    for trial in plan.trials:
+        finish(trial.directory, 0.5)
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out) == {"job": None, "runs": []}
 
 
 def test_a_sweep_is_started_once_and_not_on_each_rank(
