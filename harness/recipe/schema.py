@@ -195,7 +195,7 @@ class Tracking(Section):
     project: Annotated[str, Field(min_length=1, max_length=128)] = Field(
         "dual-branch-harness", description="W&B project"
     )
-    entity: str | None = Field(None, description="W&B user or team; null is the key's own")
+    entity: str | None = Field(None, description="W&B user or team; null: $WANDB_ENTITY, else the key's own")
     run_name: str | None = Field(None, description="W&B's name of the run; null: recipe and run directory")
     group: str | None = Field(
         None, description="W&B group; null: recipe and digest of its settings, the same for seeds"

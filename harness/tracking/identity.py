@@ -19,7 +19,7 @@ class Identity:
     """Where a run belongs on W&B.
 
     Attributes:
-        entity: user or team; None is the key's own.
+        entity: user or team; None leaves it to `$WANDB_ENTITY` and the key.
         group: runs that are compared as one, such as seeds.
     """
 

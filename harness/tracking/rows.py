@@ -42,6 +42,11 @@ def row_number(record: Record) -> int:
     return ROWS_PER_STEP * int(record["step"]) + place
 
 
+def has_place(record: Record) -> bool:
+    """Whether a record is of a kind and split that this version writes."""
+    return (record.get("kind"), record.get("split")) in PLACES
+
+
 def values_of(record: Record) -> dict[str, float]:
     """A record's row: `step`, `epoch` and numbers under train/, test/, test_ema/, perf/ and lr/.
 
@@ -92,7 +97,10 @@ class Best:
         """Whether the record is a new best one."""
         if record["kind"] != "epoch" or record["split"] != self._split:
             return False
-        if self._record is not None and record["accuracy"] <= self._record["accuracy"]:
+        accuracy = _number(record.get("accuracy"))
+        if accuracy is None or not math.isfinite(accuracy):
+            return False
+        if self._record is not None and accuracy <= self._record["accuracy"]:
             return False
         self._record = record
         return True
@@ -100,7 +108,7 @@ class Best:
     def summary(self) -> dict[str, float]:
         """`best/accuracy` (a share from 0 to 1) with its `best/epoch` and `best/step`."""
         record = self._record
-        return {} if record is None else {f"best/{key}": record[key] for key in ("accuracy", "epoch", "step")}
+        return {} if record is None else {f"best/{key}": record[key] for key in ("accuracy", "epoch", "step") if key in record}
 
 
 class Summaries:

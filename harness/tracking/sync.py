@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -52,12 +53,13 @@ def sync(upload: Upload) -> str:
         HarnessError: no key or a refused one, no answer, or a history that cannot be mended by adding to it.
     """
     identity = upload.identity
-    entity = identity.entity or wandb_server.entity_of_key()
+    own = wandb_server.default_entity()  # which asks whether the key is good, too
+    entity = identity.entity or own
     where = f"{entity}/{identity.project}/{upload.run_id} on {wandb_server.base_url()}"
     before = _difference(upload, entity)
     if before is not None and not before.missing and _is_noted(upload):
         return f"{where} is complete: {len(upload.records)} records; nothing was sent"
-    _send(replace(upload, identity=replace(identity, entity=entity)))
+    is_whole = _send(replace(upload, identity=replace(identity, entity=entity)))
     after = _difference(upload, entity)
     if after is not None and after.missing:
         raise HarnessError(
@@ -66,7 +68,8 @@ def sync(upload: Upload) -> str:
             hint="Run `harness track sync` again.",
             exit_code=EXIT_FAILED,
         )
-    _note(upload)
+    if is_whole:
+        _note(upload)
     sent = len(upload.records) if before is None else len(before.missing)
     checked = "its history cannot be read back here" if after is None else "its history equals metrics.jsonl"
     return f"{where}: sent {sent} of {len(upload.records)} records; {checked}"
@@ -99,7 +102,8 @@ def _difference(upload: Upload, entity: str) -> Difference | None:
     return found
 
 
-def _send(upload: Upload) -> None:
+def _send(upload: Upload) -> bool:
+    """Whether all that the recipe asks for beside curves went with them; what did not is told as a warning."""
     said: list[str] = []
     with tempfile.TemporaryDirectory(prefix="harness-track-") as folder:  # what is under wandb/ stays as it is
         tracker = WandbTracker(
@@ -118,9 +122,13 @@ def _send(upload: Upload) -> None:
         raise HarnessError(
             f"the upload broke off: {said[0] if said else 'the client gave no reason'}",
             where=str(upload.directory),
-            hint="Run it again; what has arrived is not sent a second time.",
+            hint="Run it again; what has arrived is not sent a second time. HARNESS_WANDB_TIMEOUT_SECONDS=600 gives it "
+            "ten minutes.",
             exit_code=EXIT_FAILED,
         )
+    for text in said:
+        print(f"WARNING {upload.directory}: {text}", file=sys.stderr, flush=True)
+    return tracker.is_whole
 
 
 def _is_noted(upload: Upload) -> bool:

@@ -7,6 +7,7 @@ W&B's own servers give a run's history by the public interface (`scan_history`).
 from __future__ import annotations
 
 import base64
+import configparser
 import json
 import math
 import netrc
@@ -16,6 +17,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlparse
 
@@ -29,8 +31,19 @@ _OWN_FIELDS = ("_step", "_runtime")
 
 
 def base_url() -> str:
-    """`$WANDB_BASE_URL`, else W&B's own service."""
-    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rstrip("/")
+    """`$WANDB_BASE_URL`, else the server of `wandb login --host`, else W&B's own service."""
+    return (os.environ.get("WANDB_BASE_URL") or _url_of_login() or "https://api.wandb.ai").rstrip("/")
+
+
+def _url_of_login() -> str | None:
+    """What `wandb login --host` has noted in the client's settings file."""
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+    settings = configparser.ConfigParser(interpolation=None)
+    try:
+        settings.read(folder / "settings")
+    except (OSError, ValueError, configparser.Error):
+        return None
+    return settings.get("default", "base_url", fallback=None)
 
 
 def api_key() -> str | None:
@@ -38,14 +51,15 @@ def api_key() -> str | None:
     if key := os.environ.get("WANDB_API_KEY"):
         return key
     try:
-        found = netrc.netrc().authenticators(urlparse(base_url()).hostname or "")
-    except (OSError, netrc.NetrcParseError):
+        keys, address = netrc.netrc(), urlparse(base_url())
+    except (OSError, ValueError, netrc.NetrcParseError):
         return None
+    found = keys.authenticators(address.netloc) or keys.authenticators(address.hostname or "")
     return found[2] if found else None
 
 
-def entity_of_key() -> str:
-    """The user or team that the key belongs to.
+def default_entity() -> str:
+    """The user or team that runs go to where the recipe names none: `$WANDB_ENTITY`, else that of the key.
 
     Raises:
         HarnessError: no key, a refused key, or no answer.
@@ -57,7 +71,7 @@ def entity_of_key() -> str:
     query = json.dumps({"query": "query Viewer { viewer { entity } }"}).encode()
     try:
         viewer = json.loads(_ask("/graphql", query))["data"]["viewer"]
-        return str(viewer["entity"])
+        return os.environ.get("WANDB_ENTITY") or str(viewer["entity"])
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             raise _refused() from None
@@ -98,7 +112,7 @@ def read_history(entity: str, project: str, run_id: str) -> list[dict[str, Any]]
         text = _ask(path).decode()
         return [json.loads(line) for line in text.splitlines() if line.strip()]
     except urllib.error.HTTPError as error:
-        if error.code != 404:
+        if error.code >= 500:  # any other says no more than that there is no such file: the key was asked for before
             raise
     except ValueError:
         pass

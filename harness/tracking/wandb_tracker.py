@@ -31,11 +31,14 @@ from harness.tracking.wandb_extras import log_answers, log_checkpoints, save_mod
 LIMIT_VARIABLE = "HARNESS_WANDB_TIMEOUT_SECONDS"
 _LIMIT_SECONDS = 60.0
 _ARTIFACTS_LIMIT_SECONDS = 150.0  # with what else the first rank ends with, below the time limit of collectives
+_MODES = {"online": "online", "offline": "offline", "disabled": "disabled", "dryrun": "offline", "run": "online"}
 UPLOADED = "uploaded.json"  # under wandb/: what was delivered whole
 
 
 def resolve_mode(setting: str) -> str:
     """`auto` is online with an API key and offline without; `$WANDB_MODE` wins over `auto` alone.
+
+    `$WANDB_MODE` may be `dryrun` or `run` too, W&B's older words. One that is no mode sends nothing.
 
     Returns:
         "online", "offline" or "disabled".
@@ -43,15 +46,23 @@ def resolve_mode(setting: str) -> str:
     if setting != "auto":
         return setting
     asked = os.environ.get("WANDB_MODE", "")
-    if asked in ("online", "offline", "disabled"):
-        return asked
+    if asked in _MODES:
+        return _MODES[asked]
+    if asked:
+        print(f'WARNING WANDB_MODE="{asked}" is not one of {", ".join(_MODES)}: W&B stays offline', file=sys.stderr)
+        return "offline"
     return "online" if wandb_server.api_key() else "offline"
 
 
 def new_run_id() -> str:
     """The id of a new W&B run: that which a sweep's agent has given this training, else a random one."""
     given = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
-    return given or secrets.token_hex(4)
+    return given or random_run_id()
+
+
+def random_run_id() -> str:
+    """64 random bits: with 32, two of the 10,000 runs that a sweep may have would be one in every 86th sweep."""
+    return secrets.token_hex(8)
 
 
 def limit_seconds() -> float:
@@ -107,6 +118,7 @@ class WandbTracker(NullTracker):
         self._best, self._summaries = Best(judged_split(config)), Summaries()
         self._last_row = -1
         self.delivered = False
+        self.is_whole = True  # no extra failed
         self._guard(lambda: self._start(mode))
         if mode == "online" and not self._active:  # no network, as on many compute nodes
             self._stop_service()  # it still holds the run's id
@@ -196,18 +208,20 @@ class WandbTracker(NullTracker):
         self._guard(lambda: self._run.finish(exit_code=0 if result is not None else 1))
         if self._active and self._run is not None and self._mode == "online":
             self.delivered = True
-            self._attempt("a note of what was uploaded", lambda: self._note_delivery(finished=result is not None))
+            self._attempt("a note of what was uploaded", lambda: self._note_delivery(result))
         self._stop_service()
 
     def _add_extras(self) -> None:
         answers, checkpoints = self._extras.answers, self._extras.checkpoints
         if answers is not None:
-            self._attempt("the predictions table", lambda: log_answers(self._run, answers()))
+            self.is_whole &= self._attempt("the predictions table", lambda: log_answers(self._run, answers()))
         if checkpoints is not None:
             name = self._identity.name
-            self._attempt("the checkpoints", lambda: log_checkpoints(self._run, name, checkpoints()))
+            self.is_whole &= self._attempt("the checkpoints", lambda: log_checkpoints(self._run, name, checkpoints()))
 
-    def _note_delivery(self, *, finished: bool) -> None:
+    def _note_delivery(self, result: Record | None) -> None:
+        """What of the extras did not arrive is left to `harness track sync`."""
+        finished = result is not None and self.is_whole
         write_json(self._directory / "wandb" / UPLOADED, delivery(self._run_id, self._last_row, finished=finished))
 
     def _stop_service(self) -> None:
@@ -217,14 +231,16 @@ class WandbTracker(NullTracker):
         self._guard(lambda: client.teardown())  # type: ignore[union-attr]
         self._active = False
 
-    def _attempt(self, what: str, action: Callable[[], Any]) -> None:
-        """Something that the run can do without."""
+    def _attempt(self, what: str, action: Callable[[], Any]) -> bool:
+        """Something that the run can do without. Whether it was done."""
         if not self._active:
-            return
+            return False
         try:
             action()
+            return True
         except Exception as error:  # whatever it is, the training is done or goes on
             self._warn(f"W&B goes without {what}: {type(error).__name__}: {error}")
+            return False
 
     def _guard(self, action: Callable[[], Any]) -> None:
         if not self._active:
@@ -237,5 +253,6 @@ class WandbTracker(NullTracker):
 
 
 def delivery(run_id: str, last_row: int, *, finished: bool) -> dict[str, Any]:
-    """What `wandb/uploaded.json` says: which server has the run up to which row, and whether its end was told."""
+    """What `wandb/uploaded.json` says: which server has the run up to which row, and whether it has its end too, with all that
+    was wanted beside curves."""
     return {"server": wandb_server.base_url(), "run_id": run_id, "last_row": last_row, "finished": finished}

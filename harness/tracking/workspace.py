@@ -18,7 +18,7 @@ def write_workspace(spec: dict[str, Any]) -> str:
     Raises:
         HarnessError: the extra or a key is missing, or the server does not take workspaces.
     """
-    workspace = build_workspace(spec, entity=spec["entity"] or wandb_server.entity_of_key)
+    workspace = build_workspace(spec, entity=spec["entity"] or wandb_server.default_entity)
     try:
         workspace.save()
         return str(workspace.url)

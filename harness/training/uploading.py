@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from harness.errors import EXIT_DONE, HarnessError, print_error
+from harness.errors import EXIT_DONE, HarnessError, from_disk, print_error
 from harness.files import write_json
 from harness.recipe import load
 from harness.runs import Run, open_run
 from harness.tracking.extras import Extras
 from harness.tracking.identity import identity_of
+from harness.tracking.rows import has_place
 from harness.tracking.sync import Upload, sync
-from harness.tracking.wandb_server import entity_of_key
+from harness.tracking.wandb_server import default_entity
+from harness.tracking.wandb_tracker import random_run_id
+
+_SECTIONS = ("checkpoint", "data", "model", "tracking", "training")  # that say what W&B is told
 
 
 def sync_runs(paths: Sequence[Path], *, rebuild: bool) -> int:
@@ -35,6 +38,12 @@ def sync_runs(paths: Sequence[Path], *, rebuild: bool) -> int:
         except HarnessError as error:
             print_error(error)
             code = code or error.exit_code
+        except OSError as error:
+            told = from_disk(error)
+            if told is None:
+                raise
+            print_error(told)
+            code = code or told.exit_code
     return code
 
 
@@ -45,9 +54,10 @@ def _upload(run: Run, *, rebuild: bool) -> Upload:
             where=str(run.path),
             hint="Run `harness track sync` when it has ended; what it could not deliver is sent then.",
         )
-    if not run.records:
+    records = [record for record in run.records if has_place(record)]
+    if not records:
         raise HarnessError(
-            "there is nothing to upload: metrics.jsonl has no records",
+            "there is nothing to upload: metrics.jsonl has no records that this version knows",
             where=str(run.path),
             hint="Train it first: harness train RECIPE --resume auto.",
         )
@@ -57,14 +67,30 @@ def _upload(run: Run, *, rebuild: bool) -> Upload:
             where=str(run.path),
             hint="recipe.yaml and provenance.json say what the run is; put them back.",
         )
+    if broken := [name for name in _SECTIONS if not isinstance(run.settings.get(name) or {}, Mapping)]:
+        raise HarnessError(
+            f"recipe.yaml is broken: {', '.join(broken)} must be a section with keys",
+            where=str(run.path),
+            hint="Put back the recipe.yaml that the training wrote.",
+        )
+    if len(records) < len(run.records):
+        left = len(run.records) - len(records)
+        print(f"WARNING {run.path}: {left} records are of another version and are left out", file=sys.stderr)
     run_id = _new_id(run) if rebuild else run.provenance.get("wandb_run_id")
     if not isinstance(run_id, str) or not run_id:
         raise HarnessError(
             "provenance.json has no wandb_run_id", where=str(run.path), hint="--rebuild gives the run a new one."
         )
-    starts = run.provenance.get("starts") or [{}]
-    identity = identity_of(run.settings, run_id=run.run_id, world_size=int(starts[-1].get("world_size", 1)))
-    return Upload(run.path, run_id, identity, run.settings, run.records, run.result, partial(_extras, run))
+    identity = identity_of(run.settings, run_id=run.run_id, world_size=_world_size(run))
+    return Upload(run.path, run_id, identity, run.settings, records, run.result, partial(_extras, run))
+
+
+def _world_size(run: Run) -> int:
+    """Of the latest start, as provenance.json has it; 1 where it does not say."""
+    starts = run.provenance.get("starts")
+    last = starts[-1] if isinstance(starts, list) and starts else None
+    size = last.get("world_size") if isinstance(last, Mapping) else None
+    return size if isinstance(size, int) else 1
 
 
 def _new_id(run: Run) -> str:
@@ -73,10 +99,10 @@ def _new_id(run: Run) -> str:
     Raises:
         HarnessError: no key or no server, where a new id would be of no use.
     """
-    entity_of_key()
+    default_entity()
     provenance: dict[str, Any] = dict(run.provenance)
     before = [*provenance.get("wandb_run_ids_before", []), provenance.get("wandb_run_id")]
-    new = {**provenance, "wandb_run_id": secrets.token_hex(4), "wandb_run_ids_before": [i for i in before if i]}
+    new = {**provenance, "wandb_run_id": random_run_id(), "wandb_run_ids_before": [i for i in before if i]}
     write_json(run.path / "provenance.json", new)
     return str(new["wandb_run_id"])
 

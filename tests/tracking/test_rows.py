@@ -70,6 +70,7 @@ def test_the_best_is_the_first_of_equals_of_its_split() -> None:
     assert not best.take(record("epoch", "test", 8, accuracy=0.5))
     assert not best.take(record("epoch", "test_ema", 8, accuracy=0.9))
     assert not best.take(record("step", "train", 9, accuracy=0.9))
+    assert not best.take({"kind": "epoch", "split": "test", "step": 8})  # another version's
     assert best.summary() == {"best/accuracy": 0.5, "best/epoch": 1, "best/step": 4}
 
 

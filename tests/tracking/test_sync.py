@@ -60,6 +60,48 @@ def test_what_is_refused(run: Path, capsys: pytest.CaptureFixture[str], monkeypa
     assert "provenance.json is missing" in said(capsys, run, code=2)
 
 
+def test_the_key_is_asked_for_first_where_the_recipe_names_an_entity(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run / "recipe.yaml").write_text("name: small\ntracking: {entity: team}\n")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    assert "there is no W&B API key" in said(capsys, run, code=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("recipe.yaml", "name: small\ntracking: 5\ndata: x\n", "recipe.yaml is broken: data, tracking must be"),
+        ("provenance.json", '{"wandb_run_id": 5, "starts": []}', "provenance.json has no wandb_run_id"),
+        ("provenance.json", '{"wandb_run_id": "x", "starts": ["y"]}', "there is no W&B API key"),
+        ("provenance.json", '{"wandb_run_id": "x", "starts": {"world_size": 2}}', "there is no W&B API key"),
+        ("metrics.jsonl", '{"step": 1}\n{"step": 2, "kind": "epoch", "split": "dev"}\n', "no records that this version"),
+        ("metrics.jsonl", '{"step": 1}\n{"step": 2, "kind": "epoch", "split": "test"}\n', "1 records are of another"),
+    ],
+)
+def test_what_another_version_wrote_is_told_without_a_traceback(
+    run: Path, capsys: pytest.CaptureFixture[str], name: str, text: str, expected: str
+) -> None:
+    (run / name).write_text(text)
+    assert expected in said(capsys, run, code=2)
+
+
+@pytest.mark.slow
+def test_what_is_beside_the_curves_and_did_not_arrive_is_told_and_tried_again(
+    run: Path, wandb_server: WandbServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (environment(wandb_server.port) | {"WANDB_ENTITY": "team"}).items():
+        monkeypatch.setenv(name, value)
+    (run / "recipe.yaml").write_text("name: small\ntraining: {epochs: 1}\ntracking: {artifacts: all}\n")
+    (run / "result.json").write_text('{"accuracy": 0.5}')  # which does not say what the best checkpoint is
+    for sent in (3, 0):
+        text = said(capsys, run, code=0)
+        assert "WARNING" in text
+        assert "W&B goes without the checkpoints: KeyError" in text
+        assert f": sent {sent} of 3 records; its history equals metrics.jsonl" in text
+        assert "team/dual-branch-harness/" in text  # where W&B's client sends it by WANDB_ENTITY
+
+
 def test_one_runs_trouble_stops_no_other(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["track", "sync", str(run.parent / "two"), str(run)]) == 2
     err = capsys.readouterr().err

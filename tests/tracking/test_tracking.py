@@ -15,6 +15,7 @@ from harness.tracking.console import ConsoleTracker
 from harness.tracking.extras import Extras
 from harness.tracking.identity import Identity
 from harness.tracking.jsonl import JsonlTracker, read
+from harness.tracking.wandb_server import base_url
 from harness.tracking.wandb_tracker import WandbTracker, resolve_mode
 
 
@@ -141,6 +142,8 @@ def test_trackers_hand_everything_on() -> None:
         ("auto", {}, "offline"),
         ("auto", {"WANDB_API_KEY": "x"}, "online"),
         ("auto", {"WANDB_MODE": "disabled"}, "disabled"),
+        ("auto", {"WANDB_API_KEY": "x", "WANDB_MODE": "dryrun"}, "offline"),
+        ("auto", {"WANDB_API_KEY": "x", "WANDB_MODE": "disable"}, "offline"),  # sends nothing that was not to be sent
         ("offline", {"WANDB_API_KEY": "x"}, "offline"),
         ("disabled", {"WANDB_MODE": "online"}, "disabled"),
     ],
@@ -163,6 +166,22 @@ def test_netrc_is_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
     (tmp_path / ".netrc").chmod(0o600)
     assert resolve_mode("auto") == "online"
+
+
+def test_the_server_and_key_of_wandb_login_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The files are as `wandb login --host http://127.0.0.1:8080` writes them."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_CONFIG_DIR", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1:8080\n  login user\n  password secret\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    assert resolve_mode("auto") == "offline"
+    (tmp_path / ".config" / "wandb").mkdir(parents=True)
+    settings = tmp_path / ".config" / "wandb" / "settings"
+    settings.write_text("[default]\nbase_url = http://127.0.0.1:8080\n\n")
+    assert (base_url(), resolve_mode("auto")) == ("http://127.0.0.1:8080", "online")
+    settings.write_text("no settings")
+    assert base_url() == "https://api.wandb.ai"
 
 
 def wandb_tracker(folder: Path, warnings: list[str], **changes: Any) -> WandbTracker:
