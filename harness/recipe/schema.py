@@ -17,7 +17,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 # Lists become tuples, so that the whole recipe is immutable.
 PerChannel = Annotated[tuple[float, float, float], Field(strict=False)]
-Strings = Annotated[tuple[str, ...], Field(strict=False)]
+Tags = Annotated[tuple[Annotated[str, Field(min_length=1, max_length=64)], ...], Field(strict=False)]
 Counts = Annotated[tuple[Count, ...], Field(strict=False)]
 
 # Of `args`, which belong to the thing that `name` names.
@@ -192,8 +192,8 @@ class Tracking(Section):
     wandb: Literal["auto", "online", "offline", "disabled"] = Field(
         "auto", description="auto: online with an API key, offline without one"
     )
-    project: Annotated[str, Field(min_length=1, max_length=128)] = Field(
-        "dual-branch-harness", description="W&B project"
+    project: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]*$")] = Field(
+        "dual-branch-harness", description="W&B project, a name without / \\ # ? % :"
     )
     entity: str | None = Field(None, description="W&B user or team; null: $WANDB_ENTITY, else the key's own")
     run_name: str | None = Field(None, description="W&B's name of the run; null: recipe and run directory")
@@ -201,7 +201,9 @@ class Tracking(Section):
         None, description="W&B group; null: recipe and digest of its settings, the same for seeds"
     )
     job_type: str | None = Field(None, description="W&B job type; null: train")
-    tags: Strings = Field((), description="W&B tags; none given: model, data source, precision, ranks")
+    tags: Tags = Field(
+        (), description="W&B tags of up to 64 letters; none given: model, data source, precision, ranks"
+    )
     artifacts: Literal["none", "best", "all"] = Field(
         "none", description="checkpoints uploaded to W&B at the end: the best one, or all that are kept"
     )
