@@ -76,6 +76,15 @@ def plan_sweep(path: str | Path) -> Plan:
                 hint="split: test, or overrides: {ema.decay: 0.999}.",
             )
         )
+    if any(recipe.name == file.sweep.name for recipe in recipes):
+        errors.append(
+            HarnessError(
+                f'name: "{file.sweep.name}" is the recipe\'s too, so that `harness train --resume auto` would go on '
+                "with runs of the sweep",
+                where=file.place_of(("name",)),
+                hint=f"name: {file.sweep.name}-sweep",
+            )
+        )
     if errors:
         raise ManyErrors(str(path), errors)
     folder = runs_of(file.sweep.name)

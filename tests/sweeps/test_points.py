@@ -147,6 +147,10 @@ def test_a_value_is_the_same_behind_an_override(value: object) -> None:
         (("overrides: {", "overrides: {optimizer.lr: 3, "), ["optimizer.lr: is one of the parameters too"]),
         (("method: grid", "method: grid\nmetric: {key: loss}"), ["metric.goal: a loss is good when it is small"]),
         (("method: grid", "method: grid\nmetric: {split: test_ema}"), ["sweep.yaml:3: metric.split: test_ema"]),
+        (
+            ("method: grid", "method: grid\nname: tiny"),
+            ['sweep.yaml:3: name: "tiny" is the recipe\'s too', "tiny-sweep"],
+        ),
         (("recipe: tiny.yaml", "recipe: tini.yaml"), ['sweep.yaml:1: there is no recipe "tini.yaml"']),
         (("optimizer.lr:", "optimizer.lrr:"), ['sweep.yaml:6: unknown key "optimizer.lrr"', 'Did you mean "lr"?']),
         (("[0.1, 0.2]", "[0.1, -0.2]"), ["sweep.yaml:6: optimizer.lr: must be > 0.0, got -0.2"]),
