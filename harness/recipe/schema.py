@@ -201,9 +201,7 @@ class Tracking(Section):
         None, description="W&B group; null: recipe and digest of its settings, the same for seeds"
     )
     job_type: str | None = Field(None, description="W&B job type; null: train")
-    tags: Tags = Field(
-        (), description="W&B tags of up to 64 letters; none given: model, data source, precision, ranks"
-    )
+    tags: Tags = Field((), description="W&B tags of up to 64 letters; none given: model, data source, precision, ranks")
     artifacts: Literal["none", "best", "all"] = Field(
         "none", description="checkpoints uploaded to W&B at the end: the best one, or all that are kept"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from harness.tracking.base import Record
@@ -108,7 +108,11 @@ class Best:
     def summary(self) -> dict[str, float]:
         """`best/accuracy` (a share from 0 to 1) with its `best/epoch` and `best/step`."""
         record = self._record
-        return {} if record is None else {f"best/{key}": record[key] for key in ("accuracy", "epoch", "step") if key in record}
+        return (
+            {}
+            if record is None
+            else {f"best/{key}": record[key] for key in ("accuracy", "epoch", "step") if key in record}
+        )
 
 
 class Summaries:
@@ -124,7 +128,7 @@ class Summaries:
 
     def summary(self) -> dict[str, dict[str, float]]:
         """As the client gives them: `{"test/accuracy": {"max": …}, …}`."""
-        of_kind = {"max": max, "min": min, "mean": statistics.fmean}
+        of_kind: dict[str, Callable[[list[float]], float]] = {"max": max, "min": min, "mean": statistics.fmean}
         return {
             name: {kind: of_kind[kind](self._values[name])} for name, kind in SUMMARIES.items() if name in self._values
         }

@@ -253,6 +253,6 @@ class WandbTracker(NullTracker):
 
 
 def delivery(run_id: str, last_row: int, *, finished: bool) -> dict[str, Any]:
-    """What `wandb/uploaded.json` says: which server has the run up to which row, and whether it has its end too, with all that
-    was wanted beside curves."""
+    """What `wandb/uploaded.json` says: which server has the run up to which row, and whether it has its end
+    too, with all that was wanted beside curves."""
     return {"server": wandb_server.base_url(), "run_id": run_id, "last_row": last_row, "finished": finished}

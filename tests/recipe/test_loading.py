@@ -125,7 +125,10 @@ def test_all_errors_come_at_once_with_their_places(tmp_path: Path) -> None:
         ("training: {epochs: 1}\ndata: {crop_padding_mode: reflect, crop_padding_px: 32}\n", "smaller than the image"),
         ("training: {epochs: 1}\ncheckpoint: {best_by: ema}\n", "no averaged weights"),
         ("training: {epochs: 1}\ntracking: {project: team/p}\n", "tracking.project"),  # W&B would take none of it
-        (f"training: {{epochs: 1}}\ntracking: {{tags: [{'x' * 65}]}}\n", "tracking.tags.0: string should have at most 64"),
+        (
+            f"training: {{epochs: 1}}\ntracking: {{tags: [{'x' * 65}]}}\n",
+            "tracking.tags.0: string should have at most 64",
+        ),
         ("training: {epochs: true}\n", "valid integer"),
         ("training: 3\n", "training"),
         ("name: ../up\ntraining: {epochs: 1}\n", "name"),

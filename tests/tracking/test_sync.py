@@ -75,7 +75,11 @@ def test_the_key_is_asked_for_first_where_the_recipe_names_an_entity(
         ("provenance.json", '{"wandb_run_id": 5, "starts": []}', "provenance.json has no wandb_run_id"),
         ("provenance.json", '{"wandb_run_id": "x", "starts": ["y"]}', "there is no W&B API key"),
         ("provenance.json", '{"wandb_run_id": "x", "starts": {"world_size": 2}}', "there is no W&B API key"),
-        ("metrics.jsonl", '{"step": 1}\n{"step": 2, "kind": "epoch", "split": "dev"}\n', "no records that this version"),
+        (
+            "metrics.jsonl",
+            '{"step": 1}\n{"step": 2, "kind": "epoch", "split": "dev"}\n',
+            "no records that this version",
+        ),
         ("metrics.jsonl", '{"step": 1}\n{"step": 2, "kind": "epoch", "split": "test"}\n', "1 records are of another"),
     ],
 )
