@@ -10,8 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from harness.errors import EXIT_FAILED, HarnessError
 from harness.files import write_json
+from harness.run_directory import LOCK
 from harness.tracking import wandb_server
 from harness.tracking.base import Record
 from harness.tracking.extras import Extras
@@ -19,6 +22,8 @@ from harness.tracking.identity import Identity
 from harness.tracking.rows import row_number
 from harness.tracking.wandb_server import Difference, compare
 from harness.tracking.wandb_tracker import UPLOADED, WandbTracker, delivery
+
+LOCK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,26 @@ def sync(upload: Upload) -> str:
         What was done, in a sentence.
 
     Raises:
-        HarnessError: no key or a refused one, no answer, or a history that cannot be mended by adding to it.
+        HarnessError: no key or a refused one, no answer, another process uploads the run, or a history that cannot be
+            mended by adding to it.
     """
-    identity = upload.identity
     own = wandb_server.default_entity()  # which asks whether the key is good, too
+    folder = _note_file(upload).parent
+    folder.mkdir(exist_ok=True)
+    try:
+        with FileLock(folder / LOCK, timeout=LOCK_SECONDS):
+            return _sync(upload, own)
+    except Timeout:
+        raise HarnessError(
+            "another process uploads this run",
+            where=str(upload.directory),
+            hint="Wait for it: two at once would send each record twice.",
+            exit_code=EXIT_FAILED,
+        ) from None
+
+
+def _sync(upload: Upload, own: str) -> str:
+    identity = upload.identity
     entity = identity.entity or own
     where = f"{entity}/{identity.project}/{upload.run_id} on {wandb_server.base_url()}"
     before = _difference(upload, entity)
@@ -139,7 +160,6 @@ def _is_noted(upload: Upload) -> bool:
 
 
 def _note(upload: Upload) -> None:
-    _note_file(upload).parent.mkdir(exist_ok=True)
     write_json(_note_file(upload), _wanted_note(upload))
 
 
