@@ -3,8 +3,8 @@
 Legend of shape letters: B images, C channels, H height and W width in pixels.
 
 A unit keeps its layers, parameters and names: `adopt_fused_units` changes the class of the Sequential that holds them.
-Wherever the fused pass does not apply (another dtype, a hook on one of the layers, gradients in evaluation mode) the
-layers run one by one, which is the reference.
+Wherever the fused pass does not apply (another dtype, a hook on one of the layers, gradients in evaluation mode, a
+slice of a unit, other layers in it) the layers run one by one, which is the reference.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class FusedUnit(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H, W)."""
-        if "norm" not in self._modules:  # a slice of a unit
+        if not _is_unit(self):  # a slice, or what somebody has made of it since it was adopted
             return super().forward(input)
         x = input
         for name, layer in self._modules.items():
@@ -110,14 +110,20 @@ def _fits(norm: nn.BatchNorm2d, x: Tensor) -> bool:
 
 
 def _can_fuse(unit: nn.Sequential) -> bool:
-    names = [name for name, _ in unit.named_children()]
-    if "drop" in names[:-1] or (names[-2:] != [*_NAMES[:2]] and names[-3:] != [*_NAMES]):
+    if not _is_unit(unit):
         return False
     norm = unit.get_submodule("norm")
+    return type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats
+
+
+def _is_unit(unit: nn.Sequential) -> bool:
+    """Whether it ends in the layers that the fused pass stands for; other ones may be there the next time."""
+    layers = unit._modules
+    names = tuple(layers)
+    if "drop" in names[:-1] or (names[-2:] != _NAMES[:2] and names[-3:] != _NAMES):
+        return False
     return (
-        type(norm) is nn.BatchNorm2d
-        and norm.affine
-        and norm.track_running_stats
-        and type(unit.get_submodule("act")) is nn.ReLU
-        and ("drop" not in names or type(unit.get_submodule("drop")) in (nn.Dropout, MaskDropout))
+        isinstance(layers["norm"], nn.BatchNorm2d)
+        and type(layers["act"]) is nn.ReLU
+        and ("drop" not in layers or type(layers["drop"]) in (nn.Dropout, MaskDropout))
     )

@@ -334,6 +334,22 @@ def test_hooks_doubles_and_closed_kernels_take_the_plain_layers() -> None:
         unit(images(1, 8, 1, 1))
 
 
+def test_what_is_made_of_a_unit_later_is_what_runs() -> None:
+    """A slice, another layer in a place, one more layer: the unit's class is still that of a fused one."""
+    x, names = images(2, 32, 6, 6), ("conv", "norm", "act", "drop")
+    for what in ("slice", "act", "norm", "drop", "append"):
+        plain, fused = (unit_of(32, 0.0, fused=each) for each in (False, True))
+        others = {"act": nn.GELU(), "norm": nn.InstanceNorm2d(32), "drop": nn.AvgPool2d(2)}
+        for unit in (plain, fused):
+            if what in others:
+                unit[names.index(what)] = others[what]
+            elif what == "append":
+                unit.append(nn.AvgPool2d(2))
+        expected, result = ((unit[:2] if what == "slice" else unit)(x).detach() for unit in (plain, fused))
+        assert result.shape == expected.shape, what
+        assert distance(result, expected) < ROUNDING[torch.float32], what
+
+
 def test_little_work_without_dropout_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_units, "FEW_VALUES", 2 * 32 * 8 * 8)
     few, enough = images(1, 32, 8, 8), images(2, 32, 8, 8)
@@ -432,6 +448,9 @@ def test_the_compiler_that_cxx_names(tmp_path: Path, monkeypatch: pytest.MonkeyP
         open_kernels(tmp_path)
     monkeypatch.setenv("CXX", "/nowhere/c++")
     with closed(), pytest.raises(NoKernels, match='no program "/nowhere/c\\+\\+", which CXX names'):
+        open_kernels(tmp_path)
+    monkeypatch.setenv("CXX", 'c++ "-O2')
+    with closed(), pytest.raises(NoKernels, match="CXX cannot be read: no closing quotation"):
         open_kernels(tmp_path)
 
 

@@ -100,7 +100,10 @@ def close_kernels() -> None:
 
 def _compiler() -> list[str]:
     """The words of $CXX, which may have a launcher before the compiler, or what the system has."""
-    chosen = shlex.split(os.environ.get("CXX", ""))
+    try:
+        chosen = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise NoKernels(f"CXX cannot be read: {str(error).lower()}") from None
     if chosen:
         if shutil.which(chosen[0]) is None:
             raise NoKernels(f'no program "{chosen[0]}", which CXX names')
