@@ -175,6 +175,10 @@ class Float32Layer(nn.Module):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, path={self.path}"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle and copy: the class is made at run time, so that no module has it by its name."""
+        return _empty_float32_layer, (original_class(self),), self.__dict__
+
     def forward(self, input: Tensor) -> Tensor:
         if self.path == "direct":
             return super().forward(input)
@@ -182,6 +186,11 @@ class Float32Layer(nn.Module):
         dtype = _compute_dtype(input) if reduced else input.dtype
         with torch.autocast(input.device.type, enabled=False):
             return super().forward(input.float()).to(dtype)
+
+
+def _empty_float32_layer(cls: type[nn.Module]) -> nn.Module:
+    layer = cls.__new__(cls)
+    return Float32Layer.adopt(layer, "float32")
 
 
 def original_class(layer: nn.Module) -> type[nn.Module]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -180,7 +181,11 @@ def test_a_layer_in_float32(layer: nn.Module, dtype: torch.dtype) -> None:
     assert type(safe).__name__ == f"Float32{original.__name__}"
     assert y.dtype == dtype
     torch.testing.assert_close(y, layer(x.float()).to(dtype), rtol=0, atol=0)
-    assert list(copy.deepcopy(safe).state_dict()) == keys
+    for same in (copy.deepcopy(safe), copy.copy(safe), pickle.loads(pickle.dumps(safe))):
+        assert list(same.state_dict()) == keys
+        assert repr(same) == repr(safe)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.testing.assert_close(same(x), y, rtol=0, atol=0)
     assert adopt_path(safe, "direct") is safe
     assert type(adopt_path(safe, "float32")).__mro__[1] is Float32Layer  # not wrapped twice
     assert candidate_paths(safe, "bf16") == []
