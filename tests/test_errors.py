@@ -23,7 +23,6 @@ RAISED = {"harness.errors.HarnessError", "harness.errors.Diverged"}
 WITHOUT_HINT = {
     "launching.trial.run_trial": "repeats an error of a process it started, with the hint of that error",
     "recipe.loading._read_with_bases": "puts the place of `base:` before an error that has its hint in its text",
-    "benchmarks.loader.bench_loader": "numbers that are not positive: still to get a hint",
 }
 
 

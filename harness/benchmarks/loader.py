@@ -72,7 +72,7 @@ def bench_loader(
     numbers = {"rounds": rounds, "batch_size": batch_size, "torchvision_images": torchvision_images}
     for name, value in numbers.items():
         if value < 1:
-            raise HarnessError(f"{name} must be at least 1, it is {value}")
+            raise HarnessError(f"{name} must be at least 1, it is {value}", hint="Give 1 or more, such as --rounds 5.")
     device = device or torch.device("cpu")
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     with ExitStack() as stack:

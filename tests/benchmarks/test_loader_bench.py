@@ -51,7 +51,7 @@ def test_without_ffcv_the_others_are_measured(tmp_path: Path, monkeypatch: pytes
 def test_numbers_must_be_positive(tmp_path: Path) -> None:
     split = synthetic_split(tmp_path, count=10)
     for name in ("rounds", "batch_size", "torchvision_images"):
-        with pytest.raises(HarnessError, match=f"{name} must be at least 1"):
+        with pytest.raises(HarnessError, match=f"{name} must be at least 1, it is 0\n  HINT: "):
             bench_loader(split, **{name: 0})
 
 
