@@ -28,6 +28,7 @@ def gpu_kit(*arguments: str, cwd: Path, **extra: str) -> subprocess.CompletedPro
         (["--python", "3.99"], "no Python 3.99 found"),
         (["--no-wheels", "--no-data"], "there is nothing to pack"),
         (["--no-wheels", "--part-mb", "0"], "a part must have room for a byte"),
+        (["--no-wheels", "--part-mb", "nan"], "--part-mb: must be a number, not nan"),
     ],
 )
 def test_mistakes_are_told_and_nothing_is_made(

@@ -76,6 +76,9 @@ def _tests(figures: Mapping[str, Any]) -> Iterator[str]:
 def _loader(figures: Mapping[str, Any]) -> Iterator[str]:
     yield "### Loaders"
     yield ""
+    if not figures:
+        yield "Not measured: the time was over first."
+        return
     settings = figures["settings"]
     yield f"{settings['images']:,} images ({settings['data']}), batches of {settings['batch_size']}."
     yield ""

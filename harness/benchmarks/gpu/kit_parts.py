@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -174,6 +175,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--part-mb", type=float, default=DEFAULT_PART_MB, help="largest part, in 1,000,000 bytes")
     options = parser.parse_args(arguments)
     try:
+        if not math.isfinite(options.part_mb):
+            raise HarnessError(
+                f"must be a number, not {options.part_mb}", where="--part-mb", hint="Give one above 0, such as 60."
+            )
         groups = {
             "wheels": wheels_of(options.wheels) if options.wheels else [],
             "data": data_of(options.data) if options.data else [],

@@ -184,6 +184,16 @@ def check_page(content: dict[str, Any], folder: Path) -> None:
     assert "`scripts/gpu_evidence.py`: " in text
 
 
+def test_a_page_of_a_call_that_had_no_time_for_the_loaders(call: Call, tmp_path: Path) -> None:
+    late = dataclasses.replace(call, dry_run=False, deadline=time.monotonic())
+    parts = {name: part for name, part in evidence_parts.PARTS.items() if name in ("loader", "train")}
+    assert evidence.gather(late, parts, [], tmp_path / "evidence.json") == 75
+    evidence_page.write(tmp_path / "evidence.json", tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "Not measured: the time was over first." in text
+    assert "Not complete." in text
+
+
 def test_a_page_needs_evidence(tmp_path: Path) -> None:
     with pytest.raises(HarnessError, match="holds no evidence"):
         evidence_page.write(tmp_path / "absent.json", tmp_path / "page.md")
