@@ -9,11 +9,14 @@ from harness.benchmarks.report import render, table
 from harness.errors import HarnessError
 
 WHAT = {
-    "loader": "Batches of augmented CIFAR-10 images, ready to train on.",
+    "loader": "Batches of augmented CIFAR-10 images, ready to train on: cropped (padding 4), flipped, normalised. The "
+    "stock FFCV pipeline is that of its CIFAR-10 example, which cuts out as well.",
     "step": "A training step of the seed's network (dual branch, 380,646 parameters, dropout in each unit), batch 128.",
     "overhead": "The same loops around a network of a few thousand parameters, batch 8, one thread: what is left is "
-    "overhead.",
-    "ranks": "The same network on two ranks over gloo, a thread and a batch of 8 each: raw DDP, Accelerate and ours.",
+    "overhead. Peers have torch's own layout, ours is channels_last: `harness_plain` runs the layers that "
+    "`pytorch_channels_last` runs. Ratios are medians of the rounds' own ratios.",
+    "ranks": "The same network on two ranks over gloo, a thread and a batch of 8 each: raw DDP, Accelerate and ours. "
+    "Ratios as above.",
     "startup": "Whole commands; the training is the seed's network on the digits, up to its first step.",
 }
 GOALS = {  # benchmark, ratio, goal: at least (>=) or at most (<=)
@@ -21,7 +24,7 @@ GOALS = {  # benchmark, ratio, goal: at least (>=) or at most (<=)
     "the loader over a stock FFCV pipeline": ("loader", "harness_ffcv_over_stock_ffcv", ">=", 5.0),
     "the training step over plain PyTorch in float32": ("step", "harness_bf16_over_pytorch_fp32", ">=", 8.0),
     "a step's time over a bare PyTorch loop's": ("overhead", "harness_over_pytorch", "<=", 1.05),
-    "the same without compiled kernels": ("overhead", "harness_plain_over_pytorch", "<=", 1.05),
+    "the same, layers and layout alike": ("overhead", "harness_plain_over_pytorch_channels_last", "<=", 1.05),
     "a step's time over raw DDP's on two ranks": ("ranks", "harness_over_pytorch_ddp", "<=", 1.05),
 }
 GOALS_SECONDS = {  # what of the start-up, seconds at most

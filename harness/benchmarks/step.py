@@ -94,15 +94,16 @@ def bench_overhead(*, rounds: int = 9, threads: int = 1) -> dict[str, Any]:
     """A network so small that mostly overhead remains: a bare PyTorch loop, the libraries' loops and ours.
 
     `harness_plain` runs the same layers as all others, in the recipe's layout (channels_last): what it takes more than
-    the bare loop is the loop's. `harness` has the compiled kernels that a user has.
+    the bare loop in that layout is the loop's. `harness` has the compiled kernels that a user has.
 
     Args:
         rounds: of each contestant, in turn, after a warm-up; a round is 100 steps.
         threads: one, since operations so small gain nothing from more.
 
     Returns:
-        As `bench_step`, with milliseconds_per_step, and "ratios" of each median step to the bare loop's. Ratios are
-        taken round by round, then their median: what slows the machine slows neighbours in a round alike.
+        As `bench_step`, with milliseconds_per_step, and "ratios" of each step to the bare loop's, and of
+        `harness_plain` to the bare loop's in its own layout. Ratios are taken round by round, then their median: what
+        slows the machine slows neighbours in a round alike.
 
     Raises:
         HarnessError: numbers below 1, or a contestant that failed.
@@ -117,8 +118,12 @@ def bench_overhead(*, rounds: int = 9, threads: int = 1) -> dict[str, Any]:
         "harness": _tiny_harness(),
     }
     times = run_contest(contestants, rounds=rounds, threads=threads)
+    found = _against(times, "pytorch")
+    found["ratios"]["harness_plain_over_pytorch_channels_last"] = _ratio(
+        times, "harness_plain", "pytorch_channels_last"
+    )
     settings = {"rounds": rounds, "threads": threads, **TINY}
-    return {**_against(times, "pytorch"), "settings": settings, "machine": describe_machine(CPU, PACKAGES)}
+    return {**found, "settings": settings, "machine": describe_machine(CPU, PACKAGES)}
 
 
 def bench_ranks(*, rounds: int = 9, ranks: int = 2) -> dict[str, Any]:
@@ -168,14 +173,16 @@ def _against(times: Mapping[str, Times | None], bare: str) -> dict[str, Any]:
             "milliseconds_per_step_min": min(steps),
             "milliseconds_per_step_max": max(steps),
         }
-    least = times[bare]
-    assert least is not None
-    ratios = {
-        f"{name}_over_{bare}": statistics.median(a / b for a, b in zip(each.seconds, least.seconds, strict=True))
-        for name, each in times.items()
-        if each is not None and name != bare
-    }
-    return {"contestants": results, "ratios": ratios}
+    others = [name for name, each in times.items() if each is not None and name != bare]
+    return {"contestants": results, "ratios": {f"{name}_over_{bare}": _ratio(times, name, bare) for name in others}}
+
+
+def _ratio(times: Mapping[str, Times | None], one: str, other: str) -> float:
+    """The median over the rounds of one's seconds over the other's."""
+    a, b = times[one], times[other]
+    assert a is not None
+    assert b is not None
+    return statistics.median(x / y for x, y in zip(a.seconds, b.seconds, strict=True))
 
 
 def _rates(times: Times | None, unit: str) -> dict[str, float] | None:

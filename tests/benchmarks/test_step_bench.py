@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,9 +50,12 @@ def test_overhead_is_measured_against_each_loop() -> None:
     for each in measured.values():
         low, median, high = (each[f"milliseconds_per_step_{x}"] for x in ("min", "median", "max"))
         assert 0 < low <= median <= high < 1000
-    assert set(result["ratios"]) == {f"{name}_over_pytorch" for name in measured if name != "pytorch"}
-    one, bare = (measured[name]["milliseconds_per_step_median"] for name in ("harness", "pytorch"))
-    assert result["ratios"]["harness_over_pytorch"] == pytest.approx(one / bare)
+    pairs = {f"{name}_over_pytorch": (name, "pytorch") for name in measured if name != "pytorch"}
+    pairs["harness_plain_over_pytorch_channels_last"] = ("harness_plain", "pytorch_channels_last")  # like with like
+    assert set(result["ratios"]) == set(pairs)
+    for ratio, names in pairs.items():
+        one, other = (measured[name]["milliseconds_per_step_median"] for name in names)
+        assert result["ratios"][ratio] == pytest.approx(one / other)
     assert "harness_over_pytorch" in render(result)
 
 
@@ -83,7 +87,7 @@ def test_a_table_has_the_unit_and_what_is_missing() -> None:
 def test_the_page_says_what_is_met_and_what_is_not() -> None:
     loader = {**RESULT, "ratios": {"harness_ffcv_over_torchvision": 31.0, "harness_ffcv_over_stock_ffcv": 4.0}}
     one_step = {**RESULT, "ratios": {"harness_bf16_over_pytorch_fp32": 8.5}}
-    overhead = {**RESULT, "ratios": {"harness_over_pytorch": 1.06, "harness_plain_over_pytorch": 1.05}}
+    overhead = {**RESULT, "ratios": {"harness_over_pytorch": 1.06, "harness_plain_over_pytorch_channels_last": 1.05}}
     startup = {"seconds": SECONDS, "settings": {}, "machine": RESULT["machine"]}
     ranks = {**RESULT, "ratios": {"harness_over_pytorch_ddp": 1.05}}
     results = {"loader": loader, "step": one_step, "overhead": overhead, "ranks": ranks, "startup": startup}
@@ -94,3 +98,19 @@ def test_the_page_says_what_is_met_and_what_is_not() -> None:
     assert "![Bars of the medians](b.svg)" in lines
     del one_step["ratios"]["harness_bf16_over_pytorch_fp32"]
     assert "| not measured | >= 8 | **no** |" in page(results, date="2026-01-02", picture="b.svg")
+
+
+def test_the_script_of_the_page_tells_mistakes(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text('{"date": "2026-01-01", "results": {}}')
+    script = [sys.executable, str(ROOT / "scripts" / "benchmarks.py")]
+    for options, said in (
+        (["--rounds", "0"], "rounds must be at least 1"),
+        (["--from", str(tmp_path / "absent.json")], "absent.json: holds no results of this script"),
+        (["--from", str(tmp_path / "other.json")], "other.json: holds no results of this script"),
+    ):
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run([*script, *options], env=environment, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert "HINT: " in done.stderr
+        assert "Traceback" not in done.stderr
