@@ -105,7 +105,8 @@ def _fits(norm: nn.BatchNorm2d, x: Tensor) -> bool:
     """The kernels trust what they are given."""
     buffers = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     return x.shape[1] == norm.num_features and all(
-        value is not None and value.dtype is torch.float32 and value.device.type == "cpu" for value in buffers
+        value is not None and value.dtype is torch.float32 and value.device.type == "cpu" and value.is_contiguous()
+        for value in buffers
     )
 
 

@@ -303,6 +303,17 @@ def test_what_the_kernels_do_not_expect_is_torchs(monkeypatch: pytest.MonkeyPatc
     assert unit_of(8, 0.0, fused=True)[:1](images(2, 8, 5, 5)).shape == (2, 8, 5, 5)
 
 
+def test_parameters_and_statistics_with_gaps_are_read_where_they_lie() -> None:
+    """The kernels read from an address on, and every second value of a longer vector does not lie so."""
+    fused, plain = unit_of(8, 0.0, fused=True), unit_of(8, 0.0, fused=False)
+    x = images(3, 8, 9, 9)
+    for unit in (fused, plain):
+        unit.norm.weight = nn.Parameter(torch.linspace(0.5, 2, 16)[::2])
+        unit.norm.running_mean = torch.zeros(16)[::2]
+    torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fused.norm.running_mean, plain.norm.running_mean)
+
+
 def test_dropout_before_the_norm_is_not_taken_for_one_behind_it() -> None:
     layers = OrderedDict(drop=nn.Dropout(0.5), norm=nn.BatchNorm2d(4), act=nn.ReLU())
     assert fast_paths.adopt_fused_units(nn.ModuleList([nn.Sequential(layers)])) == 0
