@@ -167,6 +167,8 @@ def _custom(text: str) -> Network:
         key, _, value = part.partition("=")
         if key not in CUSTOM_KEYS:
             raise HarnessError(f'unknown key "{key}"', where=f"--network {text}", hint=nearest(key, CUSTOM_KEYS))
+        if key in values:
+            raise HarnessError(f"{key} is given twice", where=f"--network {text}", hint="Leave one of them out.")
         values[key] = value
     for key in RANGES:
         if key not in values:

@@ -55,6 +55,7 @@ def test_any_network_gives_times_that_make_sense(name: str, ranks: int, size: in
     [
         ("infiniband-nrd", None, "--network: unknown network", 'Did you mean "infiniband-ndr"?'),
         ("alfa_us=1,gbps=3", None, 'unknown key "alfa_us"', 'Did you mean "alpha_us"?'),
+        ("alpha_us=1,gbps=3,alpha_us=2", None, "alpha_us is given twice", "Leave one of them out"),
         ("gbps=3", None, "alpha_us is missing", "alpha_us=5,gbps=100"),
         ("alpha_us=1", None, "gbps is missing", "alpha_us=5,gbps=100"),
         ("alpha_us=-1,gbps=3", None, "alpha_us must be a number from 0", "latency"),
