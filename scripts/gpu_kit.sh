@@ -29,10 +29,13 @@ fail() { # what, hint
 
 while [ $# -gt 0 ]; do
   case "$1" in
-    --python) version=${2:?--python needs a version}; shift ;;
-    --out) out=${2:?--out needs a folder}; shift ;;
-    --there) there=${2:?--there needs a file}; shift ;;
-    --part-mb) part_mb=${2:?--part-mb needs a number}; shift ;;
+    --python | --out | --there | --part-mb) [ -n "${2:-}" ] || fail "$1 needs a value" "scripts/gpu_kit.sh --help" ;;
+  esac
+  case "$1" in
+    --python) version=$2; shift ;;
+    --out) out=$2; shift ;;
+    --there) there=$2; shift ;;
+    --part-mb) part_mb=$2; shift ;;
     --no-data) data="" ;;
     --no-wheels) wheels="" ;;
     -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; exit 0 ;;

@@ -24,6 +24,7 @@ def gpu_kit(*arguments: str, cwd: Path, **extra: str) -> subprocess.CompletedPro
     ("arguments", "said"),
     [
         (["--all"], 'unknown option "--all"'),
+        (["--no-wheels", "--out"], "--out needs a value"),
         (["--there", "absent.txt"], "there is no file absent.txt"),
         (["--python", "3.99"], "no Python 3.99 found"),
         (["--no-wheels", "--no-data"], "there is nothing to pack"),
