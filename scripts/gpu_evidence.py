@@ -9,6 +9,7 @@ or a training failed, see the file and the logs in --work; 2 wrong options, or n
 """
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, metavar="DIR", help="run directories and logs (default: beside --out)")
     parser.add_argument("--part", action="append", default=[], metavar="PART", help="only this; may be repeated")
     parser.add_argument("--recipe", type=Path, action="append", metavar="FILE", help="trained (default: the seed's)")
-    parser.add_argument("--minutes", type=float, default=9.0, metavar="N", help="the call ends before (default 9)")
+    parser.add_argument("--minutes", type=_minutes, default=9.0, metavar="N", help="the call ends before (default 9)")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on a CPU too: no evidence")
     parser.add_argument("--page", type=Path, metavar="FILE", help="measure nothing; write the figures into this page")
     options = parser.parse_args()
@@ -47,6 +48,16 @@ def main() -> int:
     except HarnessError as error:
         print_error(error)
         return error.exit_code
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not 0 < minutes < math.inf:  # NaN is refused, too
+        raise argparse.ArgumentTypeError(f'must be a number above 0, not "{text}"')
+    return minutes
 
 
 if __name__ == "__main__":

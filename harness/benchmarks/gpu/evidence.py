@@ -119,7 +119,8 @@ def read(path: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise HarnessError(f"cannot be read: {error}", where=str(path), hint="Give --out another name.") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    whole = isinstance(content, dict) and {"dry_run", "parts"} <= content.keys()
+    if not whole or content.get("format") != FORMAT:
         raise HarnessError("is no evidence of this version", where=str(path), hint="Give --out another name.")
     return content
 
@@ -133,9 +134,13 @@ def gather(call: Call, parts: dict[str, Part], names: Iterable[str], out: Path) 
         out: the file of evidence, written after every figure.
 
     Raises:
-        HarnessError: an unknown part, or a file that is a dry run's and evidence at once.
+        HarnessError: an unknown part, a recipe that is not there, a work folder that cannot be made, or a file that is
+            a dry run's and evidence at once; before anything is measured.
     """
     names = list(names)
+    for recipe in call.recipes:
+        if not recipe.is_file():
+            raise HarnessError("there is no such recipe", where=str(recipe), hint="ls recipes/*.yaml")
     unknown = [name for name in names if name not in parts]
     if unknown:
         raise HarnessError(f'there is no part "{unknown[0]}"', hint=nearest(unknown[0], parts))
@@ -146,7 +151,12 @@ def gather(call: Call, parts: dict[str, Part], names: Iterable[str], out: Path) 
         )
     if call.dry_run:
         content["note"] = DRY_NOTE
-    call.work.mkdir(parents=True, exist_ok=True)
+    try:
+        call.work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HarnessError(
+            f"cannot be made: {error.strerror}", where=str(call.work), hint="Name another folder with --work."
+        ) from error
     for name in names or parts:
         known = content["parts"].get(name, {})
         if known.get("complete") and name not in names:

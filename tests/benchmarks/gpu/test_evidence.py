@@ -94,9 +94,31 @@ def test_wrong_use(call: Call, tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(HarnessError, match="torch finds no GPU"):
             evidence.find_device(dry_run=False)
-    recipes = dataclasses.replace(call, recipes=(tmp_path / "absent.yaml",))
-    with pytest.raises(HarnessError, match=r"absent\.yaml: there is no such recipe"):
-        evidence_train.train_part(recipes, {}, print)
+    for broken in ({"format": 1}, {"format": 1, "parts": {}}):
+        out.write_text(json.dumps(broken))
+        for use in (lambda: evidence.gather(call, {"slow": counting}, [], out), lambda: evidence_page.write(out, out)):
+            with pytest.raises(HarnessError, match="is no evidence of this version"):
+                use()
+
+
+def test_what_no_part_can_use_is_told_before_any_is_run(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "a file").touch()
+    for wrong, what in (
+        ({"recipes": (tmp_path / "absent.yaml",)}, r"absent\.yaml: there is no such recipe"),
+        ({"work": tmp_path / "a file"}, "a file: cannot be made: File exists"),
+    ):
+        with pytest.raises(HarnessError, match=what):
+            evidence.gather(dataclasses.replace(call, **wrong), {"slow": counting}, [], tmp_path / "evidence.json")
+    assert not (tmp_path / "evidence.json").exists()
+
+
+@pytest.mark.parametrize("minutes", ["-1", "nan", "nine"])
+def test_minutes_are_a_number_above_0(minutes: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "gpu_evidence.py"), "--dry-run", "--part", "step"]
+    command += ["--out", str(tmp_path / "evidence.json"), "--minutes", minutes]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f'must be a number above 0, not "{minutes}"' in done.stderr
 
 
 @pytest.mark.long
