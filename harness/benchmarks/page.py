@@ -62,9 +62,27 @@ def page(results: dict[str, dict[str, Any]], *, date: str, picture: str) -> str:
         lines.append(_verdict(goal, results[name]["ratios"].get(ratio), sign, bound))
     for goal, (name, bound) in GOALS_SECONDS.items():
         lines.append(_verdict(goal, results["startup"]["seconds"].get(name, {}).get("median"), "<=", bound))
+    lines += ["", "## Where we lose", "", *(_losses(results) or ["Nowhere in this run."])]
     for name, result in results.items():
         lines += ["", f"## {name.capitalize()}", "", WHAT[name], "", "```", render(result), "```"]
     return "\n".join(lines) + "\n"
+
+
+def _losses(results: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each peer whose median is better than that of a contestant of ours."""
+    lines = []
+    for name, result in results.items():
+        if "contestants" not in result:
+            continue
+        unit, rows = table(result)
+        medians = {label: figures[0] for label, figures in rows if figures is not None}
+        for one in (label for label in medians if label.startswith("harness")):
+            for other in (label for label in medians if not label.startswith("harness")):
+                slower = medians[one] / medians[other]
+                slower = 1 / slower if unit.endswith("_per_second") else slower
+                if slower > 1:
+                    lines.append(f"- {name}: `{one}` takes {slower:.2f} times as long as `{other}` (medians).")
+    return lines
 
 
 def _verdict(goal: str, value: float | None, sign: str, bound: float) -> str:

@@ -96,8 +96,31 @@ def test_the_page_says_what_is_met_and_what_is_not() -> None:
     assert ["**no**" in line for line in verdicts] == [False, True, False, True, False, False, False, True]
     assert "2026-01-02: some, 2 cores, 2 threads; torch 2.0." in "\n".join(lines)
     assert "![Bars of the medians](b.svg)" in lines
+    assert "Nowhere in this run." in lines
     del one_step["ratios"]["harness_bf16_over_pytorch_fp32"]
     assert "| not measured | >= 8 | **no** |" in page(results, date="2026-01-02", picture="b.svg")
+
+
+def figures(unit: str, value: float) -> dict[str, float]:
+    return {f"{unit}_{x}": value for x in ("median", "min", "max")}
+
+
+def test_the_page_says_where_we_lose() -> None:
+    """Images a second are to be many, milliseconds few; peers stand beside ours alone, and only what is installed."""
+    slow, fast = (figures("images_per_second", value) for value in (2.0, 5.0))
+    short, long = (figures("milliseconds_per_step", value) for value in (2.0, 5.0))
+    results = {
+        "loader": {**RESULT, "contestants": {"harness_a": slow, "harness_b": fast, "peer": fast, "absent": None}},
+        "step": RESULT,
+        "overhead": {**RESULT, "contestants": {"harness_plain": long, "harness": short, "peer": short, "other": long}},
+        "ranks": {**RESULT, "contestants": {"harness": short, "peer": long}},
+        "startup": {"seconds": SECONDS, "settings": {}, "machine": RESULT["machine"]},
+    }
+    lines = page(results, date="2026-01-02", picture="b.svg").splitlines()
+    assert [line for line in lines if line.startswith("- ")] == [
+        "- loader: `harness_a` takes 2.50 times as long as `peer` (medians).",
+        "- overhead: `harness_plain` takes 2.50 times as long as `peer` (medians).",
+    ]
 
 
 def test_the_script_of_the_page_tells_mistakes(tmp_path: Path) -> None:
