@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,25 +56,9 @@ def sync(upload: Upload) -> str:
         What was done, in a sentence.
 
     Raises:
-        HarnessError: no key or a refused one, no answer, another process uploads the run, or a history that cannot be
-            mended by adding to it.
+        HarnessError: no key or a refused one, no answer, or a history that cannot be mended by adding to it.
     """
     own = wandb_server.default_entity()  # which asks whether the key is good, too
-    folder = _note_file(upload).parent
-    folder.mkdir(exist_ok=True)
-    try:
-        with FileLock(folder / LOCK, timeout=LOCK_SECONDS):
-            return _sync(upload, own)
-    except Timeout:
-        raise HarnessError(
-            "another process uploads this run",
-            where=str(upload.directory),
-            hint="Wait for it: two at once would send each record twice.",
-            exit_code=EXIT_FAILED,
-        ) from None
-
-
-def _sync(upload: Upload, own: str) -> str:
     identity = upload.identity
     entity = identity.entity or own
     where = f"{entity}/{identity.project}/{upload.run_id} on {wandb_server.base_url()}"
@@ -94,6 +79,37 @@ def _sync(upload: Upload, own: str) -> str:
     sent = len(upload.records) if before is None else len(before.missing)
     checked = "its history cannot be read back here" if after is None else "its history equals metrics.jsonl"
     return f"{where}: sent {sent} of {len(upload.records)} records; {checked}"
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Hold a run against a second upload at once: each record would be sent twice, and a second new id be noted.
+
+    Raises:
+        HarnessError: another process uploads it, or nothing can be written there.
+    """
+    folder = directory / "wandb"
+    try:
+        folder.mkdir(exist_ok=True)
+        lock = FileLock(folder / LOCK, timeout=LOCK_SECONDS)
+        lock.acquire()
+    except Timeout:
+        raise HarnessError(
+            "another process uploads this run",
+            where=str(directory),
+            hint="Wait for it: two at once would send each record twice.",
+            exit_code=EXIT_FAILED,
+        ) from None
+    except OSError as error:
+        raise HarnessError(
+            f"cannot be used as the folder of W&B's files ({error.strerror})",
+            where=str(folder),
+            hint="What was uploaded is noted there: see that it is a folder and may be written to.",
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _difference(upload: Upload, entity: str) -> Difference | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import configparser
+import http.client
 import json
 import math
 import netrc
@@ -133,8 +134,11 @@ def _ask(path: str, data: bytes | None = None) -> bytes:
     token = base64.b64encode(f"api:{api_key() or ''}".encode()).decode()
     headers = {"Authorization": f"Basic {token}", "Content-Type": "application/json", "User-Agent": "harness"}
     request = urllib.request.Request(base_url() + path, data=data, headers=headers)
-    with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_SECONDS) as answer:
-        return bytes(answer.read())
+    try:
+        with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_SECONDS) as answer:
+            return bytes(answer.read())
+    except http.client.HTTPException as error:  # no address, or something there that does not speak HTTP
+        raise urllib.error.URLError(f"{type(error).__name__}: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import os
 import secrets
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ class WandbTracker(NullTracker):
             self._guard(lambda: self._start("offline"))
 
     def _start(self, mode: Any) -> None:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_mode():
             warnings.simplefilter("ignore")  # the client's own deprecations are not the user's concern
             import wandb
 
@@ -250,6 +251,17 @@ class WandbTracker(NullTracker):
         except Exception as error:  # whatever the service or its client does, the training must go on
             self._active = False
             self._warn(f"W&B fails and is left out: {type(error).__name__}: {error}")
+
+
+@contextmanager
+def _without_mode() -> Iterator[None]:
+    """The mode is given; one in the environment that the client does not know would make it refuse all settings."""
+    before = os.environ.pop("WANDB_MODE", None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["WANDB_MODE"] = before
 
 
 def delivery(run_id: str, last_row: int, *, finished: bool) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from harness.runs import Run, open_run
 from harness.tracking.extras import Extras
 from harness.tracking.identity import identity_of
 from harness.tracking.rows import has_place
-from harness.tracking.sync import Upload, sync
+from harness.tracking.sync import Upload, held, sync
 from harness.tracking.wandb_server import default_entity
 from harness.tracking.wandb_tracker import random_run_id
 
@@ -34,7 +34,9 @@ def sync_runs(paths: Sequence[Path], *, rebuild: bool) -> int:
     code = EXIT_DONE
     for path in paths:
         try:
-            print(sync(_upload(open_run(path), rebuild=rebuild)), flush=True)
+            run = open_run(path)
+            with held(run.path):
+                print(sync(_upload(run, rebuild=rebuild)), flush=True)
         except HarnessError as error:
             print_error(error)
             code = code or error.exit_code

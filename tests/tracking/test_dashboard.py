@@ -57,6 +57,7 @@ def test_print_needs_no_key_no_extra_and_nothing_heavy(tmp_path: Path) -> None:
         (["a/b/c"], '"a/b/c" is no project'),
         (["project", "seed=1"], '"seed=1" changes a recipe, and "project" is a project'),
         (["project"], "there is no W&B API key"),
+        (["team/project"], "there is no W&B API key"),
     ],
 )
 def test_mistakes_are_told(

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,7 @@ from filelock import FileLock
 from harness.cli import main
 from harness.run_directory import LOCK
 from harness.tracking.rows import row_number
+from tests.conftest import ROOT
 from tests.faults.check import records
 from tests.faults.wandb_server import WandbServer, environment
 from tests.tracking.door import Door
@@ -121,6 +127,57 @@ def test_one_runs_trouble_stops_no_other(run: Path, capsys: pytest.CaptureFixtur
     err = capsys.readouterr().err
     assert "there is no such run" in err
     assert "there is no W&B API key" in err
+
+
+def test_a_new_id_is_noted_by_one_upload_alone(
+    run: Path, wandb_server: WandbServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment(wandb_server.port).items():
+        monkeypatch.setenv(name, value)
+    before = (run / "provenance.json").read_text()
+    (run / "wandb").mkdir()
+    with FileLock(run / "wandb" / LOCK):
+        assert "another process uploads this run" in said(capsys, run, "--rebuild", code=1)
+    assert (run / "provenance.json").read_text() == before  # the id that the other one uploads to
+
+
+def test_where_nothing_can_be_noted_nothing_is_sent(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "wandb").write_text("a file where the folder should be")
+    assert "wandb: cannot be used as the folder of W&B's files" in said(capsys, run, code=2)
+
+
+@pytest.mark.slow
+def test_two_uploads_at_once_send_each_row_once(run: Path, wandb_server: WandbServer) -> None:
+    """Each asks what is missing and sends it; W&B would keep both, and no later upload could mend that."""
+    env = os.environ | environment(wandb_server.port) | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "harness", "track", "sync", str(run)]
+    both = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    texts = [process.communicate(timeout=120)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 1], texts
+    assert any("another process uploads this run" in text for text in texts)
+    run_id = json.loads((run / "provenance.json").read_text())["wandb_run_id"]
+    assert [row["_step"] for row in wandb_server.history(run_id)] == [row_number(r) for r in RECORDS]
+
+
+def test_an_address_that_is_no_web_server_is_told(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:port")
+    assert "does not answer (InvalidURL: nonnumeric port: 'port')" in said(capsys, run, code=1)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def greet() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+
+        other = threading.Thread(target=greet)
+        other.start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        assert "does not answer (BadStatusLine: SSH-2.0-OpenSSH_9.2" in said(capsys, run, code=1)
+        other.join(10)
 
 
 @pytest.mark.slow

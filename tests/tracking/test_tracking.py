@@ -211,6 +211,16 @@ def test_an_offline_run_is_written(tmp_path: Path) -> None:
     assert b"perf/milliseconds_per_step" in data
 
 
+def test_a_mode_that_the_client_does_not_know_leaves_the_run_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    warnings: list[str] = []
+    wandb_tracker(tmp_path, warnings, mode=resolve_mode("auto")).finish({"accuracy": 0.5})
+    assert warnings == []
+    assert list((tmp_path / "wandb").glob("offline-run-*-run-1"))
+
+
 def test_no_network_means_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens on the discard port
