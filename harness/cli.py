@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -53,6 +54,8 @@ EXIT_CODE_FILE = "HARNESS_EXIT_CODE_FILE"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 1 broke off, 2 bad input, 3 diverged, 130 interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # whose encoding may lack ± or the dots of a curve
+        sys.stdout.reconfigure(errors="replace")
     try:
         code = _run(sys.argv[1:] if argv is None else list(argv))
     except HarnessError as error:

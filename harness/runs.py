@@ -227,10 +227,10 @@ def _records(path: Path, problems: list[str], steps: bool) -> list[Mapping[str, 
 
 
 def _is_record(record: Any) -> bool:
-    if not isinstance(record, Mapping) or not isinstance(record.get("step"), int):
+    if not isinstance(record, Mapping):
         return False
-    epoch = record.get("epoch", 0)
-    return isinstance(epoch, int | float) and abs(epoch) < 1e15
+    step, epoch = record.get("step"), record.get("epoch", 0)
+    return isinstance(step, int) and abs(step) < 1e15 and isinstance(epoch, int | float) and abs(epoch) < 1e15
 
 
 def _number(value: Any) -> float | None:

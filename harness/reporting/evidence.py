@@ -125,7 +125,15 @@ class Evidence:
     @_once
     def predictions(self) -> Predictions:
         """What the checkpoint says of each image of the test split."""
-        return predict_test_split(self.path(), which=self.which, weights=self.weights, keep=self._keep)
+        found = predict_test_split(self.path(), which=self.which, weights=self.weights, keep=self._keep)
+        broken = int((~torch.isfinite(found.probabilities_NK).all(dim=1)).sum())
+        if broken:  # the class of the largest would be the first one, and its calibration perfect
+            raise HarnessError(
+                f"the network's outputs are not finite for {broken:,} of {len(found.labels_N):,} test images",
+                where=str(self.path()),
+                hint="The training has diverged; give an earlier checkpoint by --checkpoint step_N.",
+            )
+        return found
 
     @_once
     def classes(self) -> list[str]:

@@ -73,7 +73,7 @@ def page(
         notes: sentences about what is missing or broken, above the sections.
         version: of a page that a server shows: it follows the server's `version` and renews what has changed.
     """
-    return render(
+    whole = render(
         "page.html",
         title=title,
         sections=sections,
@@ -83,6 +83,7 @@ def page(
         version=version,
         harness_version=harness.__version__,
     )
+    return whole.encode("utf-8", "replace").decode()  # names of files may hold bytes that are no UTF-8
 
 
 def table(

@@ -15,6 +15,7 @@ from harness.runs import Point, Run
 SPLITS = {"train": "training", "test": "test", "test_ema": "test, averaged weights"}
 MOST_ROWS = 100  # of the table of epochs
 MOST_CHARACTERS = 40_000  # of a file that is shown as it is
+LARGEST = 1e15  # of a number in a file; a larger one is no figure of a training
 LOG_FROM = 30.0  # the largest value over the smallest from which an axis is logarithmic
 
 _SETTINGS = {
@@ -116,13 +117,8 @@ def origin_section(run: Run) -> Section:
 def _headlines(run: Run) -> dict[str, tuple[str, str]]:
     result = run.result or {}
     found: dict[str, tuple[str, str]] = {}
-    if run.last is not None:
-        total = _number(result.get("total"))
-        correct = _number(result.get("correct"))
-        counted = (
-            f"{correct:,.0f} of {total:,.0f}, " if correct is not None and total and run.judged_by == "test" else ""
-        )
-        found["Test accuracy"] = (f"{run.last.value:.2%}", f"{counted}epoch {run.last.epoch:g}")
+    if test := run.curve("test", "accuracy"):
+        found["Test accuracy"] = (f"{test[-1].value:.2%}", f"{_counted(run, test[-1])}epoch {test[-1].epoch:g}")
     if run.best is not None:
         by = ", averaged weights" if run.judged_by == "test_ema" else ""
         found["Best accuracy"] = (f"{run.best.value:.2%}", f"epoch {run.best.epoch:g}{by}")
@@ -132,7 +128,7 @@ def _headlines(run: Run) -> dict[str, tuple[str, str]]:
         ("train", "accuracy", "Training accuracy", ".2%"),
     ):
         points = run.curve(split, key)
-        if points and not (split == run.judged_by and key == "accuracy"):
+        if points:
             found[name] = (format(points[-1].value, form), f"epoch {points[-1].epoch:g}")
     rate = _number(result.get("images_per_second"))
     if rate is None and (points := run.curve("train", "images_per_second", kind="step")):
@@ -146,6 +142,15 @@ def _headlines(run: Run) -> dict[str, tuple[str, str]]:
     if not found:
         found["Progress"] = (f"epoch {run.epoch:g}", "no evaluation yet")
     return found
+
+
+def _counted(run: Run, point: Point) -> str:
+    """How many test images were right at a point, where its record says so."""
+    for record in reversed(run.records):
+        if (record.get("kind"), record.get("split"), record.get("step")) == ("epoch", "test", point.step):
+            correct, total = _number(record.get("correct")), _number(record.get("total"))
+            return f"{correct:,.0f} of {total:,.0f}, " if correct is not None and total else ""
+    return ""
 
 
 def _chart(run: Run, key: str, title: str, description: str, *, as_percent: bool = False) -> Markup:
@@ -247,4 +252,5 @@ def _text(value: Any) -> str:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    known = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+    return float(value) if known else None

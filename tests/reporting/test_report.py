@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import os
 import re
 import shutil
 import time
@@ -11,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from safetensors.torch import load_file, save_file
 
 from harness.cli import main
 from harness.reporting.report import _CHECKPOINT_SECTIONS, Reporter
@@ -173,6 +177,10 @@ def test_whatever_the_files_hold(run: Path) -> None:
     html = report(run)
     assert list(sections(html)) == SECTIONS
     assert missing_in(html) == set()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 10**400, "kind": "epoch", "split": "test", "epoch": 3, "accuracy": 0.5}) + "\n")
+    (run / "result.json").write_text(f'{{"seconds": Infinity, "images_per_second": NaN, "parameters": {10**400}}}')
+    assert missing_in(report(run)) == set()
     for name in ("metrics.jsonl", "result.json", "provenance.json"):
         (run / name).write_text("\x00 no JSON")
     html = report(run)
@@ -188,6 +196,31 @@ def test_a_broken_checkpoint_is_told(run: Path) -> None:
     assert "model.safetensors" in sections(html)["confusion"]
 
 
+def test_outputs_that_are_no_numbers_are_no_perfect_calibration(run: Path) -> None:
+    last = max((run / "checkpoints").glob("step_*"), key=lambda p: int(p.name[5:]))
+    tensors = load_file(last / "model.safetensors")
+    save_file({k: v * math.nan if v.is_floating_point() else v for k, v in tensors.items()}, last / "model.safetensors")
+    _sign(last, "model.safetensors")
+    html = report(run)
+    assert missing_in(html) == {"confusion", "classes", "calibration", "mistakes", "grad-cam"}
+    assert "outputs are not finite for 359 of 359 test images" in sections(html)["calibration"]
+
+
+def test_a_folder_whose_name_is_no_utf_8(trained: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / os.fsdecode(b"caf\xe9")))
+    assert "digits/caf?" in report(run)
+
+
+def test_the_headline_is_of_the_raw_weights_also_where_the_average_decides(run: Path) -> None:
+    change_recipe(run, "best_by: raw", "best_by: ema")
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = {r["split"]: r for r in records if r["kind"] == "epoch"}
+    assert last["test"]["accuracy"] != last["test_ema"]["accuracy"]
+    told = dict(re.findall(r"<dt>(.*?)</dt><dd><strong>(.*?)</strong>", sections(report(run))["summary"]))
+    assert told["Test accuracy"] == f"{last['test']['accuracy']:.2%}"
+    assert told["Averaged weights"] == f"{last['test_ema']['accuracy']:.2%}"
+
+
 def test_text_from_files_stays_text(run: Path) -> None:
     bad = "<script>alert(1)</script>"
     for manifest in (run / "checkpoints").glob("step_*/manifest.json"):
@@ -195,9 +228,7 @@ def test_text_from_files_stays_text(run: Path) -> None:
         data = json.loads(state.read_text())
         data["classes"] = [bad, *data["classes"][1:]]
         state.write_text(json.dumps(data))
-        files = json.loads(manifest.read_text())
-        files["files"]["state.json"] = {"sha256": _sha256(state), "bytes": state.stat().st_size}
-        manifest.write_text(json.dumps(files))
+        _sign(manifest.parent, "state.json")
     change_recipe(run, "name: digits", 'name: "<b>bold<"')
     (run / "provenance.json").write_text(json.dumps({"starts": [{"command": [bad], "cpu": bad}]}))
     html = report(run)
@@ -208,10 +239,12 @@ def test_text_from_files_stays_text(run: Path) -> None:
     assert missing_in(html) == set()
 
 
-def _sha256(path: Path) -> str:
-    import hashlib
-
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _sign(checkpoint: Path, name: str) -> None:
+    """Make a changed file of a checkpoint one that its manifest knows."""
+    data, manifest = (checkpoint / name).read_bytes(), checkpoint / "manifest.json"
+    files = json.loads(manifest.read_text())
+    files["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    manifest.write_text(json.dumps(files))
 
 
 def test_into_a_run_that_trains_nothing_but_the_report_is_written(run: Path) -> None:

@@ -119,6 +119,15 @@ def test_piped_it_is_plain_text(tmp_path: Path) -> None:
     assert all(f"{title} by epoch" in done.stdout for title in ("loss", "accuracy", "learning rate"))
 
 
+def test_where_the_encoding_lacks_the_letters(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "small" / "run", settings={"name": "café"})
+    for command in ("curves", "runs", "compare"):
+        done = subprocess.run([sys.executable, "-m", "harness", command, str(run)], capture_output=True, timeout=60,
+                              check=False, env=os.environ | {"PYTHONIOENCODING": "ascii"})  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert b"caf?" in done.stdout or command == "runs"
+
+
 def on_a_terminal(
     arguments: list[str], *, columns: int, until: str, then: signal.Signals | None = None, **env: str
 ) -> tuple[int, str]:
