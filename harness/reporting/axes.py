@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,16 +79,29 @@ def _round_step(raw: float) -> float:
     return next(factor * power for factor in (1, 2, 5, 10) if raw <= factor * power * (1 + 1e-9))
 
 
-def number(value: float) -> str:
+def number(value: float, digits: int = 4) -> str:
     """A number as short as it can be told: 0.25, 1,500, 20k, 1.5M, 1e-05."""
     size = abs(value)
     for bound, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= bound:
             unit = 1e3 if letter == "k" else bound
-            return f"{value / unit:.4g}{letter}"
-    return f"{value:,.4g}" if size < 1e3 else f"{value:,.0f}"
+            return f"{value / unit:.{digits}g}{letter}"
+    return f"{value:,.{digits}g}" if size < 1e3 or digits > 4 else f"{value:,.0f}"
 
 
-def percent(share: float) -> str:
-    """A share from 0 to 1 in per cent, as short as it can be told."""
-    return "<0.01%" if 0 < share < 1e-4 else f"{100 * share:.3g}%"
+def percent(share: float, digits: int = 3) -> str:
+    """A share from 0 to 1 in per cent, as short as it can be told; only 0 and 1 are 0% and 100%."""
+    text = f"{100 * share:.{digits}g}%"
+    if digits == 3 and 0 < share < 1e-4:
+        return "<0.01%"
+    return ">99.9%" if text == "100%" and share < 1 - SAME else text
+
+
+def written(values: Sequence[float], write: Callable[..., str]) -> list[str]:
+    """Ticks by `number` or `percent`, with so many digits that no two are alike."""
+    texts = [write(value) for value in values]
+    for digits in range(5, 16):
+        if len(set(texts)) == len(texts):
+            break
+        texts = [write(value, digits) for value in values]
+    return texts

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from markupsafe import Markup, escape
 
-from harness.reporting.axes import Axis
+from harness.reporting.axes import Axis, written
 
 WIDTH, HEIGHT = 480, 300
 LEFT, RIGHT, TOP, BOTTOM = 66, 24, 14, 48
@@ -43,22 +43,22 @@ def frame(
     y_axis: Axis,
     x_label: str,
     y_label: str,
-    write_x: Callable[[float], str],
-    write_y: Callable[[float], str],
+    write_x: Callable[..., str],
+    write_y: Callable[..., str],
 ) -> Markup:
     """Ticks with their numbers, grid lines and labels of both axes."""
     parts = []
-    for value, at in _ticks(y_axis):
+    for text, at in _ticks(y_axis, write_y):
         parts.append(
             Markup('<path class="gridline" d="M{} {:.1f}H{}"/><text class="end" x="{}" y="{:.1f}">{}</text>').format(
-                LEFT, at, WIDTH - RIGHT, LEFT - 6, at + 4, write_y(value)
+                LEFT, at, WIDTH - RIGHT, LEFT - 6, at + 4, text
             )
         )
-    for value, at in _ticks(x_axis):
+    for text, at in _ticks(x_axis, write_x):
         parts.append(
             Markup(
                 '<path class="gridline" d="M{0:.1f} {1}v4"/><text class="middle" x="{0:.1f}" y="{2}">{3}</text>'
-            ).format(at, HEIGHT - BOTTOM, HEIGHT - BOTTOM + 18, write_x(value))
+            ).format(at, HEIGHT - BOTTOM, HEIGHT - BOTTOM + 18, text)
         )
     parts.append(Markup('<path class="axis" d="M{} {}H{}"/>').format(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT))
     middle = (LEFT + WIDTH - RIGHT) / 2
@@ -72,9 +72,9 @@ def frame(
     return Markup("").join(parts)
 
 
-def _ticks(axis: Axis) -> list[tuple[float, float]]:
+def _ticks(axis: Axis, write: Callable[..., str]) -> list[tuple[str, float]]:
     values = axis.ticks()
-    return list(zip(values, axis.place(np.array(values)).tolist(), strict=True))
+    return list(zip(written(values, write), axis.place(np.array(values)).tolist(), strict=True))
 
 
 def svg(

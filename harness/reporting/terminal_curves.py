@@ -17,7 +17,7 @@ import numpy as np
 from plotille import Canvas, color
 
 from harness.errors import HarnessError, nearest
-from harness.reporting.axes import Axis, fit_axis, number, percent
+from harness.reporting.axes import Axis, fit_axis, number, percent, written
 from harness.runs import Run, open_run
 
 # What can be drawn: the key in metrics.jsonl, its title, and which splits have it.
@@ -28,7 +28,7 @@ QUANTITIES: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "lr": ("lr", "learning rate", ("train",)),
     "throughput": ("images_per_second", "images per second", ("train",)),
 }
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # Of the 256 colours of terminals, legible on black and on white.
 COLOURS = (33, 208, 34, 162, 99, 37, 160, 136)
 HEIGHT_LINES = 14
@@ -80,7 +80,7 @@ def draw_runs(paths: Sequence[Path], what: Sequence[str], *, size: os.terminal_s
         paths: run directories.
         what: of `QUANTITIES`.
         size: of the terminal, columns and lines.
-        colours: write colour codes; letters tell the curves apart otherwise. Without a terminal there are none anyhow.
+        colours: write colour codes; letters tell the curves apart otherwise, and where colours do not suffice. Without a terminal there are none anyhow.
 
     Raises:
         HarnessError: a path is no run.
@@ -160,7 +160,8 @@ def draw(
     x_axis = fit_axis(places, 0, width * _DOTS_ACROSS - 1, log=log_x)
     lines = _canvas(curves, x_axis, y_axis, width, height, colours)
     drawn = [f"{labels.get(row, ''):>{margin - 2}} {'┤' if row in labels else '│'}{line}" for row, line in lines]
-    legend = [_legend(i, curve, exactly, x_label, size.columns, colours) for i, curve in enumerate(curves)]
+    marks = [_mark(i, colours, len(curves)) for i in range(len(curves))]
+    legend = [_legend(mark, curve, exactly, x_label, size.columns) for mark, curve in zip(marks, curves, strict=True)]
     below = _below(x_axis, width, margin)
     return "\n".join([f"{title} by {x_label}", *(line.rstrip() for line in drawn), *below, *legend])
 
@@ -180,10 +181,11 @@ def _canvas(
         canvas.point(*places[0], color=shade)
         for (x0, y0), (x1, y1) in itertools.pairwise(places):
             canvas.line(x0, y0, x1, y1, color=shade)
-    if not colours:
+    if not colours or len(curves) > len(COLOURS):
         for i, places in enumerate(placed):
             for x, y in _spread(places, width * _DOTS_ACROSS // 6):
-                canvas.point(x, y, marker=LETTERS[i % len(LETTERS)])
+                shade = COLOURS[i % len(COLOURS)] if colours else None
+                canvas.point(x, y, color=shade, marker=LETTERS[i % len(LETTERS)])
     text = canvas.plot(linesep="\n").replace(_EMPTY, " ")
     return [(height - 1 - i, line) for i, line in enumerate(text.split("\n"))]
 
@@ -202,19 +204,19 @@ def _spread(places: Sequence[tuple[int, int]], apart: int) -> list[tuple[int, in
     return chosen
 
 
-def _labels(axis: Axis, height: int, write: Callable[[float], str]) -> dict[int, str]:
+def _labels(axis: Axis, height: int, write: Callable[..., str]) -> dict[int, str]:
     """What is written beside which row."""
     ticks = axis.ticks(max(3, height // 2))
     rows = (axis.place(np.array(ticks)) / _DOTS_DOWN).astype(int).tolist()
-    return {row: write(tick) for row, tick in zip(rows, ticks, strict=True) if 0 <= row < height}
+    return {row: text for row, text in zip(rows, written(ticks, write), strict=True) if 0 <= row < height}
 
 
 def _below(axis: Axis, width: int, margin: int) -> list[str]:
     """The axis of the epochs: a line with marks, and numbers below it that do not touch."""
     line, numbers = ["─"] * width, ""
-    for tick in axis.ticks(max(2, width // 12)):
+    ticks = axis.ticks(max(2, width // 12))
+    for tick, text in zip(ticks, written(ticks, number), strict=True):
         column = int(axis.place(np.array([tick]))[0] / _DOTS_ACROSS)
-        text = number(tick)
         start = max(0, min(column - len(text) // 2, width - len(text)))
         line[column] = "┬"
         if not numbers or start >= len(numbers) + 2:
@@ -222,11 +224,19 @@ def _below(axis: Axis, width: int, margin: int) -> list[str]:
     return [" " * (margin - 1) + "└" + "".join(line), " " * margin + numbers]
 
 
-def _legend(index: int, curve: Curve, write: Callable[[float], str], x_label: str, columns: int, colours: bool) -> str:
+def _mark(index: int, colours: bool, curves: int) -> str:
+    """What a curve is known by: its colour, or its letter; both where there are more curves than colours."""
+    letter = LETTERS[index % len(LETTERS)]
+    if not colours:
+        return letter
+    line = "⠤⠤" if curves <= len(COLOURS) else f"⠤{letter}"
+    return str(color(line, fg=COLOURS[index % len(COLOURS)], mode="byte"))
+
+
+def _legend(mark: str, curve: Curve, write: Callable[[float], str], x_label: str, columns: int) -> str:
     told = f"{write(curve.y[-1])} at {x_label} {number(curve.x[-1])}"
     room = max(6, columns - len(told) - 7)
     name = curve.name if len(curve.name) <= room else "…" + curve.name[1 - room :]
-    mark = color("⠤⠤", fg=COLOURS[index % len(COLOURS)], mode="byte") if colours else LETTERS[index % len(LETTERS)]
     return f"  {mark} {name}: {told}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from xml.etree import ElementTree
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.reporting import page
-from harness.reporting.axes import fit_axis, log_ticks, number, percent, ticks
+from harness.reporting.axes import fit_axis, log_ticks, number, percent, ticks, written
 from harness.reporting.charts import Series, bar_chart, heat_map, line_chart
 from harness.reporting.drawing import COLOURS, DASHES, stroke
 from harness.reporting.thinning import thin
@@ -78,6 +79,27 @@ def test_numbers_are_short(value: float, text: str) -> None:
 
 def test_shares_are_short() -> None:
     assert [percent(p) for p in (0, 1e-6, 0.0712, 0.5, 1)] == ["0%", "<0.01%", "7.12%", "50%", "100%"]
+
+
+def test_all_but_all_is_not_all() -> None:
+    assert [percent(p) for p in (0.99, 0.999, 0.9997, 0.999999, 1.0)] == ["99%", "99.9%", ">99.9%", ">99.9%", "100%"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "write"),
+    [(0.9990, 0.9999, percent), (1e-5, 8e-5, percent), (1_234_000, 1_235_000, number), (390_010, 390_100, number),
+     (2.3025, 2.30262, number), (1234.1, 1234.9, number)],
+)  # fmt: skip
+def test_no_two_ticks_are_alike(low: float, high: float, write: Callable[..., str]) -> None:
+    texts = written(ticks(low, high), write)
+    assert len(set(texts)) == len(texts) >= 2
+    assert all(any(float(text.strip("%kM").replace(",", "")) == pytest.approx(tick / unit, rel=1e-12)
+                   for unit in (1, 0.01, 1e3, 1e6)) for text, tick in zip(texts, ticks(low, high), strict=True)
+               )  # fmt: skip
+    chart = line_chart([Series("a", [0, 1], [low, high])], title="T", description="", x_label="x",
+                       as_percent=write is percent)  # fmt: skip
+    shown = re.findall(r'<text class="end"[^>]*>([^<]*)<', chart)
+    assert len(set(shown)) == len(shown) >= 2
 
 
 def test_points_lie_where_their_values_are() -> None:

@@ -76,6 +76,15 @@ def test_letters_tell_curves_apart_without_colours() -> None:
     assert set("ab") & set(rows[14]) == {"a"}
 
 
+@pytest.mark.parametrize(("count", "colours"), [(9, True), (30, False)])
+def test_many_curves_are_told_apart(count: int, colours: bool) -> None:
+    curves = [straight(f"run {i}", [float(i), float(i)]) for i in range(count)]
+    legend = draw("loss", curves, "loss", size=SIZE, colours=colours).splitlines()[-count:]
+    marks = [line.split("run")[0] for line in legend]
+    assert len(set(marks)) == count
+    assert all(re.search(r"[a-zA-Z]", COLOUR_CODE.sub("", mark)) for mark in marks)
+
+
 def test_train_test_and_averaged_weights_of_several_runs(tmp_path: Path) -> None:
     runs = [open_run(write_run(tmp_path / "small" / f"run-{i}", (0.3, 0.4, 0.5), ema=i == 0)) for i in range(2)]
     one = {curve.name for curve in curves_of(runs[:1], "loss")}
