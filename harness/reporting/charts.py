@@ -94,8 +94,7 @@ def line_chart(
         *(_curve(s, style, x, y, x_axis, y_axis) for s, style, x, y in curves),
     ]
     names = [(s.name, style) for s, style, _, _ in curves]
-    scales = f"{x_axis.low:.9g} {x_axis.high:.9g} {y_axis.low:.9g} {y_axis.high:.9g}"
-    plot = f"{LEFT} {TOP} {WIDTH - RIGHT} {HEIGHT - BOTTOM} {scales} {int(log_x)} {int(log_y)} {int(as_percent)}"
+    plot = f"{LEFT} {TOP} {WIDTH - RIGHT} {HEIGHT - BOTTOM} {int(as_percent)}"
     drawing = svg(title, f"{description} Last values: {last}.", drawn, extra=Markup(' data-plot="{}"').format(plot))
     return figure(title, "", drawing, legend(names) if len(names) > 1 else Markup(""))
 
@@ -229,8 +228,10 @@ def _curve(series: Series, style: int, x: np.ndarray, y: np.ndarray, x_axis: Axi
     places = list(zip(x_axis.place(x), y_axis.place(y), strict=True))
     points = " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
     kind = "series dense" if len(places) > BUCKETS else "series"
-    line = Markup('<polyline class="{}" data-name="{}" style="{}" points="{}"/>').format(
-        kind, series.name, stroke(style), points
+    # The values themselves: places, which have a tenth of a unit, tell them too coarsely.
+    values = " ".join(f"{vx:.9g},{vy:.5g}" for vx, vy in zip(x.tolist(), y.tolist(), strict=True))
+    line = Markup('<polyline class="{}" data-name="{}" data-values="{}" style="{}" points="{}"/>').format(
+        kind, series.name, values, stroke(style), points
     )
     if len(places) > FEW_POINTS:
         return line

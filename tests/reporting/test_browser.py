@@ -20,6 +20,9 @@ from typing import Any
 import pytest
 
 from harness.cli import main
+from harness.reporting.charts import Series, line_chart
+from harness.reporting.page import Section
+from harness.reporting.page import page as page_of
 from tests.reporting.test_report import SECTIONS
 
 pytestmark = pytest.mark.browser
@@ -95,6 +98,32 @@ def test_values_under_the_pointer(browser: Any, report: Path) -> None:
     assert watched.errors == []
     page.get_by_role("link", name="Worst mistakes").click()
     assert page.evaluate("location.hash") == "#mistakes"
+
+
+def test_values_under_the_pointer_are_the_runs_own(browser: Any, tmp_path: Path) -> None:
+    """Not what a place in tenths of a pixel tells: epochs are whole, and small values stay beside large ones."""
+    losses = [900.0, *(0.3 + i / 1000 for i in range(99))]
+    drawn = line_chart([Series("test", range(1, 101), losses)], title="Loss", description="", x_label="epoch")
+    shares = line_chart([Series("test", range(1, 101), [0.1, *([0.46239] * 99)])], title="Accuracy", description="",
+                        x_label="epoch", as_percent=True)  # fmt: skip
+    file = tmp_path / "page.html"
+    file.write_text(page_of("T", [Section("a", "A", drawn), Section("b", "B", shares)]))
+    watched = Watched(browser)
+    watched.page.goto(file.as_uri())
+    for section, last in (("a", "0.398"), ("b", "46.24%")):
+        chart = watched.page.locator(f"#{section} svg[data-plot]")
+        width = chart.bounding_box()["width"]  # type: ignore[index]
+        told = set()
+        for share in range(20, 96, 5):
+            chart.hover(position={"x": width * share / 100, "y": 100})
+            told.add(watched.page.locator(f"#{section} .values").inner_text())
+        assert all(re.fullmatch(r"\d+\ntest: \S+", text) for text in told), told
+        assert any(text == f"100\ntest: {last}" for text in told)
+        for text in told:
+            epoch, value = text.split("\ntest: ")
+            if section == "a":
+                assert float(value) == pytest.approx(losses[int(epoch) - 1], rel=1e-4)
+    watched.context.close()
 
 
 def test_without_scripts_all_is_there(browser: Any, report: Path) -> None:
