@@ -36,6 +36,7 @@ __all__ = ["Series", "bar_chart", "heat_map", "line_chart", "shortened", "swatch
 
 BUCKETS = 300  # a curve is thinned to as many stretches
 LARGEST = 1e100  # a value beyond is left out, as infinity is
+SMALL_CELL = 19.0  # units of the drawing: narrower ones have no room for a name in the usual size
 FEW_POINTS = 24  # up to which each is marked
 
 
@@ -163,7 +164,7 @@ def heat_map(
     column_label: str,
     texts: Sequence[Sequence[str]] | None = None,
 ) -> Markup:
-    """A matrix of cells, the darker the larger the value; empty cells where it is 0.
+    """A matrix of cells, the fuller their colour the larger the value; empty cells where it is 0.
 
     Args:
         values_RC: (R, C) float, from 0 to 1.
@@ -175,12 +176,14 @@ def heat_map(
     left, top, cell = 104, 88, (WIDTH - 104 - 14) / max(1, len(columns))
     down = min(cell, 36.0) if len(columns) < 12 else cell
     height = round(top + down * len(rows) + 26)
+    # Names of many classes are small, so that they do not lie over one another.
+    size = Markup(' style="font-size:{:.1f}px"').format(0.8 * cell) if cell < SMALL_CELL else ""
     drawn = []
     for r, row in enumerate(rows):
         y = top + r * down
         drawn.append(
-            Markup('<text class="end" x="{}" y="{:.1f}">{}</text>').format(
-                left - 6, y + down / 2 + 4, shortened(row, 11)
+            Markup('<text class="end" x="{}" y="{:.1f}"{}>{}</text>').format(
+                left - 6, y + down / 2 + 4, size, shortened(row, 11)
             )
         )
         for c, column in enumerate(columns):
@@ -189,12 +192,16 @@ def heat_map(
                 text = texts[r][c] if texts is not None else f"{value:.3g}"
                 drawn.append(_cell(left + c * cell, y, cell, down, value, f"{row} → {column}: {text}"))
                 if texts is not None and cell >= 24:
-                    drawn.append(_cell_text(left + (c + 0.5) * cell, y + down / 2 + 4, value, text))
+                    drawn.append(
+                        Markup('<text class="cell-text" x="{:.1f}" y="{:.1f}">{}</text>').format(
+                            left + (c + 0.5) * cell, y + down / 2 + 4, text
+                        )
+                    )
     for c, column in enumerate(columns):
         x = left + (c + 0.5) * cell + 4
         drawn.append(
-            Markup('<text transform="translate({:.1f} {}) rotate(-50)">{}</text>').format(
-                x, top - 6, shortened(column, 11)
+            Markup('<text transform="translate({:.1f} {}) rotate(-50)"{}>{}</text>').format(
+                x, top - 6, size, shortened(column, 11)
             )
         )
     drawn.append(
@@ -248,9 +255,5 @@ def _cell(x: float, y: float, width: float, height: float, value: float, words: 
 
 
 def _opacity(value: float) -> float:
-    return 0.06 + 0.94 * min(1.0, value)
-
-
-def _cell_text(x: float, y: float, value: float, text: str) -> Markup:
-    kind = "cell-text on" if _opacity(value) > 0.65 else "cell-text"
-    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}">{}</text>').format(kind, x, y, text)
+    """So far from full colour that text on it can be read, in the light and the dark scheme."""
+    return 0.06 + 0.44 * min(1.0, value)

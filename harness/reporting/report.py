@@ -23,8 +23,8 @@ FILE = "report.html"
 
 # What needs a checkpoint: anchor, title, lead, what makes it.
 _CHECKPOINT_SECTIONS: tuple[tuple[str, str, str, Callable[[Evidence], Markup]], ...] = (
-    ("confusion", "Confusion matrix", "Which test images are taken for what, darker for larger shares of the true "
-     "class.", confusion_body),
+    ("confusion", "Confusion matrix", "Which test images are taken for what: the fuller the colour, the larger the "
+     "share of the true class.", confusion_body),
     ("classes", "Accuracy by class", "Accuracy of a class: the share of its test images that are classified rightly "
      "(recall). Precision: the share of the images taken for it that are of it.", class_body),
     ("calibration", "Calibration", "Whether the network's probabilities can be believed. The expected calibration "

@@ -17,10 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from harness.cli import main
-from harness.reporting.charts import Series, line_chart
+from harness.reporting.charts import Series, heat_map, line_chart
 from harness.reporting.page import Section
 from harness.reporting.page import page as page_of
 from tests.reporting.test_report import SECTIONS
@@ -123,6 +124,27 @@ def test_values_under_the_pointer_are_the_runs_own(browser: Any, tmp_path: Path)
             epoch, value = text.split("\ntest: ")
             if section == "a":
                 assert float(value) == pytest.approx(losses[int(epoch) - 1], rel=1e-4)
+    watched.context.close()
+
+
+@pytest.mark.parametrize("width", [360, 1440])
+@pytest.mark.parametrize("classes", [10, 20, 30])
+def test_names_of_classes_do_not_lie_over_one_another(browser: Any, tmp_path: Path, width: int, classes: int) -> None:
+    names = [f"class {i}" for i in range(classes)]
+    drawn = heat_map(np.eye(classes), names, names, title="T", description="", row_label="r", column_label="c")
+    file = tmp_path / "page.html"
+    file.write_text(page_of("T", [Section("a", "A", drawn)]))
+    watched = Watched(browser, width)
+    watched.page.goto(file.as_uri())
+    rows, columns, apart = watched.page.evaluate("""() => {
+        const texts = [...document.querySelectorAll('#a svg text:not(.label)')], ends = texts.filter(t => t.matches('.end'));
+        const size = of => of.map(t => parseFloat(getComputedStyle(t).fontSize));
+        return [size(ends), size(texts.filter(t => !t.matches('.end'))), ends.map(t => t.y.baseVal[0].value)];
+    }""")
+    assert len(rows) == len(columns) == classes
+    assert max(rows) <= apart[1] - apart[0]
+    cell = watched.page.evaluate("document.querySelector('#a rect.cell').width.baseVal.value")
+    assert max(columns) <= 1.05 * cell  # set aslant, letters reach less far than their size
     watched.context.close()
 
 

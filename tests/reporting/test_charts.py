@@ -163,7 +163,7 @@ def test_bars_are_as_long_as_their_values() -> None:
     assert widths[2] == 0
 
 
-def test_cells_are_darker_for_larger_values_and_empty_for_none() -> None:
+def test_cells_are_fuller_for_larger_values_and_empty_for_none() -> None:
     values = np.array([[0.0, 0.5], [1.0, 0.1]])
     chart = heat_map(values, "ab", "cd", title="T", description="", row_label="r", column_label="c")
     cells = {cell.find("title").text: float(cell.attrib["fill-opacity"])  # type: ignore[union-attr]
@@ -218,6 +218,22 @@ def test_lines_and_text_stand_out_from_the_page(scheme: str) -> None:
         assert min(contrast(colour, ground) for colour in series) >= 3  # WCAG 1.4.11, graphical objects
         for name in ("text", "muted", "accent", "warn"):
             assert contrast(colours(scheme, name)[0], ground) >= 4.5  # WCAG 1.4.3
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_on_cells_can_be_read(scheme: str) -> None:
+    values = np.linspace(0.0, 1.0, 100).reshape(10, 10)
+    names = [str(i) for i in range(10)]
+    texts = [["36"] * 10] * 10
+    chart = heat_map(values, names, names, title="T", description="", row_label="r", column_label="c", texts=texts)
+    found = list(ElementTree.fromstring(chart).iter())
+    kinds = [e.attrib["class"] for e in found if e.attrib.get("class", "").startswith("cell-text")]
+    shares = [float(e.attrib["fill-opacity"]) for e in found if e.attrib.get("class") == "cell"]
+    assert len(kinds) == len(shares) == 99
+    ground, full = (np.array(colours(scheme, name)[0]) for name in ("card", "series-0"))
+    for kind, share in zip(kinds, shares, strict=True):
+        letters = colours(scheme, "page" if kind.endswith(" on") else "text")[0]
+        assert contrast(tuple(share * full + (1 - share) * ground), letters) >= 4.5, share
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
