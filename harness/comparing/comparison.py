@@ -31,6 +31,7 @@ class Pair:
     Attributes:
         first, second: letters.
         first_accuracy, second_accuracy: means over the runs, shares; None where no run has one.
+        counts: runs with a test accuracy, of the first and the second.
         images: over the test images; None where the runs cannot be paired, and `refusal` says why.
         seeds: over the runs; None where a group has no accuracy.
         images_p_adjusted, seeds_p_adjusted: by Holm's method over all pairs.
@@ -40,6 +41,7 @@ class Pair:
     second: str
     first_accuracy: float | None
     second_accuracy: float | None
+    counts: tuple[int, int]
     images: Estimate | None
     seeds: Estimate | None
     refusal: str | None
@@ -178,7 +180,8 @@ def _pair(first: Group, second: Group, answers: dict[Path, Answers], checkpoint:
     if refusal is None:
         images = over_images(*(np.stack([found.correct_N for found in side]) for side in there))
     means = [float(np.mean(side)) if side else None for side in accuracies]
-    return Pair(first.letter, second.letter, means[0], means[1], images, seeds, refusal)
+    counts = (len(accuracies[0]), len(accuracies[1]))
+    return Pair(first.letter, second.letter, means[0], means[1], counts, images, seeds, refusal)
 
 
 def _accuracies(group: Group, answers: dict[Path, Answers], checkpoint: str, weights: str) -> list[float]:

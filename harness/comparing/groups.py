@@ -48,7 +48,7 @@ class Figure:
     Attributes:
         key: in JSON.
         title: in tables.
-        kind: "share", "number" or "count": how it is written.
+        kind: "share", "number", "measured" (by a clock) or "count": how it is written.
         values: of the runs, by the letters of their groups; runs without one are left out.
     """
 
@@ -99,8 +99,8 @@ def headline_figures(groups: Sequence[Group]) -> list[Figure]:
         ("best_ema_accuracy", "EMA test accuracy, best", "share", lambda run: _best(run, "test_ema")),
         ("last_loss", "test loss, last", "number", lambda run: _last(run, "test", "loss")),
         ("epochs", "epochs", "number", lambda run: run.epoch if run.records else None),
-        ("seconds", "training, seconds", "number", lambda run: _result(run, "seconds") or _seconds(run)),
-        ("images_per_second", "images a second", "number", _images_per_second),
+        ("seconds", "training, seconds", "measured", lambda run: _result(run, "seconds") or _seconds(run)),
+        ("images_per_second", "images a second", "measured", _images_per_second),
         ("parameters", "parameters", "count", lambda run: _result(run, "parameters")),
     )
     found = []

@@ -51,7 +51,7 @@ def comparison_page(comparison: Comparison) -> str:
     return page.page(
         f"Comparison: {', '.join(names)}",
         sections,
-        subtitle=f"{runs} runs in {len(letters)} group{'s' if len(letters) != 1 else ''}",
+        subtitle=f"{runs} run{'s' if runs != 1 else ''} in {len(letters)} group{'s' if len(letters) != 1 else ''}",
         notes=comparison.notes,
     )
 
@@ -133,7 +133,7 @@ def _curves(comparison: Comparison) -> Markup:
                         )
                     )
         if series:
-            words = f"{title} of {len(series)} runs by epoch."
+            words = f"{title} of {len(series)} run{'s' if len(series) != 1 else ''} by epoch."
             drawn.append(
                 charts.line_chart(
                     series, title=title, description=words, x_label="epoch", y_label=y_label, as_percent=as_percent

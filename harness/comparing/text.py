@@ -78,7 +78,8 @@ def spread_text(figure: Figure, letter: str) -> str:
         return f"{mean:.2%}" if deviation is None else f"{100 * mean:.2f} ± {100 * deviation:.2f}%"
     if figure.kind == "count":
         return f"{mean:,.0f}" if not deviation else f"{mean:,.0f} ± {deviation:,.0f}"
-    places = 0 if abs(mean) >= 1000 else 1 if abs(mean) >= 100 else 2 if abs(mean) >= 10 else 4
+    places = 0 if abs(mean) >= 1000 else 1 if abs(mean) >= 100 or figure.kind == "measured" else 2
+    places = 4 if abs(mean) < 10 and figure.kind == "number" else places
     if all(value == int(value) for value in values) and not deviation:
         return f"{mean:,.0f}"
     return f"{mean:,.{places}f}" if deviation is None else f"{mean:,.{places}f} ± {deviation:,.{places}f}"
@@ -105,13 +106,11 @@ def pair_sentences(pair: Pair, comparison: Comparison) -> Iterator[str]:
         yield _estimate(f"over {count}", pair.images, pair.images_p_adjusted if many else None)
     else:
         yield f"over test images: cannot be paired, since {pair.refusal}; the figures above are unpaired"
-    sizes = {group.letter: len(group.runs) for group in comparison.groups}
-    seeds = f"over seeds ({sizes[pair.first]} and {sizes[pair.second]} runs)"
+    seeds = f"over seeds ({pair.counts[0]} and {pair.counts[1]} runs)"
     if pair.seeds is not None and pair.seeds.p_value is not None:
         yield _estimate(seeds, pair.seeds, pair.seeds_p_adjusted if many else None)
     elif pair.seeds is not None:
-        few = min(sizes[pair.first], sizes[pair.second]) < 2
-        why = "it takes two runs in each group" if few else "the runs of a group do not differ"
+        why = "it takes two runs in each group" if min(pair.counts) < 2 else "the runs of a group do not differ"
         yield f"{seeds}: not tested, {why}"
 
 
@@ -135,7 +134,7 @@ def p_text(p_value: float) -> str:
 
 def points(share: float) -> str:
     """A difference of shares in percentage points, with its sign."""
-    return f"{100 * share:+.2f}".replace("-", "−")
+    return f"{round(100 * share, 2) + 0.0:+.2f}".replace("-", "−")  # + 0.0: no negative zero
 
 
 def _wrapped(text: str, columns: int, indent: str = "", further: str | None = None) -> str:

@@ -19,7 +19,7 @@ def caption_of(probabilities_K: np.ndarray, label: int, classes: Sequence[str]) 
     predicted = int(probabilities_K.argmax())
     return (
         name_of(classes, label),
-        f"{name_of(classes, predicted)} {percent(float(probabilities_K[predicted]))}",
+        f"{name_of(classes, predicted)} ({percent(float(probabilities_K[predicted]))})",
         percent(float(probabilities_K[label])),
     )
 

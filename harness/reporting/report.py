@@ -59,7 +59,7 @@ class Reporter:
         if (path / checkpoint.MANIFEST).is_file():
             which = path.name
         self.run, self.which, self.weights = open_run(path), which, weights
-        self._run_stamp = self._stamp()
+        self._run_stamp: object = None  # what was read so far was for its path and state alone
         self._checkpoint_stamp: object = None
         self._run_sections: list[Section] = []
         self._checkpoint_sections = [Section(id, title, missing("Being made …"), lead)
@@ -73,7 +73,7 @@ class Reporter:
         stamp = self._stamp()
         if stamp != self._run_stamp:
             self.run, self._run_stamp = open_run(self.run.path), stamp
-        elif self._run_sections:
+        else:
             return False
         run = self.run
         self._run_sections = [summary_section(run), curves_section(run), rates_section(run), origin_section(run)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from markupsafe import Markup
@@ -98,7 +99,7 @@ def origin_section(run: Run) -> Section:
     if starts:
         parts.append(facts(_details(starts[-1])))
         if len(starts) > 1:
-            rows = [[_text(s.get("started")), _text(s.get("from_step")), _text(s.get("world_size"))] for s in starts]
+            rows = [[_moment(s.get("started")), _text(s.get("from_step")), _text(s.get("world_size"))] for s in starts]
             parts.append(table(["Started", "From step", "Ranks"], rows, caption="Starts of this run", numeric=[1, 2]))
     else:
         parts.append(missing("Where the run came from is not known: provenance.json is missing or broken."))
@@ -204,7 +205,7 @@ def _origin(start: Mapping[str, Any]) -> dict[str, str]:
         commit = str(git["commit"])[:12] + (" with changes" if git.get("changed") else "")
     gpus = start.get("gpus")
     device = ", ".join(map(str, gpus)) if isinstance(gpus, list) and gpus else _text(start.get("cpu"))
-    return {"Started": _text(start.get("started")), "Commit": commit, "Device": device}
+    return {"Started": _moment(start.get("started")), "Commit": commit, "Device": device}
 
 
 def _details(start: Mapping[str, Any]) -> dict[str, str]:
@@ -241,6 +242,14 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _moment(value: Any) -> str:
+    """A time of ISO 8601 as people read it: 2026-11-25 09:03 UTC."""
+    try:
+        return datetime.fromisoformat(value).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except (TypeError, ValueError, OverflowError):
+        return _text(value)
 
 
 def _text(value: Any) -> str:

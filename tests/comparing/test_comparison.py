@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from harness.cli import main
 from harness.comparing.comparison import compare
+from harness.comparing.groups import Figure
 from harness.comparing.page import comparison_page
 from harness.comparing.significance import over_images, over_seeds
-from harness.comparing.text import p_text, render
+from harness.comparing.text import p_text, points, render, spread_text
 from harness.reporting.terminal_curves import QUANTITIES, draw_runs
 from harness.training.predictions import predict_test_split
 from tests.handmade import ANY_CONTENT, write_contents, write_run
@@ -134,6 +135,25 @@ def test_runs_without_checkpoints_and_unfinished_ones(runs: Path, capsys: pytest
     assert pair["seeds"]["count"] == 6  # and all accuracies that were written down
     found = as_json(capsys, *paths(runs, "a-0", "b-0"))
     assert found["pairs"][0]["refusal"] == "no run of B has a checkpoint that could be asked"
+
+
+def test_only_runs_with_an_accuracy_are_counted_over_seeds(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"{group}{i}" / "run", accuracies, settings={"seed": i, "lr": group, "name": "x"})
+            for group, several in (("a", [(0.5,), (0.6,), ()]), ("b", [(0.7,), ()]))
+            for i, accuracies in enumerate(several)]  # fmt: skip
+    found = compare(runs, checkpoint="last", weights="raw")
+    assert found.pairs[0].counts == (2, 1)
+    assert "over seeds (2 and 1 runs): not tested, it takes two runs in each group" in render(found, width=200)
+
+
+def test_figures_have_no_more_digits_than_they_mean() -> None:
+    def figure(kind: str, values: list[float]) -> str:
+        return spread_text(Figure("k", "t", kind, {"A": values}), "A")
+
+    assert figure("measured", [7.1145, 9.8877]) == "8.5 ± 2.0"
+    assert figure("measured", [340.31, 341.77]) == "341.0 ± 1.0"
+    assert figure("number", [1.57243, 1.42801]) == "1.5002 ± 0.1021"
+    assert [points(share) for share in (-1e-6, 0.0, 1e-6, -0.0123)] == ["+0.00", "+0.00", "+0.00", "−1.23"]
 
 
 def test_runs_of_other_versions_and_broken_ones_are_shown(

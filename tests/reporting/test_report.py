@@ -20,6 +20,7 @@ from harness.cli import main
 from harness.reporting.report import _CHECKPOINT_SECTIONS, Reporter
 from harness.reporting.sections_run import duration
 from harness.run_directory import LOCK
+from harness.runs import Run, open_run
 from harness.training.predictions import predict_test_split
 
 SECTIONS = ["summary", "curves", "rates", *(id for id, *_ in _CHECKPOINT_SECTIONS), "origin"]
@@ -221,6 +222,15 @@ def test_the_headline_is_of_the_raw_weights_also_where_the_average_decides(run: 
     assert told["Averaged weights"] == f"{last['test_ema']['accuracy']:.2%}"
 
 
+def test_a_mistake_and_a_start_read_well(run: Path) -> None:
+    provenance = json.loads((run / "provenance.json").read_text())
+    provenance["starts"][-1]["started"] = "2026-11-25T10:03:46+01:00"
+    (run / "provenance.json").write_text(json.dumps(provenance))
+    found = sections(report(run))
+    assert "<dd>2026-11-25 09:03 UTC</dd>" in found["summary"]
+    assert re.search(r"taken for <strong>\d \([\d.<>]+%\)</strong>", found["mistakes"])  # not "8 26.7%"
+
+
 def test_text_from_files_stays_text(run: Path) -> None:
     bad = "<script>alert(1)</script>"
     for manifest in (run / "checkpoints").glob("step_*/manifest.json"):
@@ -275,6 +285,22 @@ def test_only_what_has_changed_is_made_anew(run: Path) -> None:
     shutil.rmtree(last)
     assert reporter.update_checkpoint()
     assert last.name not in reporter._notes[0]
+
+
+def test_what_is_written_while_a_run_is_read_is_not_missed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = {"kind": "epoch", "split": "test", "step": 999, "epoch": 3, "loss": 0.1, "accuracy": 0.9876}
+
+    def read_and_grow(path: Path) -> Run:
+        found = open_run(path)
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        return found
+
+    monkeypatch.setattr("harness.reporting.report.open_run", read_and_grow)
+    reporter = Reporter(run)
+    monkeypatch.undo()
+    reporter.update_run()
+    assert "98.76%" in reporter.html()
 
 
 def test_another_network(run: Path, tmp_path: Path) -> None:
