@@ -45,7 +45,8 @@ def write_run(
     records = records_of(accuracies, ema=ema, start_unix_seconds=start_unix_seconds)
     (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     if finished:
-        result = {"accuracy": accuracies[-1] if accuracies else None, "seconds": 100.0, "images_per_second": 900.0, "parameters": 1234}
+        last = accuracies[-1] if accuracies else None
+        result = {"accuracy": last, "seconds": 100.0, "images_per_second": 900.0, "parameters": 1234}
         (path / "result.json").write_text(json.dumps(result))
     return path
 

@@ -80,7 +80,8 @@ def draw_runs(paths: Sequence[Path], what: Sequence[str], *, size: os.terminal_s
         paths: run directories.
         what: of `QUANTITIES`.
         size: of the terminal, columns and lines.
-        colours: write colour codes; letters tell the curves apart otherwise, and where colours do not suffice. Without a terminal there are none anyhow.
+        colours: write colour codes; letters tell the curves apart otherwise, and where colours do not suffice. Without
+            a terminal there are none anyhow.
 
     Raises:
         HarnessError: a path is no run.

@@ -137,7 +137,8 @@ def test_names_of_classes_do_not_lie_over_one_another(browser: Any, tmp_path: Pa
     watched = Watched(browser, width)
     watched.page.goto(file.as_uri())
     rows, columns, apart = watched.page.evaluate("""() => {
-        const texts = [...document.querySelectorAll('#a svg text:not(.label)')], ends = texts.filter(t => t.matches('.end'));
+        const texts = [...document.querySelectorAll('#a svg text:not(.label)')];
+        const ends = texts.filter(t => t.matches('.end'));
         const size = of => of.map(t => parseFloat(getComputedStyle(t).fontSize));
         return [size(ends), size(texts.filter(t => !t.matches('.end'))), ends.map(t => t.y.baseVal[0].value)];
     }""")
