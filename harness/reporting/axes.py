@@ -16,7 +16,8 @@ LEAST = 1e-290  # a smaller span than this has no ticks that floats could tell a
 class Axis:
     """Values from `low` to `high` on a stretch from `start` to `end`, in units of the drawing.
 
-    With `log` the logarithms are what is spaced evenly; both ends are then positive.
+    With `log` the logarithms are what is spaced evenly; both ends are then positive. With `whole` only whole numbers
+    are marked.
     """
 
     low: float
@@ -24,6 +25,7 @@ class Axis:
     start: float
     end: float
     log: bool = False
+    whole: bool = False
 
     def place(self, values: np.ndarray) -> np.ndarray:
         """Where values lie, in units of the drawing."""
@@ -32,11 +34,19 @@ class Axis:
 
     def ticks(self, about: int = 5) -> list[float]:
         """Round numbers on the axis."""
-        return log_ticks(self.low, self.high) if self.log else ticks(self.low, self.high, about)
+        found = log_ticks(self.low, self.high) if self.log else ticks(self.low, self.high, about)
+        return [value for value in found if not self.whole or value.is_integer()]
 
 
 def fit_axis(
-    values: Sequence[float] | np.ndarray, start: float, end: float, *, log: bool = False, room: float = 0.0
+    values: Sequence[float] | np.ndarray,
+    start: float,
+    end: float,
+    *,
+    log: bool = False,
+    room: float = 0.0,
+    most: float | None = None,
+    whole: bool = False,
 ) -> Axis:
     """An axis that holds all values.
 
@@ -44,7 +54,9 @@ def fit_axis(
         values: not empty; positive where `log`.
         start, end: as `Axis` has them.
         log: logarithmic.
-        room: share of the axis that is left free at either end, not below a lowest value of 0 or more.
+        room: share of the axis that is left free at either end; never below 0 where no value is.
+        most: no value is beyond it by its nature (1 of shares), so neither is the axis unless one is all the same.
+        whole: mark whole numbers alone; not with `log`.
     """
     low, high = float(np.min(values)), float(np.max(values))
     if log:
@@ -52,9 +64,10 @@ def fit_axis(
         return Axis(low / factor, high * factor, start, end, True)
     if high - low <= max(SAME * max(abs(low), abs(high)), LEAST):
         free = max(abs(low), abs(high)) * 0.1 or 1.0
-        return Axis(low - free, high + free, start, end)
-    free = (high - low) * room
-    return Axis(max(0.0, low - free) if low >= 0 else low - free, high + free, start, end)
+    else:
+        free = (high - low) * room
+    least = max(0.0, low - free) if low >= 0 else low - free
+    return Axis(least, high + free if most is None else max(high, min(most, high + free)), start, end, whole=whole)
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:

@@ -86,9 +86,10 @@ def line_chart(
         return figure(title, "No values yet." if not series else "No values that can be drawn.", Markup(""))
     write = percent if as_percent else number
     x_values = np.concatenate([x for _, _, x, _ in curves] + _ends(x_range))
-    x_axis = fit_axis(x_values, LEFT, WIDTH - RIGHT, log=log_x)
+    whole = not log_x and bool((x_values % 1 == 0).all())  # there is no half a step
+    x_axis = fit_axis(x_values, LEFT, WIDTH - RIGHT, log=log_x, whole=whole)
     y_values = np.concatenate([y for _, _, _, y in curves] + _ends(y_range))
-    y_axis = fit_axis(y_values, HEIGHT - BOTTOM, TOP, log=log_y, room=0.04)
+    y_axis = fit_axis(y_values, HEIGHT - BOTTOM, TOP, log=log_y, room=0.04, most=1.0 if as_percent else None)
     last = "; ".join(f"{s.name}: {write(float(y[-1]))} at {number(float(x[-1]))}" for s, _, x, y in curves)
     drawn = [
         frame(x_axis, y_axis, x_label, y_label, number, write),
@@ -122,7 +123,7 @@ def bar_chart(
     if not len(values):
         return figure(title, "No values yet.", Markup(""))
     write = percent if as_percent else number
-    row, left, right = 24, 140, 76
+    row, left, right = 24, 160, 76
     top = max(largest or 0, *values) or 1.0
     height = row * len(values) + (28 if value_label else 6)
     drawn = []
@@ -173,17 +174,20 @@ def heat_map(
         row_label, column_label: what the rows and columns are.
         texts: what is written in the cells (R lists of C), where there is room; None writes nothing.
     """
-    left, top, cell = 104, 88, (WIDTH - 104 - 14) / max(1, len(columns))
+    left = 116
+    cell = (WIDTH - left - 14) / max(1, len(columns))
     down = min(cell, 36.0) if len(columns) < 12 else cell
-    height = round(top + down * len(rows) + 26)
     # Names of many classes are small, so that they do not lie over one another.
-    size = Markup(' style="font-size:{:.1f}px"').format(0.8 * cell) if cell < SMALL_CELL else ""
+    small = Markup(' style="font-size:{:.1f}px"').format(0.8 * cell) if cell < SMALL_CELL else ""
+    above = [shortened(column, 11) for column in columns]
+    top = round(14 + (0.53 * cell if small else 10) * max(map(len, above), default=0))
+    height = round(top + down * len(rows) + 26)
     drawn = []
     for r, row in enumerate(rows):
         y = top + r * down
         drawn.append(
             Markup('<text class="end" x="{}" y="{:.1f}"{}>{}</text>').format(
-                left - 6, y + down / 2 + 4, size, shortened(row, 11)
+                left - 6, y + down / 2 + 4, small, shortened(row, 11)
             )
         )
         for c, column in enumerate(columns):
@@ -197,12 +201,10 @@ def heat_map(
                             left + (c + 0.5) * cell, y + down / 2 + 4, text
                         )
                     )
-    for c, column in enumerate(columns):
+    for c, name in enumerate(above):
         x = left + (c + 0.5) * cell + 4
         drawn.append(
-            Markup('<text transform="translate({:.1f} {}) rotate(-50)"{}>{}</text>').format(
-                x, top - 6, size, shortened(column, 11)
-            )
+            Markup('<text transform="translate({:.1f} {}) rotate(-90)"{}>{}</text>').format(x, top - 6, small, name)
         )
     drawn.append(
         Markup('<rect class="frame" x="{}" y="{}" width="{}" height="{:.1f}"/>').format(

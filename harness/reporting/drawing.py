@@ -5,7 +5,9 @@ On a phone the drawing is smaller and its letters are larger (`templates/style.c
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -13,15 +15,25 @@ from markupsafe import Markup, escape
 from harness.reporting.axes import Axis, written
 
 WIDTH, HEIGHT = 480, 300
-LEFT, RIGHT, TOP, BOTTOM = 66, 24, 14, 48
+LEFT, RIGHT, TOP, BOTTOM = 86, 24, 14, 48
 COLOURS = 8  # --series-0 … of style.css
 # In units of the drawing. Eight colours and five dashes go together in forty ways.
 DASHES = ("", "7 4", "2 3", "10 3 2 3", "14 4")
 
 
 def shortened(text: str, most: int) -> str:
-    """A text of at most so many letters, cut with an ellipsis."""
-    return text if len(text) <= most else text[: most - 1] + "…"
+    """A text no wider than so many letters of common width, cut with an ellipsis."""
+    widths = list(accumulate(map(_width, text)))
+    if not widths or widths[-1] <= most:
+        return text
+    return text[: sum(width <= most - _width("…") for width in widths)] + "…"
+
+
+def _width(letter: str) -> float:
+    """About how wide it is, in digits' widths; fonts differ, so a little too much rather than too little."""
+    if unicodedata.east_asian_width(letter) in "WF":
+        return 1.8
+    return 1.5 if letter in "MW@%mw…" else 1.25 if letter.isupper() else 1.0
 
 
 def swatch(style: int) -> Markup:

@@ -154,7 +154,7 @@ def draw(
     values = np.concatenate([_values(curve) for curve in curves])
     places = np.concatenate([curve.x for curve in curves])
     height = max(4, min(HEIGHT_LINES, size.lines - 6)) if size.lines else HEIGHT_LINES
-    y_axis = fit_axis(values, 0, height * _DOTS_DOWN - 1)
+    y_axis = fit_axis(values, 0, height * _DOTS_DOWN - 1, most=1.0 if name == "accuracy" else None)
     labels = _labels(y_axis, height, write)
     margin = max(map(len, labels.values())) + 2
     width = max(MIN_WIDTH, min(MAX_WIDTH, size.columns - margin - 1))

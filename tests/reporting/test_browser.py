@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 
 from harness.cli import main
-from harness.reporting.charts import Series, heat_map, line_chart
-from harness.reporting.page import Section
+from harness.reporting.charts import Series, bar_chart, heat_map, line_chart
+from harness.reporting.page import Section, grid
 from harness.reporting.page import page as page_of
 from tests.reporting.test_report import SECTIONS
 
@@ -32,6 +32,18 @@ WIDER_THAN_THE_PAGE = """() => [...document.querySelectorAll('body *')].filter(e
     const inside = e.closest('.scroll, pre');
     return (!inside || inside === e) && e.getBoundingClientRect().right > innerWidth + 1;
 }).map(e => e.outerHTML.slice(0, 100))"""
+
+# Letters of drawings that are cut off at their edge, or lie over others.
+ILLEGIBLE = """() => [...document.querySelectorAll('figure.chart > svg')].flatMap(svg => {
+    const frame = svg.getBoundingClientRect();
+    const texts = [...svg.querySelectorAll('text')].map(e => [e.textContent, e.getBoundingClientRect()]);
+    const outside = texts.filter(([, b]) => b.left < frame.left - 1 || b.right > frame.right + 1
+        || b.top < frame.top - 1 || b.bottom > frame.bottom + 1);
+    const over = texts.filter(([, a], i) => texts.some(([, b], j) => j > i
+        && Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
+        && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3));
+    return [...outside, ...over].map(([text]) => text);
+})"""
 
 
 class Watched:
@@ -70,6 +82,7 @@ def test_a_report_in_a_browser(browser: Any, report: Path, width: int, scheme: s
         folded.click()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate(WIDER_THAN_THE_PAGE) == []
+    assert page.evaluate(ILLEGIBLE) == []
     images = page.query_selector_all("img")
     assert len(images) > 20
     assert all(image.get_attribute("alt") for image in images)
@@ -81,6 +94,27 @@ def test_a_report_in_a_browser(browser: Any, report: Path, width: int, scheme: s
         sum(map(int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[:3])) > 382
     )
     assert light == (scheme == "light")
+    watched.context.close()
+
+
+@pytest.mark.parametrize("width", [360, 1440])
+def test_all_letters_of_charts_can_be_read(browser: Any, tmp_path: Path, width: int) -> None:
+    """Small rates, many classes, long names of wide letters."""
+    charts = [
+        line_chart([Series("a", [1, 2], rates)], title="T", description="", x_label="step", y_label="learning rate")
+        for rates in ([0.0085, 0.0085], [1.0e-4, 1.4e-4])
+    ]
+    names = ["class number 00123456", "WWWMMM Number 0123456789", "虎" * 20, "dog & “wolf”"]
+    charts.append(bar_chart(names, [0.1, 0.2, 0.5, 1.0], title="T", description="", as_percent=True, largest=1.0))
+    for classes in (2, 10, 16, 30):
+        named = [names[k % len(names)] for k in range(classes)]
+        words = {"title": "T", "description": "", "row_label": "true class", "column_label": "predicted class"}
+        charts.append(heat_map(np.eye(classes), named, named, **words))
+    file = tmp_path / "charts.html"
+    file.write_text(page_of("charts", [Section("charts", "Charts", grid(*charts))]))
+    watched = Watched(browser, width)
+    watched.page.goto(file.as_uri())
+    assert watched.page.evaluate(ILLEGIBLE) == []
     watched.context.close()
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from harness.reporting import page
 from harness.reporting.axes import fit_axis, log_ticks, number, percent, ticks, written
 from harness.reporting.charts import Series, bar_chart, heat_map, line_chart
-from harness.reporting.drawing import COLOURS, DASHES, stroke
+from harness.reporting.drawing import COLOURS, DASHES, shortened, stroke
 from harness.reporting.thinning import thin
 
 STYLE = (Path(page.__file__).parent / "templates" / "style.css").read_text()
@@ -130,6 +130,40 @@ def test_a_single_point_and_a_constant_have_axes() -> None:
         chart = line_chart([Series("a", range(len(values)), values)], title="T", description="", x_label="x")
         assert "nan" not in chart
         assert "inf" not in chart
+
+
+def test_no_axis_goes_where_no_value_can_be() -> None:
+    """A run that is all right, or whose loss is 0, has no 105 % and no loss below 0."""
+
+    def marks(values: list[float], *, as_percent: bool) -> list[str | None]:
+        chart = line_chart([Series("a", [1, 2], values)], title="T", description="", x_label="x", as_percent=as_percent)
+        return [text.text for text in ElementTree.fromstring(chart).iter("text") if text.attrib["class"] == "end"]
+
+    assert marks([1.0, 1.0], as_percent=True)[-1] == "100%"
+    assert marks([0.5, 1.0], as_percent=True)[-1] == "100%"
+    assert marks([0.5, 1.5], as_percent=True)[-1] == "150%"  # it is drawn all the same
+    assert marks([0.0, 0.0], as_percent=False)[0] == "0"
+
+
+@pytest.mark.parametrize(("x", "marks"), [([1, 2], ["1", "2"]), ([4, 8], list("45678")), ([0.5, 1], None)], ids=str)
+def test_there_is_no_half_a_step(x: list[float], marks: list[str] | None) -> None:
+    chart = line_chart([Series("a", x, [0, 1])], title="T", description="", x_label="step")
+    found = [text.text for text in ElementTree.fromstring(chart).iter("text") if text.attrib["class"] == "middle"]
+    assert found == marks if marks else "0.6" in found
+
+
+@pytest.mark.parametrize(
+    ("text", "short"),
+    [
+        ("", ""),
+        ("automobile", "automobile"),
+        ("class number 7", "class num…"),
+        ("WWWWWWWWWWW", "WWWWWW…"),
+        ("虎" * 9, "虎虎虎虎虎…"),
+    ],
+)
+def test_names_are_cut_by_their_width(text: str, short: str) -> None:
+    assert shortened(text, 11) == short
 
 
 def test_a_long_run_is_small() -> None:
