@@ -34,6 +34,7 @@ class Pair:
         counts: runs with a test accuracy, of the first and the second.
         images: over the test images; None where the runs cannot be paired, and `refusal` says why.
         seeds: over the runs; None where a group has no accuracy.
+        other_images: the test images of the groups are known to differ.
         images_p_adjusted, seeds_p_adjusted: by Holm's method over all pairs.
     """
 
@@ -45,6 +46,7 @@ class Pair:
     images: Estimate | None
     seeds: Estimate | None
     refusal: str | None
+    other_images: bool = False
     images_p_adjusted: float | None = None
     seeds_p_adjusted: float | None = None
 
@@ -171,17 +173,18 @@ def _pair(first: Group, second: Group, answers: dict[Path, Answers], checkpoint:
     accuracies = [_accuracies(group, answers, checkpoint, weights) for group in (first, second)]
     seeds = over_seeds(*accuracies) if all(accuracies) else None
     there = [[answers[run.path] for run in group.runs if run.path in answers] for group in (first, second)]
-    images, refusal = None, None
+    images, refusal, other_images = None, None, False
     if not all(there):
         missing = [g.letter for g, found in zip((first, second), there, strict=True) if not found]
         refusal = f"no run of {' and '.join(missing)} has a checkpoint that could be asked"
     else:
         refusal = why_not_paired([*there[0], *there[1]])
+        other_images = refusal is not None
     if refusal is None:
         images = over_images(*(np.stack([found.correct_N for found in side]) for side in there))
     means = [float(np.mean(side)) if side else None for side in accuracies]
     counts = (len(accuracies[0]), len(accuracies[1]))
-    return Pair(first.letter, second.letter, means[0], means[1], counts, images, seeds, refusal)
+    return Pair(first.letter, second.letter, means[0], means[1], counts, images, seeds, refusal, other_images)
 
 
 def _accuracies(group: Group, answers: dict[Path, Answers], checkpoint: str, weights: str) -> list[float]:

@@ -106,7 +106,8 @@ def pair_sentences(pair: Pair, comparison: Comparison) -> Iterator[str]:
         yield _estimate(f"over {count}", pair.images, pair.images_p_adjusted if many else None)
     else:
         yield f"over test images: cannot be paired, since {pair.refusal}; the figures above are unpaired"
-    seeds = f"over seeds ({pair.counts[0]} and {pair.counts[1]} runs)"
+    unlike = ", on other test images" if pair.other_images else ""
+    seeds = f"over seeds ({pair.counts[0]} and {pair.counts[1]} runs{unlike})"
     if pair.seeds is not None and pair.seeds.p_value is not None:
         yield _estimate(seeds, pair.seeds, pair.seeds_p_adjusted if many else None)
     elif pair.seeds is not None:

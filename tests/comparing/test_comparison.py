@@ -120,6 +120,8 @@ def test_other_test_images_are_not_paired(runs: Path, tmp_path: Path, capsys: py
     text = capsys.readouterr().out
     assert "cannot be paired, since they were tested on other images" in " ".join(text.split())
     assert "the figures above are unpaired" in " ".join(text.split())
+    assert "over seeds (1 and 1 runs, on other test images)" in " ".join(text.split())
+    assert pair["other_images"] is True
 
 
 def test_runs_without_checkpoints_and_unfinished_ones(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
