@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -27,6 +28,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, port: int) -> None:
         self.page, self.version = b"", ""
+        self._begun, self._count = time.time_ns(), 0
         try:
             super().__init__((HOST, port), _Handler)
         except OSError as error:
@@ -42,6 +44,11 @@ class Server(ThreadingHTTPServer):
 
     def show(self, page: str, version: str) -> None:
         self.page, self.version = page.encode(), version
+
+    def next_version(self) -> str:
+        """One that no page has, nor had of a server that was at this port before."""
+        self._count += 1
+        return f"{self._begun}-{self._count}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # a browser that went away
@@ -93,16 +100,17 @@ def serve(reporter: Reporter, output: Path, *, port: int = 0, look_seconds: floa
     with Server(port) as server, _ended_by_signals() as ended:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, name="report server")
         reporter.update_run()
-        server.show(reporter.html(version="0"), "0")
+        version = server.next_version()
+        server.show(reporter.html(version=version), version)
         thread.start()
         try:
             print(f"{server.url}  (Ctrl-C ends it)", flush=True)
-            number, changed = 0, True
+            changed = True
             while True:
                 changed = reporter.update_checkpoint() or changed
                 if changed:
-                    number += 1
-                    server.show(reporter.html(version=str(number)), str(number))
+                    version = server.next_version()
+                    server.show(reporter.html(version=version), version)
                     write_text(output, reporter.html())
                 if ended.wait(look_seconds):
                     break
