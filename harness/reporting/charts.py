@@ -174,8 +174,7 @@ def heat_map(
         row_label, column_label: what the rows and columns are.
         texts: what is written in the cells (R lists of C), where there is room; None writes nothing.
     """
-    left = 116
-    cell = (WIDTH - left - 14) / max(1, len(columns))
+    left, cell = 116, (WIDTH - 116 - 14) / max(1, len(columns))
     down = min(cell, 36.0) if len(columns) < 12 else cell
     # Names of many classes are small, so that they do not lie over one another.
     small = Markup(' style="font-size:{:.1f}px"').format(0.8 * cell) if cell < SMALL_CELL else ""

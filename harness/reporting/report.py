@@ -32,9 +32,8 @@ _CHECKPOINT_SECTIONS: tuple[tuple[str, str, str, Callable[[Evidence], Markup]], 
      "images (Guo et al. 2017).", calibration_body),
     ("mistakes", "Worst mistakes", "The misclassified test images whose true class got the lowest probability.",
      gallery_body),
-    ("grad-cam", "Where it looks", "Grad-CAM (Selvaraju et al. 2017) of the predicted class for the worst mistakes, "
-     "in float32. The two branches of the last block see the same input: what the one and the other find in it.",
-     grad_cam_body),
+    ("grad-cam", "Where it looks", "Grad-CAM (Selvaraju et al. 2017) of the predicted class, in float32: where in the "
+     "image the features of a layer speak for it.", grad_cam_body),
     ("fields", "Receptive fields", "How much of an image one central unit at the end of each branch depends on, to "
      "scale around a test image; what lies outside of the image is padding.", fields_body),
     ("architecture", "Architecture", "The network from its settings, features as channels × height × width.",

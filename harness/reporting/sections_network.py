@@ -30,6 +30,7 @@ def grad_cam_body(evidence: Evidence) -> Markup:
     found = evidence.predictions()
     probabilities_NK, labels_N = found.probabilities_NK.numpy(), found.labels_N.numpy()
     ids = worst_mistakes(probabilities_NK, labels_N, most=EXPLAINED)
+    which = "the worst mistakes" if len(ids) else "the first test images, since none is misclassified"
     ids = ids if len(ids) else np.arange(min(EXPLAINED, len(labels_N)))
     images_BCHW = evidence.normalised(ids)
     model = evidence.network()
@@ -45,14 +46,17 @@ def grad_cam_body(evidence: Evidence) -> Markup:
             alt = f"Grad-CAM of the {name} for test image {number} as {predicted}: {where_strongest(map_BHW[i])}"
             heat = resized(np.ascontiguousarray(map_BHW[i], np.float32), PICTURE_PX)
             shown.append(_column(name.removesuffix(" branch"), picture(overlaid(small, heat), alt)))
-        words = Markup("{}, taken for <strong>{}</strong>").format(true, predicted)
+        said = "taken for" if probabilities_NK[number].argmax() != labels_N[number] else "rightly taken for"
+        words = Markup("{}, {} <strong>{}</strong>").format(true, said, predicted)
         tiles.append(Markup('<figure class="cam"><div>{}</div><figcaption>{}</figcaption></figure>').format(
             Markup("").join(shown), words))  # fmt: skip
     where = " and ".join(f"{name} ({path})" for name, path in layers.items())
     told = Markup(
-        '<p class="lead">Looked at: {}. Yellow speaks most for the predicted class, dark blue not at all.</p>'
+        '<p class="lead">Of {}: {}. {}Yellow speaks most for the predicted class, dark blue not at all; each picture '
+        "has its own scale, so brightness says where, not how much.</p>"
     )
-    return told.format(where) + Markup('<div class="cams">{}</div>').format(Markup("").join(tiles))
+    branches = "Both branches of the last block see the same input. " if len(layers) > 1 else ""
+    return told.format(which, where, branches) + Markup('<div class="cams">{}</div>').format(Markup("").join(tiles))
 
 
 def where_strongest(map_HW: np.ndarray) -> str:

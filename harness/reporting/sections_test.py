@@ -83,10 +83,17 @@ def calibration_body(evidence: Evidence) -> Markup:
             f"Expected calibration error (ECE, {BINS} bins)": f"{binned.ece:.4f}",
             "Mean probability of the predicted class": percent(confidence),
             "Accuracy": percent(accuracy),
-            "On the whole the network is": "too sure" if confidence > accuracy else "not sure enough",
+            "On the whole the network is": sureness(confidence, accuracy),
         }
     )
     return grid(reliability_diagram(binned), told)
+
+
+def sureness(confidence: float, accuracy: float) -> str:
+    """How a mean probability compares with the accuracy, both shares; alike is what differs by no 0.05 points."""
+    if abs(confidence - accuracy) < 5e-4:
+        return "as sure as it is right"
+    return "too sure" if confidence > accuracy else "not sure enough"
 
 
 def gallery_body(evidence: Evidence) -> Markup:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from harness.reporting.calibration import calibration, reliability_diagram
 from harness.reporting.confusion import confusion_matrix, most_confused, per_class
+from harness.reporting.sections_test import sureness
 from harness.training.predictions import worst_mistakes
 
 
@@ -67,6 +68,15 @@ def test_the_diagram_says_its_figures() -> None:
     assert "Expected calibration error" in drawn
     assert drawn.count('class="bar"') >= 5
     assert "nan" not in drawn
+
+
+@pytest.mark.parametrize(
+    ("confidence", "accuracy", "text"),
+    [(0.6, 0.5, "too sure"), (0.5, 0.6, "not sure enough"), (1.0, 1.0, "as sure as it is right"),
+     (0.99999, 1.0, "as sure as it is right")],
+)  # fmt: skip
+def test_how_sure_a_network_is(confidence: float, accuracy: float, text: str) -> None:
+    assert sureness(confidence, accuracy) == text
 
 
 def test_confusions_are_counted_once() -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,11 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from harness.cli import main
+from harness.reporting.evidence import Evidence
 from harness.reporting.report import _CHECKPOINT_SECTIONS, Reporter
+from harness.reporting.sections_network import EXPLAINED, grad_cam_body
 from harness.reporting.sections_run import duration
+from harness.reporting.serve import Server
 from harness.run_directory import LOCK
 from harness.runs import Run, open_run
 from harness.training.predictions import predict_test_split
@@ -126,6 +130,26 @@ def test_averaged_weights_of_a_run_without_them(run: Path, capsys: pytest.Captur
         manifest.write_text(json.dumps(data))
     assert main(["report", str(run), "--weights", "ema"]) == 2
     assert "no averaged weights" in capsys.readouterr().err
+
+
+def test_grad_cam_without_a_mistake(run: Path) -> None:
+    evidence = Evidence(open_run(run), which="last", weights="raw", keep=False)
+    found = evidence.predictions()
+    assert "taken for" in grad_cam_body(evidence)
+    assert "rightly" not in grad_cam_body(evidence)
+    evidence._made["predictions"] = replace(found, labels_N=found.predicted_N)
+    told = grad_cam_body(evidence)
+    assert "Of the first test images, since none is misclassified" in told
+    assert told.count("rightly taken for") == EXPLAINED
+
+
+def test_a_server_does_not_take_the_pages_of_the_one_before_for_its_own() -> None:
+    """A page in a browser asks for the version at the port it came from, whoever listens there now."""
+    versions = set()
+    for _ in range(2):
+        with Server(0) as server:
+            versions |= {server.next_version(), server.next_version()}
+    assert len(versions) == 4
 
 
 def test_before_the_first_checkpoint(run: Path) -> None:
