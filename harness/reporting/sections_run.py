@@ -80,9 +80,9 @@ def rates_section(run: Run) -> Section:
         points = run.curve("train", key, kind="step")
         if points:
             values = [point.value for point in points]
-            # Throughput and waiting are read by their size, which a logarithmic axis hides.
-            log = key in ("lr", "grad_norm") and min(values) > 0 and max(values) > LOG_FROM * min(values)
-            at_zero = (0.0, 0.0) if key not in ("lr", "grad_norm") else None
+            # The others are read by their size, or as a schedule is drawn: a logarithmic axis hides both.
+            log = key == "grad_norm" and min(values) > 0 and max(values) > LOG_FROM * min(values)
+            at_zero = (0.0, 0.0) if key != "grad_norm" else None
             drawn = [_series(title.lower(), points, 0)]
             charts.append(
                 line_chart(drawn, title=title, description=description, x_label="step", y_label=label, log_y=log,

@@ -45,22 +45,25 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # correct, total
+        self._correct = torch.zeros((), dtype=torch.int64, device=device)
+        self._total = 0  # the host knows it
 
     @torch.no_grad()
     def add(self, loss_sum: Tensor, logits_BK: Tensor, labels_B: Tensor) -> None:
         """Add a batch: summed loss (scalar), logits (B, classes), labels (B,) int64."""
         self._loss_sum += loss_sum.detach()
-        self._counts[0] += (logits_BK.argmax(1) == labels_B).sum()
-        self._counts[1] += len(labels_B)
+        self._correct += (logits_BK.argmax(1) == labels_B).sum()
+        self._total += len(labels_B)
 
     def reset(self) -> None:
         self._loss_sum.zero_()
-        self._counts.zero_()
+        self._correct.zero_()
+        self._total = 0
 
     def read(self) -> Score:
         """The sums over all ranks (a collective where there are several)."""
-        loss_sum, counts = self._loss_sum.clone(), self._counts.clone()
+        loss_sum = self._loss_sum.clone()
+        counts = torch.stack((self._correct, torch.full_like(self._correct, self._total)))
         if dist.is_initialized():
             dist.all_reduce(loss_sum)
             dist.all_reduce(counts)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import termios
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,7 @@ def on_a_terminal(
     process = subprocess.Popen(
         [sys.executable, "-m", "harness", *arguments], stdin=terminal, stdout=terminal, stderr=terminal,
         env=environment | {"TERM": "xterm-256color"} | env,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit none
     )  # fmt: skip
     os.close(terminal)
     written, deadline, sent = b"", time.monotonic() + 60, False
@@ -162,8 +164,11 @@ def on_a_terminal(
         if not sent and until in written.decode(errors="replace") and then is not None:
             process.send_signal(then)
             sent = True
-    code = process.wait(timeout=30)
-    os.close(controller)
+    try:
+        code = process.wait(timeout=30)
+    finally:
+        process.kill()
+        os.close(controller)
     return code, written.decode(errors="replace")
 
 

@@ -58,7 +58,7 @@ def training_step(
     )
 
 
-def perform(step: TrainingStep, batches: list[Batch], number: int = 0) -> Score:
+def perform(step: TrainingStep, batches: list[Batch], number: int = 0, *, check: bool = True) -> Score:
     meter = Meter(torch.device("cpu"))
     count = sum(len(b.labels_B) for b in batches)
     step(
@@ -68,7 +68,7 @@ def perform(step: TrainingStep, batches: list[Batch], number: int = 0) -> Score:
         step=number,
         global_count=count,
         meter=meter,
-        check=True,
+        check=check,
     )
     return meter.read()
 
@@ -112,15 +112,28 @@ class NoGradient(nn.Module):
         return x * 1.0
 
 
-def test_a_gradient_that_is_no_number_names_its_layer_and_changes_nothing(runtime: runtime_module.Runtime) -> None:
+@pytest.mark.parametrize("check", [True, False], ids=["a log step", "between log steps"])
+def test_a_gradient_that_is_no_number_names_its_layer_and_changes_nothing(
+    runtime: runtime_module.Runtime, check: bool
+) -> None:
     model = network()
     model.insert(1, NoGradient())  # type: ignore[operator]
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(Diverged) as caught:
-        perform(training_step(runtime, model), [batch(4), batch(4, 1)], number=41)
+        perform(training_step(runtime, model), [batch(4), batch(4, 1)], number=41, check=check)
     assert 'step 42: the gradient of layer "0" is not finite' in str(caught.value)
     assert caught.value.exit_code == 3
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_log_step_changes_no_bit(runtime: runtime_module.Runtime) -> None:
+    models = network(), network()
+    for model, check in zip(models, (True, False), strict=True):
+        step = training_step(runtime, model)
+        for number in range(3):
+            perform(step, [batch(8, number)], number, check=check)
+        assert (step.grad_norm_value() is not None) == check
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
 
 
 def test_an_image_that_is_no_number_names_the_first_layer(runtime: runtime_module.Runtime) -> None:
