@@ -143,13 +143,18 @@ def bench_ranks(*, rounds: int = 9, ranks: int = 2) -> dict[str, Any]:
     """
     contestants = {
         "pytorch_ddp": Contestant(f"{LOOPS}:ddp", TINY, ranks=ranks),
+        "pytorch_ddp_channels_last": Contestant(f"{LOOPS}:ddp", {**TINY, "channels_last": True}, ranks=ranks),
         "accelerate": Contestant(f"{LOOPS}:accelerate", TINY, ranks=ranks),
         "harness_plain": _tiny_harness("training.sync_batch_norm=false", "training.kernels=plain", ranks=ranks),
         "harness": _tiny_harness("training.sync_batch_norm=false", ranks=ranks),
     }
     times = run_contest(contestants, rounds=rounds, threads=1)
+    found = _against(times, "pytorch_ddp")
+    found["ratios"]["harness_plain_over_pytorch_ddp_channels_last"] = _ratio(
+        times, "harness_plain", "pytorch_ddp_channels_last"
+    )
     settings = {"rounds": rounds, "ranks": ranks, "threads_per_rank": 1, **TINY}
-    return {**_against(times, "pytorch_ddp"), "settings": settings, "machine": describe_machine(CPU, PACKAGES)}
+    return {**found, "settings": settings, "machine": describe_machine(CPU, PACKAGES)}
 
 
 def _tiny_harness(*overrides: str, ranks: int = 1) -> Contestant:
