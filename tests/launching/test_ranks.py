@@ -236,7 +236,7 @@ def test_a_rank_that_dies_is_started_again_from_the_last_checkpoint(
     script = tmp_path / "dies.py"
     script.write_text(
         f"""
-import os, pathlib, signal, sys
+import os, pathlib, signal, sys, time
 from harness.cli import main
 from harness.training.step import TrainingStep
 
@@ -244,6 +244,8 @@ real, mark = TrainingStep.__call__, pathlib.Path({str(tmp_path / "died")!r})
 
 def call(self, *args, **kwargs):
     if kwargs["step"] == 9 and os.environ.get("RANK", "0") == "{ranks - 1}" and not mark.exists():
+        while not list(pathlib.Path("runs/tiny").glob("*/checkpoints/step_7")):
+            time.sleep(0.05)  # it is written beside the training
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, *args, **kwargs)
