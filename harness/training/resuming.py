@@ -21,6 +21,7 @@ from harness.run_directory import CHECKPOINTS, LOCK, is_unused, new_run_director
 from harness.runtime import Runtime, broadcast_text
 from harness.training import checkpoint
 
+NAMED = 3  # runs that are passed over, and settings that differ, before the rest is only counted
 LOCK_SECONDS = 0.5  # whoever only looks whether a run is held holds its lock for an instant
 # Schedules whose shape follows the length of the training.
 _SHAPED_BY_LENGTH = ("cosine", "poly", "tanh", "wsd")
@@ -130,7 +131,7 @@ def _choose(recipe: Recipe, stack: ExitStack, given: Path | None, resume: str) -
         source = _last_good(path, recipe)
     if source is not None and (run := run_of(source)) is not None:
         _check_same_training(recipe, run)
-        _warn_of_another_length(recipe, run)
+        _tell_of_another_length(recipe, run)
     return Start(path, source, empty)
 
 
@@ -143,16 +144,34 @@ def _directory(recipe: Recipe, resume: str, source: Path | None) -> Path:
 
 
 def _newest_unfinished(recipe: Recipe) -> Path | None:
-    for path in sorted(runs_of(recipe.name).glob("*/recipe.yaml"), reverse=True):
+    """The newest run with this recipe that is not finished; where others are passed over, that is said."""
+    passed_over: list[str] = []
+    found = sorted(runs_of(recipe.name).glob("*/recipe.yaml"), reverse=True)
+    for path in found:
         run = path.parent
-        if (run / "result.json").exists() or not checkpoint.list_checkpoints(run / CHECKPOINTS):
+        if (run / "result.json").exists():
+            continue
+        if not checkpoint.list_checkpoints(run / CHECKPOINTS):
+            passed_over.append(f"{run.name} has no checkpoint")
             continue
         try:
-            _check_same_training(recipe, run)
+            changed = changed_settings(load(path), recipe)
         except HarnessError:
+            passed_over.append(f"the recipe of {run.name} cannot be read")
             continue
-        return run
+        if not changed:
+            return run
+        passed_over.append(f"{run.name} differs in {_first_of(list(changed), ', ')}")
+    if passed_over:
+        print(f"no unfinished run with this recipe ({_first_of(passed_over, '; ')}); starting anew", file=sys.stderr)
+    elif found:
+        print("all runs of this recipe are finished; starting anew", file=sys.stderr)
     return None
+
+
+def _first_of(texts: list[str], separator: str) -> str:
+    rest = [f"{len(texts) - NAMED} more"] if len(texts) > NAMED else []
+    return separator.join([*texts[:NAMED], *rest])
 
 
 def _last_good(path: Path, recipe: Recipe) -> Path | None:
@@ -187,13 +206,17 @@ def _check_same_training(recipe: Recipe, run: Path) -> None:
         )
 
 
-def _warn_of_another_length(recipe: Recipe, run: Path) -> None:
+def _tell_of_another_length(recipe: Recipe, run: Path) -> None:
     changed = differences(load(run / "recipe.yaml"), recipe)
     lengths = {k: v for k, v in changed.items() if k in ("training.epochs", "training.steps")}
-    if lengths and recipe.schedule.name in _SHAPED_BY_LENGTH:
-        listed = "; ".join(f"{k}: {old!r} → {new!r}" for k, (old, new) in lengths.items())
+    if not lengths:
+        return
+    listed = "; ".join(f"{k}: {old!r} → {new!r}" for k, (old, new) in lengths.items())
+    if recipe.schedule.name in _SHAPED_BY_LENGTH:
         print(
             f"WARNING {listed}: the {recipe.schedule.name} schedule is shaped by the length, so the learning rate "
             "goes on along another curve than the one the run began with",
             file=sys.stderr,
         )
+    else:
+        print(f"goes on with {run.name} to another length ({listed})", file=sys.stderr)

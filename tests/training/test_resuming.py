@@ -230,13 +230,42 @@ def test_a_shorter_training_than_what_is_done_is_refused(train: Train, capsys: p
     assert everything(run) == before
 
 
-@pytest.mark.parametrize(("schedule", "warned"), [("cosine", True), ("constant", False)])
-def test_another_length_is_warned_of_where_it_shapes_the_schedule(
-    train: Train, capsys: pytest.CaptureFixture[str], schedule: str, warned: bool
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        ("cosine", "WARNING training.epochs: 1 → 2: the cosine schedule is shaped by the length"),
+        ("constant", "goes on with run to another length (training.epochs: 1 → 2)"),
+    ],
+)
+def test_another_length_is_told_and_warned_of_where_it_shapes_the_schedule(
+    train: Train, capsys: pytest.CaptureFixture[str], schedule: str, said: str
 ) -> None:
     train("run", "training.epochs=1", f"schedule.name={schedule}")
     train("run", f"schedule.name={schedule}", resume="auto")
-    assert ("training.epochs: 1 → 2: the cosine schedule" in capsys.readouterr().err) is warned
+    err = capsys.readouterr().err
+    assert said in err
+    assert ("WARNING" in err) is (schedule == "cosine")
+
+
+def test_auto_says_why_it_starts_anew(
+    train: Train, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tiny.parent)
+    auto = ["train", str(tiny), "training.epochs=1", "--resume", "auto"]
+    assert main(auto) == 0
+    assert "starting anew" not in capsys.readouterr().err  # there was nothing to go on with
+    assert main(auto) == 0
+    assert "all runs of this recipe are finished; starting anew\n" in capsys.readouterr().err
+    first, second = sorted(Path("runs/tiny").iterdir())
+    (first / "result.json").unlink()
+    assert main([*auto, "optimizer.lr=0.01"]) == 0
+    said = f"no unfinished run with this recipe ({first.name} differs in optimizer.lr); starting anew\n"
+    assert said in capsys.readouterr().err
+    shutil.rmtree(first / "checkpoints")
+    assert main(auto) == 0
+    assert f"({first.name} has no checkpoint); starting anew\n" in capsys.readouterr().err
+    assert len(list(Path("runs/tiny").iterdir())) == 4
+    assert (second / "result.json").exists()
 
 
 def test_a_full_disk_at_the_start_leaves_the_recipe_whole(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
