@@ -97,9 +97,14 @@ def _nesterov(name: str, nesterov: bool) -> dict[str, bool]:
 
 
 def _refuse_unknown(name: str, optimizer_class: Any, args: Mapping[str, Any]) -> None:
-    """Arguments that are not the optimizer's: timm would take some of its own, such as layer_decay."""
+    """Arguments that are settings of their own, or not the optimizer's: timm would take some of its own, such as
+    layer_decay."""
+    own = {"lr", "momentum", "weight_decay", *(get_optimizer_info(name).defaults or {}).keys() & {"nesterov"}}
+    for key in [key for key in args if key in own]:
+        hint = f"Set optimizer.{key} in place of optimizer.args.{key}."
+        raise HarnessError(f"{key} is a setting of its own", where=f"optimizer.args.{key}", hint=hint)
     parameters = inspect.signature(optimizer_class.__init__).parameters
-    known = [k for k in parameters if k not in ("self", "params")]
+    known = [k for k in parameters if k not in ("self", "params", *own)]
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     for key in args:
