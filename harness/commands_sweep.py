@@ -59,9 +59,24 @@ def _sweep_here(plan: Any, arguments: argparse.Namespace) -> int:
         command = ranks.command(training_words(plan.trials[0], plan.file.recipe_path))
         _print(plan_json(found) if arguments.json else f"{render_plan(found)}\n{shlex.join(command)}")
         return EXIT_DONE
-    code = run_here(plan, ranks, retry_failed=arguments.retry_failed, quiet=arguments.json, queued=queued)
+    code = run_here(
+        plan,
+        ranks,
+        retry_failed=arguments.retry_failed,
+        quiet=arguments.json,
+        again=command_of(arguments),
+        queued=queued,
+    )
     _print_table(plan, arguments)
     return code
+
+
+def command_of(arguments: argparse.Namespace) -> str:
+    """The command as it was given."""
+    words = ["harness", "sweep", str(arguments.sweep)]
+    words += ["--ranks", str(arguments.ranks)] if arguments.ranks is not None else []
+    words += [f"--{name}" for name in ("retry-failed", "json") if getattr(arguments, name.replace("-", "_"))]
+    return shlex.join(words)
 
 
 def _sweep_on_cluster(plan: Any, arguments: argparse.Namespace) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -61,7 +60,9 @@ def training_words(trial: Trial, recipe_path: Path) -> list[str]:
     return ["train", str(recipe_path), *trial.overrides, *loader, *place]
 
 
-def run_here(plan: Plan, ranks: Ranks, *, retry_failed: bool, quiet: bool, queued: Sequence[str] = ()) -> int:
+def run_here(
+    plan: Plan, ranks: Ranks, *, retry_failed: bool, quiet: bool, again: str, queued: Sequence[str] = ()
+) -> int:
     """Train all runs that are due, in order.
 
     A stop signal is handed on to the training under way, which ends with a checkpoint; the sweep ends behind it.
@@ -69,11 +70,11 @@ def run_here(plan: Plan, ranks: Ranks, *, retry_failed: bool, quiet: bool, queue
     Args:
         retry_failed: train those again that failed, from their last checkpoint.
         quiet: what trainings print goes to stderr, so that stdout is free for the table.
+        again: the command that goes on with the sweep, to be told when it is stopped.
         queued: names of runs that a scheduler has, which are left to it.
 
     Returns:
-        0 where all are finished; 1 where some failed or are someone else's; 75, 130 or such of the training that was
-        stopped.
+        0 where all are finished; 1 where some failed or are someone else's; 75 where a signal stopped the sweep.
     """
     with held(plan), Trainer(quiet=quiet) as trainer:
         for number, trial in enumerate(plan.trials, start=1):
@@ -84,9 +85,11 @@ def run_here(plan: Plan, ranks: Ranks, *, retry_failed: bool, quiet: bool, queue
                 continue
             _say(f"{title}: {'goes on' if status.state == 'stopped' else 'starts'}")
             code = trainer.train(ranks.command(training_words(trial, plan.file.recipe_path)), ranks.variables())
+            if status_of(trial).state == "finished":  # whatever signal met its processes as they wound down
+                code = EXIT_DONE
             write_exit_code(trial.directory, code)
             if trainer.stopping:
-                return _tell_stop(plan, trial, code)
+                return _tell_stop(plan, trial, code, again)
             if code != EXIT_DONE:
                 _say(f"{trial.name}: {status_of(trial).words()}")
     return _tell_end(plan, retry_failed=retry_failed, queued=queued)
@@ -134,11 +137,11 @@ class Trainer:
             self._process.send_signal(number)
 
 
-def _tell_stop(plan: Plan, trial: Trial, code: int) -> int:
+def _tell_stop(plan: Plan, trial: Trial, code: int, again: str) -> int:
     how = {EXIT_DONE: "which is finished", EXIT_REQUEUE: "with a checkpoint"}.get(code, f"exit code {code}")
     _say(f"stopped at {trial.name}, {how}; {count_states(statuses(plan))}")
-    _say(f"the same command goes on: harness sweep {shlex.quote(str(plan.file.path))}")
-    return code or EXIT_REQUEUE
+    _say(f"the same command goes on: {again}")
+    return EXIT_REQUEUE
 
 
 def _tell_end(plan: Plan, *, retry_failed: bool, queued: Sequence[str]) -> int:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from harness import commands_sweep
 from harness.cli import main
+from harness.launching.training import Ranks
 from harness.run_directory import is_unused
 from harness.sweeps.plan import Plan, Trial, plan_sweep
 from harness.sweeps.points import Point
-from harness.sweeps.progress import status_of, statuses, write_exit_code
-from harness.sweeps.running import Trainer, held
+from harness.sweeps.progress import read_exit_code, status_of, statuses, write_exit_code
+from harness.sweeps.running import Trainer, held, run_here
 from harness.sweeps.table import rows_of
 from tests.conftest import ROOT, kill_tree, run_limited
 
@@ -87,7 +92,7 @@ def test_four_points_on_two_ranks_are_interrupted_and_gone_on_with(sweep: Path) 
         kill_tree(process.pid)
     assert process.returncode == 75, said
     assert f"stopped at {runs[1].name}, with a checkpoint; 1 finished, 1 stopped, 2 new" in said
-    assert "the same command goes on: harness sweep sweep.yaml" in said
+    assert "the same command goes on: harness sweep sweep.yaml --ranks 2\n" in said
     reached = max(int(p.name.removeprefix("step_")) for p in (runs[1] / "checkpoints").glob("step_*"))
     assert 0 < reached < STEPS
     first = (runs[0] / "result.json").read_bytes()
@@ -164,6 +169,52 @@ def test_a_signal_is_handed_on_once_and_the_code_comes_back(tmp_path: Path, numb
         assert trainer.stopping
     sender.join()
     assert (tmp_path / number.name).exists()
+
+
+WINDS_DOWN = """
+import sys, time
+from harness.cli import main
+main(sys.argv[2:])
+open(sys.argv[1], "w").close()
+time.sleep(60)
+"""
+
+
+class WindingDown(Ranks):
+    """A training that is done, and whose process is still there when the signal comes."""
+
+    def command(self, words: Sequence[str]) -> list[str]:
+        return [sys.executable, "-c", WINDS_DOWN, "done", *words]
+
+
+def test_a_run_with_its_result_is_finished_whatever_signal_came_after(
+    sweep: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_sweep("sweep.yaml")
+    done = sweep.with_name("done")
+
+    def interrupt() -> None:
+        while not done.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    sender = threading.Thread(target=interrupt)
+    sender.start()
+    ranks = WindingDown(1, 1, gpu=False)
+    assert run_here(plan, ranks, retry_failed=False, quiet=False, again="harness sweep x") == 75
+    sender.join()
+    said = capfd.readouterr().err
+    assert f"stopped at {plan.trials[0].name}, which is finished; 1 finished, 3 new\n" in said
+    assert "the same command goes on: harness sweep x\n" in said
+    assert read_exit_code(plan.trials[0].directory) == 0
+
+
+def test_the_command_that_goes_on_is_the_one_that_was_given() -> None:
+    parser = argparse.ArgumentParser()
+    commands_sweep.build_sweep(parser)
+    for words in (["a b.yaml", "--ranks", "2", "--retry-failed", "--json"], ["sweep.yaml"]):
+        given = ["harness", "sweep", *words]
+        assert shlex.split(commands_sweep.command_of(parser.parse_args(words))) == given
 
 
 def test_a_training_does_not_outlive_the_sweep_that_is_killed(tmp_path: Path) -> None:
