@@ -43,10 +43,12 @@ def load_variants(path: str | Path, variants: Iterable[Sequence[str]]) -> list[R
     """One recipe under several sets of overrides, in their order: for each the recipe or all that is wrong with it.
 
     Raises:
-        HarnessError: the file, or one that it inherits, is missing or no YAML.
+        HarnessError: the file, or one that it inherits, is missing, no YAML or a sweep.
     """
     path = Path(path)
     inherited = _read_with_bases(path)
+    if {"recipe", "parameters"} <= inherited.data.keys():
+        raise HarnessError("this is a sweep, not a recipe", where=str(path), hint=f"harness sweep {path}")
     inherited.data.setdefault("name", path.stem)
     return [_with_overrides(copy.deepcopy(inherited), overrides, str(path)) for overrides in variants]
 

@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from harness.errors import ManyErrors
+from harness.errors import HarnessError, ManyErrors
 from harness.recipe import document as yaml_document
 from harness.recipe.document import Document, KeyPath
 from harness.recipe.explaining import at, explain
-from harness.recipe.schema import PositiveInt, Section
+from harness.recipe.schema import PositiveInt, Recipe, Section
 
 MAX_RUNS = 10_000
 SCHEMA_HINT = "A parameter is {values: [0.1, 0.2]} or, with method random, {min: 1e-5, max: 1e-3, scale: log}."
@@ -92,6 +92,9 @@ def read_sweep(path: Path) -> SweepFile:
         HarnessError: all that is wrong with it, each with file:line and a hint; the recipe is not looked at yet.
     """
     document = yaml_document.read(path)
+    keys = document.data.keys()
+    if keys & {"base", *Recipe.model_fields} - {"name"} and not keys & {"recipe", "method", "parameters"}:
+        raise HarnessError("this is a recipe, not a sweep", where=str(path), hint=f"harness train {path}")
     document.data.setdefault("name", path.stem)
     where = str(path)
     sweep: Sweep | None = None

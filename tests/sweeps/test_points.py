@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.cli import main
 from harness.errors import HarnessError, ManyErrors
 from harness.recipe.document import parse_value
 from harness.sweeps.document import Parameter
@@ -165,6 +166,14 @@ def test_what_is_wrong_is_told_once_at_its_line(tiny: Path, change: tuple[str, s
     matching = [error for error in errors if all(part in error for part in expected)]
     assert len(matching) == 1, errors
     assert all("HINT:" in error for error in errors)
+
+
+def test_a_file_of_the_other_kind_is_one_error(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = write(tiny, GRID)
+    assert main(["recipe", "validate", str(sweep)]) == 2
+    assert capsys.readouterr().err == f"ERROR {sweep}: this is a sweep, not a recipe\n  HINT: harness sweep {sweep}\n"
+    assert main(["sweep", str(tiny)]) == 2
+    assert capsys.readouterr().err == f"ERROR {tiny}: this is a recipe, not a sweep\n  HINT: harness train {tiny}\n"
 
 
 def test_all_errors_of_all_points_come_at_once_and_each_once(tiny: Path) -> None:
