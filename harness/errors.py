@@ -72,16 +72,26 @@ def from_disk(error: OSError) -> HarnessError | None:
     return HarnessError(f"cannot be written or read ({error.strerror})", where=where, hint=hint, exit_code=EXIT_FAILED)
 
 
-def nearest(name: str, valid: Iterable[str], *, show_all_up_to: int = 12) -> str:
+def closest(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name that a wrong one is most like, or has the letters of; None where none is like it."""
+    names = sorted({str(v) for v in valid})
+    same_letters = [v for v in names if sorted(v) == sorted(str(name))]
+    return next(iter(difflib.get_close_matches(str(name), names, n=1, cutoff=0.6) or same_letters), None)
+
+
+def nearest(name: str, valid: Iterable[str], *, within: str = "", show_all_up_to: int = 12) -> str:
     """A phrase that helps with a wrong name: the closest valid one, else the valid names when they are few.
+
+    Args:
+        within: what stands before the names, such as "training.".
 
     >>> nearest("epcohs", ["epochs", "seed"])
     'Did you mean "epochs"?'
     """
     names = sorted({str(v) for v in valid})
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
-    if close:
-        return f'Did you mean "{close[0]}"?'
+    close = closest(name, names)
+    if close is not None:
+        return f'Did you mean "{within}{close}"?'
     if not names:
         return "There are no valid names here."
     if len(names) <= show_all_up_to:

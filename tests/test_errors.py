@@ -130,6 +130,7 @@ def test_many_errors_are_told_together() -> None:
     ("name", "valid", "text"),
     [
         ("epcohs", ["epochs", "seed"], 'Did you mean "epochs"?'),
+        ("rl", ["lr", "momentum"], 'Did you mean "lr"?'),
         ("xyz", ["b", "a", "a"], "Valid names: a, b."),
         ("xyz", [], "There are no valid names here."),
         ("qq", [f"n{i:02}" for i in range(12)], "Valid names: " + ", ".join(f"n{i:02}" for i in range(12)) + "."),

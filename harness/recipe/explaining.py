@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
-from harness.errors import HarnessError, nearest
+from harness.errors import HarnessError, closest, nearest
 from harness.recipe.document import Document, KeyPath
 
 
@@ -19,6 +19,7 @@ def at(document: Document, where: str, path: KeyPath, what: str, hint: str | Non
     return HarnessError(what, where=where, hint=hint)
 
 
+MOST_MEANT = 2  # keys of a name that are told; more would be a guess
 SCHEMA_HINT = "`harness recipe schema` lists every key with its type."
 
 
@@ -48,10 +49,12 @@ def explain(
     hint = _describe(owner, loc) or otherwise
     match error["type"]:
         case "extra_forbidden":
-            valid = list(owner.model_fields) if owner else []
-            what, hint = f'unknown key "{key}"', nearest(str(loc[-1]), valid)
+            what, hint = f'unknown key "{key}"', _nearest_key(owner, schema, path)
         case "missing":
             what = f'the key "{key}" is missing'
+        case "model_type":
+            what = f"{key}: must be a section of keys, got {given}"
+            hint = _name_in_section(_section(schema, loc), key, error["input"]) or hint
         case "literal_error":
             valid = [str(v) for v in _literal_values(owner, loc)]
             what, hint = f"{key}: {given} is not one of its values", nearest(str(error["input"]), valid)
@@ -67,6 +70,36 @@ def explain(
         case _:
             what = f"{key}: {error['msg'][0].lower() + error['msg'][1:]}, got {given}"
     return at(document, where, path, what, hint)
+
+
+def _nearest_key(owner: type[BaseModel] | None, schema: type[BaseModel], path: KeyPath) -> str:
+    """A hint for an unknown key: one that is like it in its section, or that is called so in another one."""
+    name, valid = str(path[-1]), list(owner.model_fields) if owner else []
+    close = closest(name, valid)
+    if close is None or len(path) == 1:
+        keys = [(".".join(key), key[-1]) for key in _keys_of(schema)]
+        found = [key for key, last in keys if last == name]
+        if not found and close is None:
+            found = [key for key, last in keys if last.endswith(f"_{name}")]
+        if 1 <= len(found) <= MOST_MEANT:
+            return "Did you mean " + " or ".join(f'"{key}"' for key in found) + "?"
+    return nearest(name, valid, within="".join(f"{part}." for part in path[:-1]))
+
+
+def _keys_of(schema: type[BaseModel]) -> Iterator[tuple[str, ...]]:
+    """The keys of all sections of a schema, and of those within them."""
+    for name in schema.model_fields:
+        section = _section(schema, (name,))
+        if section is None:
+            yield (name,)
+        else:
+            yield from ((name, *key) for key in _keys_of(section))
+
+
+def _name_in_section(section: type[BaseModel] | None, key: str, given: Any) -> str | None:
+    if section is None or "name" not in section.model_fields or not isinstance(given, str):
+        return None
+    return f"Write {key}.name={given}, or in a file {key}: {{name: {given}}}."
 
 
 def _section(schema: type[BaseModel], loc: Iterable[str | int]) -> type[BaseModel] | None:

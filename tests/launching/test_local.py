@@ -141,7 +141,7 @@ def test_a_wrong_recipe_is_told_before_anything_starts(recipe: Path, capfd: pyte
     assert main([str(recipe), "training.epcohs=2"]) == 2
     out, err = capfd.readouterr()
     assert out == ""
-    assert 'Did you mean "epochs"?' in err
+    assert 'Did you mean "training.epochs"?' in err
     assert "Traceback" not in err
 
 

@@ -92,18 +92,18 @@ def test_all_errors_come_at_once_with_their_places(tmp_path: Path) -> None:
     )
     found = "\n".join(errors_of(path, "data.flipp=none", "junk"))
     for line, text in (
-        (2, 'unknown key "training.epcohs"\n  HINT: Did you mean "epochs"?'),
+        (2, 'unknown key "training.epcohs"\n  HINT: Did you mean "training.epochs"?'),
         (3, "training.epochs: must be ≥ 0, got -2"),
         (4, "training.global_batch_size: input should be a valid integer, got '128'"),
         (5, "training.precision: 'bf61' is not one of its values\n  HINT: Did you mean \"bf16\"?"),
         (6, "optimizer.lr: must be > 0"),
         (6, "optimizer.momentum: input should be a finite number"),
         (7, 'duplicate key "optimizer"'),
-        (9, 'unknown key "model.args.widhts"\n  HINT: Did you mean "widths"?'),
+        (9, 'unknown key "model.args.widhts"\n  HINT: Did you mean "model.args.widths"?'),
         (9, "model.args.merge: 'summ' is not one of its values\n  HINT: Did you mean \"sum\"?"),
     ):
         assert f"{path}:{line}: {text}" in found
-    assert 'override "data.flipp=none": unknown key "data.flipp"\n  HINT: Did you mean "flip"?' in found
+    assert 'override "data.flipp=none": unknown key "data.flipp"\n  HINT: Did you mean "data.flip"?' in found
     assert 'override "junk": not of the form key.path=value' in found
     assert found.count("HINT:") == 11
 
@@ -147,6 +147,33 @@ def test_all_errors_come_at_once_with_their_places(tmp_path: Path) -> None:
 )
 def test_bad_recipes_say_what_is_wrong(text: str, expected: str, tmp_path: Path) -> None:
     assert any(expected in e and "HINT:" in e for e in errors_of(write(tmp_path, text)))
+
+
+@pytest.mark.parametrize(
+    ("override", "what", "hint"),
+    [
+        ("epochs=2", 'unknown key "epochs"', 'Did you mean "training.epochs"?'),
+        ("lr=0.1", 'unknown key "lr"', 'Did you mean "optimizer.lr"?'),
+        ("train_images=9", 'unknown key "train_images"', 'Did you mean "data.synthetic.train_images"?'),
+        (
+            "batch_size=32",
+            'unknown key "batch_size"',
+            'Did you mean "training.global_batch_size" or "evaluation.per_device_batch_size"?',
+        ),
+        ("training.lr=0.1", 'unknown key "training.lr"', 'Did you mean "optimizer.lr"?'),
+        ("training.epoch=2", 'unknown key "training.epoch"', 'Did you mean "training.epochs"?'),
+        ("optimizer.rl=2", 'unknown key "optimizer.rl"', 'Did you mean "optimizer.lr"?'),
+        (
+            "model=resnet18",
+            "model: must be a section of keys, got 'resnet18'",
+            "Write model.name=resnet18, or in a file model: {name: resnet18}.",
+        ),
+        ("ema=3", "ema: must be a section of keys, got 3", "ema is a section with the keys decay, warmup."),
+    ],
+)
+def test_a_key_without_its_section_is_told_in_full(tmp_path: Path, override: str, what: str, hint: str) -> None:
+    path = write(tmp_path, "training: {epochs: 1}\n")
+    assert errors_of(path, override) == [f'override "{override}": {what}\n  HINT: {hint}']
 
 
 def test_missing_file_names_its_neighbour() -> None:

@@ -134,7 +134,10 @@ def test_a_value_is_the_same_behind_an_override(value: object) -> None:
         (("method: grid", "method: grit"), ["sweep.yaml:2: method: 'grit' is not one of its values", '"grid"']),
         (("method: grid", "method: grid\npoints: 3"), ["sweep.yaml:3: points: a grid has all combinations"]),
         (("method: grid", "method: random"), ["sweep.yaml:2: method: random needs a number of points"]),
-        (("{values: [0.1, 0.2]}", "{value: [0.1]}"), ['unknown key "parameters.optimizer.lr.value"', '"values"']),
+        (
+            ("{values: [0.1, 0.2]}", "{value: [0.1]}"),
+            ['unknown key "parameters.optimizer.lr.value"', '"parameters.optimizer.lr.values"'],
+        ),
         (("{values: [0.1, 0.2]}", "0.1"), ["sweep.yaml:6: parameters.optimizer.lr:", "{values: [0.1, 0.2]}"]),
         (("{values: [0.1, 0.2]}", "{values: []}"), ["sweep.yaml:6: parameters.optimizer.lr.values"]),
         (("{values: [0.1, 0.2]}", "{min: 0.1, max: 0.2}"), ["sweep.yaml:6: parameters.optimizer.lr: a grid needs"]),
@@ -153,7 +156,10 @@ def test_a_value_is_the_same_behind_an_override(value: object) -> None:
             ['sweep.yaml:3: name: "tiny" is the recipe\'s too', "tiny-sweep"],
         ),
         (("recipe: tiny.yaml", "recipe: tini.yaml"), ['sweep.yaml:1: there is no recipe "tini.yaml"']),
-        (("optimizer.lr:", "optimizer.lrr:"), ['sweep.yaml:6: unknown key "optimizer.lrr"', 'Did you mean "lr"?']),
+        (
+            ("optimizer.lr:", "optimizer.lrr:"),
+            ['sweep.yaml:6: unknown key "optimizer.lrr"', 'Did you mean "optimizer.lr"?'],
+        ),
         (("[0.1, 0.2]", "[0.1, -0.2]"), ["sweep.yaml:6: optimizer.lr: must be > 0.0, got -0.2"]),
         (("epochs: 1", "epochs: -1"), ["sweep.yaml:4: training.epochs: must be ≥ 0"]),
         (("[0.1, 0.2]", f"[{', '.join(map(str, range(1, 2600)))}]"), ["10,396 runs are more than 10,000"]),
