@@ -266,7 +266,13 @@ def _neighbours(path: Path) -> str:
     from harness.errors import nearest
 
     try:
-        names = [p.name for p in path.parent.glob("*.yaml")]
+        is_folder = path.is_dir()
+        folder = path if is_folder else path.parent
+        names = [p.name for p in folder.glob("*.yaml") if not p.name.startswith(".")]
     except OSError:
         names = []
-    return f"In {path.parent}: {nearest(path.name, names)}" if names else "Check the path of the recipe."
+    if not names:
+        return "Check the path."
+    return (
+        f"Give a file in {folder}. {nearest('', names)}" if is_folder else f"In {folder}: {nearest(path.name, names)}"
+    )

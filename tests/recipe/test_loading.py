@@ -180,6 +180,15 @@ def test_missing_file_names_its_neighbour() -> None:
     assert 'Did you mean "seed.yaml"?' in errors_of(ROOT / "recipes" / "sead.yaml")[0]
 
 
+def test_a_folder_names_the_recipes_in_it_and_nothing_hidden(tmp_path: Path) -> None:
+    write(tmp_path, "seed: 0\n", ".hidden.yaml")
+    assert errors_of(tmp_path / "nope.yaml")[0].endswith("HINT: Check the path.")
+    write(tmp_path, "seed: 0\n", "a.yaml")
+    write(tmp_path, "seed: 0\n", "b.yaml")
+    assert errors_of(tmp_path)[0].endswith(f"HINT: Give a file in {tmp_path}. Valid names: a.yaml, b.yaml.")
+    assert errors_of(tmp_path / "other_name")[0].endswith(f"HINT: In {tmp_path}: Valid names: a.yaml, b.yaml.")
+
+
 def test_folder_and_binary_files_are_errors(tmp_path: Path) -> None:
     assert "cannot be read" in errors_of(tmp_path)[0]
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
