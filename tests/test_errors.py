@@ -67,6 +67,29 @@ def test_no_exception_outlives_its_reason() -> None:
     assert set(WITHOUT_HINT) - found == set(), "these have hints now: take them off WITHOUT_HINT"
 
 
+def small_hints(path: Path) -> list[str]:
+    """Hints that begin with a small letter, as far as they stand in the source; commands and keys do so rightly."""
+    found = []
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.keyword):
+            names = [node.arg or ""]
+        elif isinstance(node, ast.Assign):
+            names = [ast.unparse(target) for target in node.targets]
+        else:
+            continue
+        text = node.value.values[0] if isinstance(node.value, ast.JoinedStr) and node.value.values else node.value
+        if any(name.lower().endswith("hint") for name in names) and isinstance(text, ast.Constant):
+            word = str(text.value).partition(" ")[0]
+            if word.isalpha() and word[0].islower() and word not in ("harness", "pip", "ls", "sbatch"):
+                found.append(f"{name_of(path)}:{node.value.lineno}: {text.value}")
+    return found
+
+
+def test_hints_are_sentences() -> None:
+    offenders = [hint for path in FILES for hint in small_hints(path)]
+    assert not offenders, "hints that begin with a small letter:\n" + "\n".join(offenders)
+
+
 def test_the_hint_test_sees_what_it_should(tmp_path: Path) -> None:
     file = tmp_path / "some.py"
     file.write_text(

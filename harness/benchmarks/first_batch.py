@@ -116,7 +116,7 @@ def _in_a_process(contestant: str, path: Path, workers: int, cache: Path) -> dic
     )
     if done.returncode:
         last = (done.stderr.strip() or "it printed nothing").splitlines()[-1]
-        raise HarnessError(f"{contestant} cannot be measured: {last}", hint="see harness doctor")
+        raise HarnessError(f"{contestant} cannot be measured: {last}", hint="See harness doctor")
     return json.loads(done.stdout)
 
 

@@ -55,8 +55,8 @@ _KNOWN_GLOBALS = ("numpy.core.multiarray _reconstruct", "numpy ndarray", "numpy 
 _PER_BATCH = 10_000
 _PIXELS = 3 * 32 * 32
 _TIMEOUT_SECONDS = 30
-_BROKEN_HINT = "remove it, so that it is looked for elsewhere or downloaded again"
-_DOWNLOAD_HINT = "check the network and run it again"
+_BROKEN_HINT = "Remove it, so that it is looked for elsewhere or downloaded again"
+_DOWNLOAD_HINT = "Check the network and run it again"
 
 
 def read_cifar10_folder(folder: Path) -> list[LabelledImages]:

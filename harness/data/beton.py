@@ -142,28 +142,28 @@ def _check_arrays(path: Path, images_BHWC: np.ndarray, labels_B: np.ndarray) -> 
         raise HarnessError(
             f"images must be uint8 (N, H, W, 3), not {images_BHWC.dtype} {images_BHWC.shape}",
             where=where,
-            hint="give RGB images of 8 bits a channel, with the channels last",
+            hint="Give RGB images of 8 bits a channel, with the channels last",
         )
     count, height, width, _ = images_BHWC.shape
     if count == 0:
         raise HarnessError(
-            "there are no images to write", where=where, hint="check that each split of the input holds images"
+            "there are no images to write", where=where, hint="Check that each split of the input holds images"
         )
     if not (1 <= height <= 65535 and 1 <= width <= 65535):
         raise HarnessError(
             f"image sides must be 1 to 65,535 pixels, not {height}×{width}",
             where=where,
-            hint="set data.image_size_px to a number in that range",
+            hint="Set data.image_size_px to a number in that range",
         )
     if labels_B.shape != (count,) or labels_B.dtype.kind not in "iu":
         raise HarnessError(
             f"labels must be {count} integers, not {labels_B.dtype} {labels_B.shape}",
             where=where,
-            hint="give one whole number for each image",
+            hint="Give one whole number for each image",
         )
     if int(labels_B.min()) < 0 or int(labels_B.max()) > np.iinfo(np.int64).max:
         raise HarnessError(
-            f"labels run from {labels_B.min()} to {labels_B.max()}", where=where, hint="number the classes from 0"
+            f"labels run from {labels_B.min()} to {labels_B.max()}", where=where, hint="Number the classes from 0"
         )
 
 
@@ -186,7 +186,7 @@ def _descriptors() -> np.ndarray:
 
 def _broken(path: Path, what: str) -> HarnessError:
     return HarnessError(
-        what, where=str(path), hint="remove the file and make it again: harness data prepare --force RECIPE"
+        what, where=str(path), hint="Remove the file and make it again: harness data prepare --force RECIPE"
     )
 
 

@@ -31,12 +31,12 @@ _SIZE_PX = (32, 32)
 _PER_CLASS = {"train": 5_000, "test": 1_000}
 _DOWNLOADS = "downloads"
 _HINT = (
-    f"set {DATA_VARIABLE} to a folder that holds {archives.BINARY_ARCHIVE} or {archives.PYTHON_ARCHIVE}, either "
+    f"Set {DATA_VARIABLE} to a folder that holds {archives.BINARY_ARCHIVE} or {archives.PYTHON_ARCHIVE}, either "
     "of them extracted, train-*.parquet and test-*.parquet, or train/CLASS/*.png and test/CLASS/*.png; "
     f"or run once where there is a network, with the same {CACHE_VARIABLE}"
 )
 _OTHER_HINT = (
-    "get a whole copy of CIFAR-10; another data set is read with data.source=parquet or imagefolder and data.path"
+    "Get a whole copy of CIFAR-10; another data set is read with data.source=parquet or imagefolder and data.path"
 )
 
 

@@ -71,7 +71,7 @@ def check_synthetic(options: Mapping[str, int] | None) -> dict[str, int]:
     lowest = {"train_images": 1, "test_images": 1, "num_classes": 2, "seed": 0}
     highest = {"num_classes": _MAX_CLASSES}
     for key, value in merged.items():
-        hint = f"leave it out for the default, {SYNTHETIC_DEFAULTS[key]}"
+        hint = f"Leave it out for the default, {SYNTHETIC_DEFAULTS[key]}"
         if isinstance(value, bool) or not isinstance(value, int):
             raise HarnessError(f"must be a whole number, not {value!r}", where=f"synthetic.{key}", hint=hint)
         if value < lowest[key] or value > highest.get(key, value):

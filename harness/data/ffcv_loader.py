@@ -58,7 +58,7 @@ try:
 except (ImportError, OSError) as error:
     raise HarnessError(
         f"the ffcv data loader cannot be used, ffcv cannot be imported: {error}",
-        hint="install libopencv-dev libturbojpeg0-dev pkg-config g++ (Debian's names), "
+        hint="Install libopencv-dev libturbojpeg0-dev pkg-config g++ (Debian's names), "
         "then pip install '.[ffcv]'; or set data.loader=device",
     ) from error
 finally:

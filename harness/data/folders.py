@@ -56,10 +56,10 @@ def list_images(root: Path) -> FolderListing:
     test = find_test_folder(root)
     if test is None:
         wanted = " or ".join(TEST_FOLDERS) if train.is_dir() else TRAIN_FOLDER
-        raise HarnessError(f"has no folder {wanted}", where=str(root), hint="the layout is train/CLASS/IMAGE.png")
+        raise HarnessError(f"has no folder {wanted}", where=str(root), hint="The layout is train/CLASS/IMAGE.png")
     classes, test_classes = class_names(train), class_names(test)
     if not classes:
-        raise HarnessError("has no class folders", where=str(train), hint="the layout is train/CLASS/IMAGE.png")
+        raise HarnessError("has no class folders", where=str(train), hint="The layout is train/CLASS/IMAGE.png")
     for name in sorted(set(test_classes) - set(classes)):
         raise HarnessError(
             f'the class "{name}" has no folder in {train}',
@@ -70,14 +70,14 @@ def list_images(root: Path) -> FolderListing:
         raise HarnessError(
             f'has no folder for the class "{name}"',
             where=str(test),
-            hint="make an empty one where there really are no test images of that class",
+            hint="Make an empty one where there really are no test images of that class",
         )
     listing = FolderListing(root, classes, tuple(_files(train, classes)), tuple(_files(test, classes)))
     if not listing.test:
         raise HarnessError(
             "holds no images",
             where=str(test),
-            hint=f"put images in its class folders, for example {test.name}/{classes[0]}/IMAGE.png",
+            hint=f"Put images in its class folders, for example {test.name}/{classes[0]}/IMAGE.png",
         )
     filled = {label for _, label in listing.train}
     for label, name in enumerate(classes):
@@ -85,7 +85,7 @@ def list_images(root: Path) -> FolderListing:
             raise HarnessError(
                 "holds no images",
                 where=str(train / name),
-                hint=f"put images there, or remove this folder and {test / name}",
+                hint=f"Put images there, or remove this folder and {test / name}",
             )
     return listing
 

@@ -20,7 +20,7 @@ from harness.errors import HarnessError
 
 _WIDE_MODES = ("I", "F")  # also "I;16", "I;16B" …: Pillow's conversion to RGB clips their values at 255
 _CHUNK = 256
-_NOT_READABLE_HINT = "replace it or leave it out; PNG, JPEG and all other formats that Pillow knows are read"
+_NOT_READABLE_HINT = "Replace it or leave it out; PNG, JPEG and all other formats that Pillow knows are read"
 # Below this, Pillow spends its time in Python: 2 threads took 1.4 s for 17,000 CIFAR images, one took 0.95 s.
 _THREADS_FROM_BYTES = 16 * 1024
 
@@ -74,7 +74,10 @@ def read_image(
             if not wide and required_size_px in (None, size):
                 image_HWC = np.asarray(fit(image if mode == "RGB" else image.convert("RGB"), image_size_px))
     except FileNotFoundError as error:
-        raise HarnessError("there is no such file", where=where, hint="check the path and its spelling") from error
+        raise HarnessError("there is no such file", where=where, hint="Check the path and its spelling") from error
+    except IsADirectoryError as error:
+        hint = f"Give the image files in it, such as {where}/*.png."
+        raise HarnessError("is a folder, not an image", where=where, hint=hint) from error
     except Exception as error:  # on damaged bytes Pillow's decoders raise almost anything, SyntaxError included
         reason = str(error) or type(error).__name__
         raise HarnessError(f"not a readable image ({reason})", where=where, hint=_NOT_READABLE_HINT) from error
@@ -82,14 +85,14 @@ def read_image(
         raise HarnessError(
             f'the image has more than 8 bits a channel (mode "{mode}")',
             where=where,
-            hint="convert it to 8 bits",
+            hint="Convert it to 8 bits",
         )
     if required_size_px not in (None, size):
         wanted = f"{required_size_px[0]}×{required_size_px[1]}"
         raise HarnessError(
             f"the image is {size[0]}×{size[1]} pixels where {wanted} are wanted",
             where=where,
-            hint="bring it to that size or leave it out",
+            hint="Bring it to that size or leave it out",
         )
     return image_HWC
 

@@ -162,7 +162,7 @@ class BatchPlan:
             raise HarnessError(
                 f"the last batch of an epoch would hold {self.count % size} images for {self.world_size} "
                 f"ranks ({self.count} training images, global_batch_size {size})",
-                hint=f"set drop_last, or: {self._hint()}",
+                hint=f"Set drop_last, or: {self._hint()}",
             )
 
     @property
@@ -246,7 +246,7 @@ def evaluation_batches(count: int, *, batch_size: int, rank: int, world_size: in
     if batch_size < 1:
         raise HarnessError(
             f"the evaluation batch size must be at least 1, it is {batch_size}",
-            hint="set evaluation.per_device_batch_size to 1 or more",
+            hint="Set evaluation.per_device_batch_size to 1 or more",
         )
     shard = np.array_split(np.arange(count, dtype=np.int64), world_size)[rank]
     return [shard[first : first + batch_size] for first in range(0, len(shard), batch_size)]

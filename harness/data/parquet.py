@@ -21,7 +21,7 @@ SPLITS = ("train", "test")
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMN = "label"
 _SUBFOLDERS = (".", "plain_text", "data")  # where Hugging Face repositories keep the files
-_BROKEN_HINT = "fetch the file again; one of a few hundred bytes is a Git LFS pointer and not the data"
+_BROKEN_HINT = "Fetch the file again; one of a few hundred bytes is a Git LFS pointer and not the data"
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
 
 
@@ -73,7 +73,7 @@ def read_parquet(
                 raise HarnessError(
                     f"the label {labels_B[wrong[0]]} is out of range: there are {len(classes)} classes",
                     where=_row(path, int(wrong[0])),
-                    hint=f"labels run from 0 to {len(classes) - 1}; mend the label or the class names in the schema",
+                    hint=f"Labels run from 0 to {len(classes) - 1}; mend the label or the class names in the schema",
                 )
     first_path, first_images, _ = next(column for column in columns["train"] if len(column[1]))
     size_px = required_size_px or image_size(first_images[0], where=_row(first_path, 0))
@@ -108,14 +108,14 @@ def _check_shards(paths: list[Path]) -> None:
         raise HarnessError(
             "files of different sets lie together: " + ", ".join(path.name for path in paths),
             where=str(paths[0].parent),
-            hint="keep one set of numbered files in the folder",
+            hint="Keep one set of numbered files in the folder",
         )
     missing = sorted(set(range(totals.pop())) - {int(match[1]) for _, match in numbered})
     if missing:
         path, match = numbered[0]
         name = f"{path.name[: match.start()]}-{missing[0]:0{len(match[1])}}-of-{match[2]}.parquet"
         raise HarnessError(
-            f"the file {name} is missing", where=str(path.parent), hint="fetch that file too, or all of them again"
+            f"the file {name} is missing", where=str(path.parent), hint="Fetch that file too, or all of them again"
         )
 
 
@@ -136,7 +136,7 @@ def _read_columns(paths: list[Path]) -> list[tuple[Path, list[bytes], np.ndarray
         raise HarnessError(
             "holds no images",
             where=", ".join(str(path) for path in paths),
-            hint="fetch the files again, or give files that have rows",
+            hint="Fetch the files again, or give files that have rows",
         )
     return columns
 
@@ -165,19 +165,19 @@ def _read_file(path: Path) -> tuple[list[bytes], np.ndarray]:
             raise HarnessError(
                 f"the column {image_column} holds {images.type}, not image bytes",
                 where=str(path),
-                hint="store each image as the bytes of a PNG or JPEG file, or as {bytes, path}",
+                hint="Store each image as the bytes of a PNG or JPEG file, or as {bytes, path}",
             )
         if not pyarrow.types.is_integer(labels.type):
             raise HarnessError(
                 f"the column label holds {labels.type}, not whole numbers",
                 where=str(path),
-                hint="number the classes from 0 and store these numbers",
+                hint="Number the classes from 0 and store these numbers",
             )
         for name, column in ((image_column, images), (LABEL_COLUMN, labels)):
             if column.null_count:
                 row = column.is_null().to_pylist().index(True)
                 raise HarnessError(
-                    f"the column {name} is empty", where=_row(path, row), hint="fill it in or remove the row"
+                    f"the column {name} is empty", where=_row(path, row), hint="Fill it in or remove the row"
                 )
         return images.to_pylist(), labels.to_numpy(zero_copy_only=False).astype(np.int64)
     except (OSError, KeyError, pyarrow.ArrowException) as error:
@@ -206,6 +206,6 @@ def _numbered_classes(train: list[tuple[Path, list[bytes], np.ndarray]]) -> tupl
         raise HarnessError(
             f"the label {beyond} is out of range: no training image has the label {gaps[0]}",
             where=_row(path, int(rows[0])),
-            hint="number the classes from 0 without gaps",
+            hint="Number the classes from 0 without gaps",
         )
     return tuple(str(label) for label in present)

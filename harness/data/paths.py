@@ -30,7 +30,7 @@ def data_directories() -> list[Path]:
         if not directory.is_dir():
             raise HarnessError(
                 f"${DATA_VARIABLE} names a folder that is not there: {directory}",
-                hint=f"mend or unset {DATA_VARIABLE}",
+                hint=f"Mend or unset {DATA_VARIABLE}",
             )
         directories.append(directory)
     return directories
@@ -63,5 +63,5 @@ def _not_writable(directory: Path, reason: str) -> HarnessError:
     return HarnessError(
         f"the cache folder cannot be written to ({reason})",
         where=str(directory),
-        hint=f"set {CACHE_VARIABLE} to a folder of yours with about 1 GB of free space",
+        hint=f"Set {CACHE_VARIABLE} to a folder of yours with about 1 GB of free space",
     )

@@ -96,7 +96,7 @@ def open_store(directory: str | Path) -> DataStore:
     if problems:
         raise HarnessError(
             "the converted data is damaged:\n    " + "\n    ".join(problems),
-            hint=f"make it again: harness data prepare --force RECIPE, or remove {directory}",
+            hint=f"Make it again: harness data prepare --force RECIPE, or remove {directory}",
         )
     return DataStore(directory, read_manifest(directory))
 
@@ -139,7 +139,7 @@ def _exists(directory: Path) -> bool:
         raise HarnessError(
             f"cannot be read: {error.strerror or error}",
             where=str(directory),
-            hint=f"see that you may read that folder, or set {CACHE_VARIABLE} to another",
+            hint=f"See that you may read that folder, or set {CACHE_VARIABLE} to another",
         ) from error
 
 
@@ -155,7 +155,7 @@ def _fingerprint(located: Located, image_size_px: int) -> str:
             raise HarnessError(
                 f"cannot be read: {error.strerror or error}",
                 where=str(file),
-                hint="see that the file is there and that you may read it",
+                hint="See that the file is there and that you may read it",
             ) from error
         identity = [str(file), status.st_size, status.st_mtime_ns]
         digest.update(json.dumps(identity).encode())
@@ -176,7 +176,7 @@ def _locked(path: Path) -> Iterator[None]:
         raise HarnessError(
             f"the file cannot be locked: {error}",
             where=str(path),
-            hint=f"set {CACHE_VARIABLE} to a folder on a disk that has file locks",
+            hint=f"Set {CACHE_VARIABLE} to a folder on a disk that has file locks",
         ) from error
     try:
         yield
@@ -205,7 +205,7 @@ def _convert(located: Located, directory: Path, image_size_px: int, fingerprint:
         raise HarnessError(
             f"cannot be written: {error.strerror or error}",
             where=str(directory),
-            hint=f"see that the disk has free space, or set {CACHE_VARIABLE} to a folder on another",
+            hint=f"See that the disk has free space, or set {CACHE_VARIABLE} to a folder on another",
         ) from error
     finally:
         _remove_leftovers(directory.parent, directory.name)

@@ -27,7 +27,7 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 BETON_FILES: Mapping[str, str] = {"train": "train.beton", "test": "test.beton"}  # by split
 _SELF_DIGEST = "manifest_sha256"
-_AGAIN_HINT = "make the data again: harness data prepare --force RECIPE"
+_AGAIN_HINT = "Make the data again: harness data prepare --force RECIPE"
 
 SplitName = Literal["train", "test"]
 

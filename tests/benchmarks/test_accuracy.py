@@ -108,7 +108,7 @@ def test_without_the_real_images_nothing_is_measured(
     assert main(["bench", "accuracy"]) == 2
     error = capsys.readouterr().err
     assert "harness bench accuracy: needs the real CIFAR-10, since accuracies on other images would mean no" in error
-    assert "HINT: set HARNESS_DATA" in error
+    assert "HINT: Set HARNESS_DATA" in error
 
 
 def test_epochs_must_be_positive() -> None:

@@ -101,7 +101,7 @@ def test_reflection_needs_an_image_larger_than_its_padding() -> None:
     augmentation.check_image_size(9, 32)
     with pytest.raises(HarnessError, match="8 cannot be reflected in images of 32×8 pixels") as caught:
         augmentation.check_image_size(32, 8)
-    assert "use at most 7" in str(caught.value)
+    assert "Use at most 7" in str(caught.value)
     Augmentation(seed=0, crop_padding_px=8).check_image_size(8, 8)
 
 

@@ -72,7 +72,7 @@ def test_what_is_no_image_is_named(tmp_path: Path, content: bytes) -> None:
 def test_missing_files_folders_and_bombs_are_named(tmp_path: Path) -> None:
     with pytest.raises(HarnessError, match=r"none\.png: there is no such file"):
         read_image(tmp_path / "none.png", image_size_px=8)
-    with pytest.raises(HarnessError, match="not a readable image"):
+    with pytest.raises(HarnessError, match=r"is a folder, not an image\n  HINT: Give the image files in it, such as"):
         read_image(tmp_path, image_size_px=8)
     header = b"P6 40000 40000 255\n"  # says 4.8 GB of pixels and holds none
     with pytest.raises(HarnessError, match="bomb"):

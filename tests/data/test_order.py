@@ -214,7 +214,7 @@ def test_a_small_last_batch_has_fewer_micro_batches() -> None:
         (100, 6, {"world_size": 2, "accumulation_steps": 2}, ["6 is not divisible by 4", "is 4 or 8"]),
         (100, 128, {}, ["128 is larger than the 100 training images", "is 100"]),
         (100, 128, {"world_size": 3, "drop_last": True}, ["128 is not divisible by 3", "is 99"]),
-        (101, 20, {"world_size": 2}, ["would hold 1 images for 2 ranks", "set drop_last, or: ", "is 18 or 22"]),
+        (101, 20, {"world_size": 2}, ["would hold 1 images for 2 ranks", "Set drop_last, or: ", "is 18 or 22"]),
         (3, 4, {"world_size": 4}, ["larger than the 3", "no size fits"]),
         (0, 4, {}, ["count must be at least 1"]),
         (10, 0, {}, ["global_batch_size must be at least 1"]),

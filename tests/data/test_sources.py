@@ -77,6 +77,8 @@ def test_paths_where_they_do_not_belong_or_are_missing(data: Path) -> None:
         with pytest.raises(HarnessError, match="nowhere: there is no such file or folder") as caught:
             locate(source, path="nowhere")
         assert str(data / "nowhere") in str(caught.value)
+        with pytest.raises(HarnessError, match=r"^/nowhere/at/all: there is no such file or folder\n"):
+            locate(source, path="/nowhere/at/all")
     (data / "file").write_text("x")
     for source in SOURCES[:3]:
         with pytest.raises(HarnessError, match="file: h"):
@@ -131,7 +133,7 @@ def test_no_data_and_no_network(data: Path, empty_cache: Path, download: bool) -
     text = str(caught.value)
     for place in (data, data / "CIFAR-10", empty_cache / "downloads" / archives.BINARY_ARCHIVE):
         assert f"\n    {place}\n" in text
-    assert "HINT: set HARNESS_DATA" in text
+    assert "HINT: Set HARNESS_DATA" in text
     assert text.count("HINT") == 1
     assert ("the download failed" in text) == download
     if not download:
