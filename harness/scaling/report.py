@@ -59,6 +59,7 @@ def scale(recipe: Recipe, gpus: Sequence[int], network: Network, *, step_ms: flo
             "fixed_ms_per_pass": timing.fixed_seconds * 1e3,
             "ms_per_image": timing.seconds_per_image * 1e3,
             "how": timing.how,
+            "measured_on": timing.measured_on,
         },
         "network": {
             "name": network.name,
@@ -115,6 +116,11 @@ def render_scale(result: dict[str, Any]) -> str:
         f"{_plural(len(recipe['bucket_bytes']), 'bucket')}, "
         f"{recipe['sync_batch_norm_messages_per_step']} SyncBatchNorm messages a step"
     ]
+    if result["compute"]["measured_on"] == "cpu":
+        lines.append(
+            "The step was measured on a CPU and is no GPU's: each of the GPUs below is as slow as this CPU. "
+            "--step-ms X takes the milliseconds of a step on one GPU."
+        )
     titles = {
         "strong": f"strong scaling: {recipe['global_batch_size']} images a step over all GPUs",
         "weak": f"weak scaling: {recipe['global_batch_size']} images a step on each GPU",

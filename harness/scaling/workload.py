@@ -35,12 +35,14 @@ class Timing:
         step_seconds: of the passes of one optimizer step on one device.
         fixed_seconds, seconds_per_image: of a micro-batch's passes.
         how: a phrase for people.
+        measured_on: the type of the device, such as "cpu"; None where the time was given.
     """
 
     step_seconds: float
     fixed_seconds: float
     seconds_per_image: float
     how: str
+    measured_on: str | None = None
 
 
 def given_timing(recipe: Recipe, step_ms: float) -> Timing:
@@ -81,7 +83,7 @@ def measured_timing(recipe: Recipe, device: torch.device) -> Timing:
         fixed, _ = affine((smaller, small), (images, seconds))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     how = f"measured on {where}, median, at {images} images a pass" + (f" and at {smaller}" if smaller >= 2 else "")
-    return Timing(accumulation * seconds, fixed, (seconds - fixed) / images, how)
+    return Timing(accumulation * seconds, fixed, (seconds - fixed) / images, how, device.type)
 
 
 def affine(small: tuple[int, float], large: tuple[int, float]) -> tuple[float, float]:

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from harness.cli import main
+from harness.scaling.report import render_scale
 
 SEED = str(Path(__file__).resolve().parents[2] / "recipes" / "seed.yaml")
 
@@ -53,6 +55,17 @@ def test_a_recipe_is_measured_where_no_time_is_given(
     assert result["compute"]["how"].startswith("measured on")
     assert [row["images_per_gpu"] for row in result["strong"]] == [16, 8]
     assert [row["images_per_gpu"] for row in result["weak"]] == [16, 16]
+    assert result["compute"]["measured_on"] == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize(("device", "said"), [("cpu", True), ("cuda", False), (None, False)])
+def test_a_step_of_a_cpu_is_no_gpus(capsys: pytest.CaptureFixture[str], device: str | None, said: bool) -> None:
+    assert main(["scale", SEED, "--step-ms", "20", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    result["compute"]["measured_on"] = device
+    above, table, _ = render_scale(result).partition("strong scaling")
+    assert table
+    assert ("measured on a CPU and is no GPU's" in above) is said
 
 
 @pytest.mark.parametrize(
