@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -170,7 +171,7 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            _log.warning("another process is converting this data; waiting for it (lock %s)", path)
+            _tell_of_waiting(path)
             lock.acquire()
     except (OSError, NotImplementedError) as error:
         raise HarnessError(
@@ -182,6 +183,15 @@ def _locked(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _tell_of_waiting(path: Path) -> None:
+    """The ranks of a training on one node convert once; of those that wait, the first alone says so."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    who = "another process" if alone else "another rank of this training, or another process,"
+    _log.warning("%s is converting this data; waiting for it (lock %s)", who, path)
 
 
 def _remove_leftovers(stores: Path, name: str) -> None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from harness.data.prepare import DataStore, Split, channel_statistics, list_stores, open_store, prepare, verify
@@ -261,6 +263,42 @@ def test_processes_at_the_same_time_convert_once() -> None:
         sum(err.count("converting") for _, err in outputs) - sum(err.count("is converting") for _, err in outputs) == 1
     )
     assert verify(outputs[0][0].strip()) == []
+
+
+@pytest.mark.parametrize(
+    ("rank", "world_size", "said"),
+    [
+        (None, None, ["another process is converting this data"]),
+        ("0", "2", ["another rank of this training, or another process, is converting this data"]),
+        ("1", "2", []),
+    ],
+)
+def test_of_the_ranks_that_wait_for_the_conversion_the_first_says_so(
+    empty_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    rank: str | None,
+    world_size: str | None,
+    said: list[str],
+) -> None:
+    for name, value in (("LOCAL_RANK", rank), ("WORLD_SIZE", world_size)):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    directory = Path(small().directory)
+    shutil.rmtree(directory)
+    taken = threading.Event()
+
+    def convert() -> None:
+        with FileLock(directory.parent / f"{directory.name}.lock"):
+            taken.set()
+            time.sleep(0.3)
+
+    other = threading.Thread(target=convert)
+    other.start()
+    assert taken.wait(10)
+    small()
+    other.join()
+    told = [record.getMessage().partition(";")[0] for record in caplog.records if record.levelname == "WARNING"]
+    assert told == said
 
 
 @pytest.mark.parametrize("moment", ["reading", "building", "replacing"])
