@@ -17,7 +17,8 @@ from harness.run_directory import CHECKPOINTS, JOB, LOCK, RUN_FILES, RUNS, is_un
 from harness.runs import METRICS, RESULT, Run, is_held, open_run
 
 State = Literal["running", "finished", "stopped", "empty", "broken"]
-SIGNS_OF_A_RUN = frozenset({METRICS, RESULT, CHECKPOINTS, LOCK, JOB, *RUN_FILES})
+SIGNS_OF_A_RUN = frozenset({METRICS, RESULT, CHECKPOINTS, *RUN_FILES})
+SIGNS_OF_A_RUN_OR_SWEEP = frozenset({LOCK, JOB})  # a sweep keeps them above its runs
 ORDER = "newest last"  # by the latest record
 _NO_VALUE = "-"
 _LEAST_RUN = 24  # letters: a run id and a little of its folder
@@ -158,11 +159,16 @@ def _signs(path: Path) -> bool:
     """Whether anything in a folder says that it is a run; one that cannot be looked into may be."""
     try:
         with os.scandir(path) as found:
-            return any(entry.name in SIGNS_OF_A_RUN for entry in found)
+            names = {entry.name for entry in found}
     except FileNotFoundError:
         return False
     except OSError:
         return True
+    if names & SIGNS_OF_A_RUN:
+        return True
+    return bool(names & SIGNS_OF_A_RUN_OR_SWEEP) and not any(
+        _signs(child) for child in _folders(path) if child.name not in SIGNS_OF_A_RUN_OR_SWEEP
+    )
 
 
 def _entry(path: Path) -> Entry:
@@ -218,7 +224,12 @@ def _modified(path: Path) -> float:
 
 
 def _epochs(entry: Entry) -> str:
-    return f"{entry.epoch:.4g}/{'?' if entry.epochs is None else f'{entry.epochs:.4g}'}"
+    return f"{_epoch(entry.epoch)}/{'?' if entry.epochs is None else _epoch(entry.epochs)}"
+
+
+def _epoch(epoch: float) -> str:
+    """With a tenth where it is not whole: what lies between two epochs is a share of one."""
+    return f"{epoch:.1f}".removesuffix(".0") if abs(epoch) < 1e5 else f"{epoch:.4g}"
 
 
 def _percent(share: float | None) -> str:

@@ -19,7 +19,7 @@ from harness.errors import HarnessError
 from harness.recipe import load
 from harness.recipe.loading import resolved_yaml
 from harness.reporting.listing import Entry, age, list_runs, render
-from harness.run_directory import LOCK
+from harness.run_directory import JOB, LOCK
 from tests.handmade import ANY_CONTENT, write_contents, write_run
 
 NAMES = [f"20260101-00000{i}-aaaa" for i in range(10)]
@@ -58,6 +58,41 @@ def test_a_training_that_has_just_begun_is_not_broken(tmp_path: Path) -> None:
     with FileLock(run / LOCK):
         (entry,) = list_runs(tmp_path)
     assert (entry.state, entry.problems) == ("running", ())
+
+
+@pytest.mark.parametrize("on_a_cluster", [False, True])
+def test_a_sweeps_folder_is_no_run_and_its_runs_are_listed(tmp_path: Path, on_a_cluster: bool) -> None:
+    sweep = tmp_path / "lr-and-wd"
+    write_run(sweep / "0f21-seed_0", (0.5,))
+    (sweep / "0f21-seed_1").mkdir()
+    (sweep / "0f21-seed_1" / LOCK).touch()  # a point whose training has not begun
+    if on_a_cluster:
+        for folder, file in ((sweep, "job.sh"), (sweep / "0f21-seed_1", "recipe.yaml")):
+            (folder / JOB).mkdir()
+            (folder / JOB / file).touch()
+    with FileLock(sweep / LOCK):
+        while_it_runs = by_name(tmp_path)
+    for found in (while_it_runs, by_name(tmp_path), by_name(sweep)):
+        assert {name: entry.state for name, entry in found.items()} == {
+            "0f21-seed_0": "finished",
+            "0f21-seed_1": "empty",
+        }
+        assert not any(entry.problems for entry in found.values())
+
+
+@pytest.mark.parametrize(
+    ("epoch", "epochs", "text"),
+    [
+        (0.1279, 2, "0.1/2"),
+        (22.25, 3000, "22.2/3000"),
+        (2, 2.5, "2/2.5"),
+        (12345, None, "12345/?"),
+        (0, 1e14, "0/1e+14"),
+    ],
+)
+def test_epochs_have_no_more_digits_than_they_mean(epoch: float, epochs: float | None, text: str) -> None:
+    entry = Entry("runs/a/b", "a", "running", epoch, epochs, None, None, 0, ())
+    assert f" {text} " in render([entry], Path("runs"), width=None, now_unix_seconds=0)
 
 
 def test_broken_runs_are_listed_with_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
