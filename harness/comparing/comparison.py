@@ -30,8 +30,8 @@ class Pair:
 
     Attributes:
         first, second: letters.
-        first_accuracy, second_accuracy: means over the runs, shares; None where no run has one.
-        counts: runs with a test accuracy, of the first and the second.
+        first_accuracy, second_accuracy: means over the finished runs, shares; None where no run has one.
+        counts: finished runs with a test accuracy, of the first and the second.
         images: over the test images; None where the runs cannot be paired, and `refusal` says why.
         seeds: over the runs; None where a group has no accuracy.
         other_images: the test images of the groups are known to differ.
@@ -110,13 +110,15 @@ def compare(paths: Sequence[Path], *, checkpoint: str, weights: str) -> Comparis
     """
     runs = _open_all(paths)
     groups = group_runs(runs)
-    notes = [note for run in runs for note in _notes_on(run)] + _notes_on_seeds(groups)
+    notes = [note for run in runs for note in _notes_on(run, paired=len(groups) > 1)] + _notes_on_seeds(groups)
     answers: dict[Path, Answers] = {}
     if len(groups) > 1:
         if checkpoint == "best":
             notes.append("The best checkpoints were chosen by their test accuracy, so they look a little too good.")
-        answers = _all_answers(runs, checkpoint, weights, notes)
-    pairs = [_pair(groups[0], other, answers, checkpoint, weights) for other in groups[1:]]
+        answers = _all_answers([run for run in runs if _has_ended(run)], checkpoint, weights, notes)
+    # What a training has reached so far is no answer to which recipe is better.
+    ended = [replace(group, runs=[run for run in group.runs if _has_ended(run)]) for group in groups]
+    pairs = [_pair(ended[0], other, answers, checkpoint, weights) for other in ended[1:]]
     return Comparison(
         groups, differing_settings(groups), headline_figures(groups), _adjusted(pairs), checkpoint, weights, notes
     )
@@ -136,10 +138,17 @@ def _open_all(paths: Sequence[Path]) -> list[Run]:
     return list(runs.values())
 
 
-def _notes_on(run: Run) -> list[str]:
+def _has_ended(run: Run) -> bool:
+    return run.state == "finished"
+
+
+def _notes_on(run: Run, *, paired: bool) -> list[str]:
     notes = [f"{run.label}: {problem}." for problem in run.problems]
-    if run.state != "finished":
-        notes.append(f"{run.label} is not finished ({run.state}, epoch {run.epoch:.4g}): its figures are those so far.")
+    if not _has_ended(run):
+        left_out = ", and it is left out where groups are set beside each other" if paired else ""
+        notes.append(
+            f"{run.label} is not finished ({run.state}, epoch {run.epoch:.4g}): its figures are those so far{left_out}."
+        )
     return notes
 
 
@@ -174,7 +183,9 @@ def _pair(first: Group, second: Group, answers: dict[Path, Answers], checkpoint:
     seeds = over_seeds(*accuracies) if all(accuracies) else None
     there = [[answers[run.path] for run in group.runs if run.path in answers] for group in (first, second)]
     images, refusal, other_images = None, None, False
-    if not all(there):
+    if unfinished := [group.letter for group in (first, second) if not group.runs]:
+        refusal = f"no run of {' and '.join(unfinished)} is finished"
+    elif not all(there):
         missing = [g.letter for g, found in zip((first, second), there, strict=True) if not found]
         refusal = f"no run of {' and '.join(missing)} has a checkpoint that could be asked"
     else:

@@ -9,11 +9,11 @@ from harness.comparing.text import (
     NO_VALUE,
     UNKNOWN_DIFFERENCES,
     WHAT_EACH_SAYS,
+    figure_rows,
     group_lines,
     p_text,
     pair_sentences,
     points,
-    spread_text,
     value_text,
     what_the_spread_is,
 )
@@ -82,9 +82,8 @@ def _differences(comparison: Comparison, letters: list[str]) -> Markup:
 def _figures(comparison: Comparison, letters: list[str]) -> Markup:
     if not comparison.figures:
         return page.missing("No run has any figures yet.")
-    rows = [[figure.title, *(spread_text(figure, letter) for letter in letters)] for figure in comparison.figures]
     numeric = range(1, len(letters) + 1)
-    return page.table(["figure", *letters], rows, caption="Headline figures", numeric=numeric)
+    return page.table(["figure", *letters], figure_rows(comparison), caption="Headline figures", numeric=numeric)
 
 
 def _pairs(comparison: Comparison) -> Markup:

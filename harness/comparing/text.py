@@ -36,7 +36,7 @@ def render(comparison: Comparison, *, width: int | None) -> str:
         parts.append(_tables(["recipe", *letters], rows, columns))
     elif len(letters) > 1:
         parts.append(_wrapped(UNKNOWN_DIFFERENCES, columns))
-    rows = [[figure.title, *(spread_text(figure, letter) for letter in letters)] for figure in comparison.figures]
+    rows = figure_rows(comparison)
     if rows:
         below = _wrapped(f"({what_the_spread_is(comparison)})", columns, further="")
         parts.append(f"{_tables(['figure', *letters], rows, columns)}\n{below}")
@@ -53,7 +53,8 @@ def render(comparison: Comparison, *, width: int | None) -> str:
 def group_lines(comparison: Comparison) -> Iterator[str]:
     """Each group with its recipe, the number of its runs and their seeds."""
     for group in comparison.groups:
-        seeds = [str(seed) for seed in group.seeds if seed is not None]
+        known = [seed for seed in group.seeds if seed is not None]
+        seeds = [str(seed) for seed in sorted(known, key=lambda seed: (len(str(seed)), str(seed)))]  # as numbers are
         count = f"{len(group.runs)} run{'s' if len(group.runs) != 1 else ''}"
         told = f", seed{'s' if len(seeds) != 1 else ''} {', '.join(seeds)}" if seeds else ""
         yield f"{group.letter}  {group.name}: {count}{told}"
@@ -65,11 +66,30 @@ def what_the_spread_is(comparison: Comparison) -> str:
     if counts == {1}:
         return "a run each"
     number = f"n = {counts.pop()}" if len(counts) == 1 else "n differs, see above"
-    return f"mean ± sample standard deviation over the runs of a group, {number}"
+    fewer = any(
+        0 < len(figure.values[group.letter]) < len(group.runs)
+        for figure in comparison.figures
+        for group in comparison.groups
+    )
+    unless = " unless it is told" if fewer else ""
+    return f"mean ± sample standard deviation over the runs of a group, {number}{unless}"
+
+
+def figure_rows(comparison: Comparison) -> list[list[str]]:
+    """The headline figures as rows of a table; with n where not all runs of a group have the figure."""
+    return [
+        [figure.title, *(_with_n(figure, group.letter, len(group.runs)) for group in comparison.groups)]
+        for figure in comparison.figures
+    ]
+
+
+def _with_n(figure: Figure, letter: str, runs: int) -> str:
+    n = len(figure.values[letter])
+    return f"{spread_text(figure, letter)} (n = {n})" if 0 < n < runs else spread_text(figure, letter)
 
 
 def spread_text(figure: Figure, letter: str) -> str:
-    """Mean ± sample standard deviation of a group; with n where not all of its runs have the figure."""
+    """Mean ± sample standard deviation of a group."""
     values = figure.values[letter]
     if not values:
         return NO_VALUE
@@ -95,7 +115,7 @@ def pair_sentences(pair: Pair, comparison: Comparison) -> Iterator[str]:
     """A heading and what is known of a group beside the first."""
     which = f"{comparison.checkpoint} checkpoint, {comparison.weights} weights"
     if pair.first_accuracy is None or pair.second_accuracy is None:
-        yield f"{pair.second} beside {pair.first} ({which}): not both have a test accuracy"
+        yield f"{pair.second} beside {pair.first} ({which}): not both have a test accuracy of a finished run"
     else:
         gain = points(pair.second_accuracy - pair.first_accuracy)
         shares = f"{pair.first_accuracy:.2%} → {pair.second_accuracy:.2%}"

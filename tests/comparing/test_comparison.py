@@ -130,13 +130,35 @@ def test_runs_without_checkpoints_and_unfinished_ones(runs: Path, capsys: pytest
     (runs / "a-0" / "result.json").unlink()
     found = as_json(capsys, *paths(runs))
     notes = "\n".join(found["notes"])
-    assert "tiny/a-0 is not finished (stopped, epoch 2): its figures are those so far." in notes
+    assert "tiny/a-0 is not finished (stopped, epoch 2): its figures are those so far, and it is left out" in notes
     assert "tiny/b-0 says nothing of single images: no run with checkpoints here." in notes
     (pair,) = found["pairs"]
     assert pair["images"]["count"] == 37  # by the runs that have answers
-    assert pair["seeds"]["count"] == 6  # and all accuracies that were written down
-    found = as_json(capsys, *paths(runs, "a-0", "b-0"))
+    assert pair["counts"] == [2, 3]  # of finished runs, and all accuracies that were written down
+    assert pair["first_accuracy"] == pytest.approx(
+        np.mean([json.loads((runs / name / "result.json").read_text())["accuracy"] for name in ("a-1", "a-2")])
+    )
+    found = as_json(capsys, *paths(runs, "a-1", "b-0"))
     assert found["pairs"][0]["refusal"] == "no run of B has a checkpoint that could be asked"
+    found = as_json(capsys, *paths(runs, "a-0", "b-1"))
+    assert found["pairs"][0]["refusal"] == "no run of A is finished"
+    assert (found["pairs"][0]["seeds"], found["pairs"][0]["first_accuracy"]) == (None, None)
+
+
+def test_a_cell_tells_how_many_runs_it_is_of_where_not_all_have_the_figure(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / str(seed) / "run", accuracies, settings={"seed": seed, "name": "x"}, finished=finished)
+        for seed, accuracies, finished in ((10, (0.5,), True), (2, (0.6,), True), (0, (), False))
+    ]
+    found = compare(runs, checkpoint="last", weights="raw")
+    page = comparison_page(found)
+    text = render(found, width=200)
+    assert "A  x: 3 runs, seeds 0, 2, 10" in text
+    assert "seeds 0, 2, 10" in page
+    for shown in (text, page):
+        assert "55.00 ± 7.07% (n = 2)" in shown
+        assert "n = 3 unless it is told" in shown
+        assert "x/run is not finished (empty, epoch 0): its figures are those so far." in shown
 
 
 def test_only_runs_with_an_accuracy_are_counted_over_seeds(tmp_path: Path) -> None:
