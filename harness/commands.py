@@ -108,7 +108,8 @@ def _eval(arguments: argparse.Namespace) -> int:
         if split in result:
             score = result[split]
             print(
-                f"{split}: accuracy {score['accuracy']} ({score['correct']}/{score['total']}), loss {score['loss']:.6f}"
+                f"{split}: accuracy {score['correct']}/{score['total']} ({score['accuracy']:.2%}), "
+                f"loss {score['loss']:.6f}"
             )
     return EXIT_DONE
 

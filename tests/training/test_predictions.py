@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from harness.cli import main
 from harness.errors import HarnessError
 from harness.training.predictions import FOLDER, predict_test_split
 from tests.training.conftest import Train, result
@@ -23,6 +24,17 @@ def test_predictions_are_those_of_the_evaluation(train: Train) -> None:
         loss = torch.nn.functional.cross_entropy(found.logits_NK, found.labels_N).item()
         assert loss == pytest.approx(score["loss"], rel=1e-5)
         torch.testing.assert_close(found.probabilities_NK.sum(1), torch.ones(score["total"]))
+
+
+def test_eval_writes_an_accuracy_as_training_does(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train("run", "training.epochs=1")
+    capsys.readouterr()
+    assert main(["eval", str(run)]) == 0
+    score = result(run)
+    assert (
+        f"test: accuracy {score['correct']}/{score['total']} ({score['accuracy']:.2%}), loss "
+        in capsys.readouterr().out
+    )
 
 
 def test_they_are_kept_and_made_anew_for_another_checkpoint(train: Train) -> None:
