@@ -114,6 +114,37 @@ class Run:
         return max((_number(record.get("epoch")) or 0.0 for record in self.records), default=0.0)
 
     @property
+    def step(self) -> int:
+        """The latest optimizer step of its records."""
+        return max((int(record["step"]) for record in self.records), default=0)
+
+    @property
+    def length_epochs(self) -> float | None:
+        """Epochs that the training is to have; of one whose length is given in steps, where its records tell."""
+        epochs, steps, per_epoch = self.setting("training.epochs"), self.setting("training.steps"), self._epoch_steps
+        if isinstance(epochs, int | float) and abs(epochs) < 1e15:
+            return float(epochs)
+        return round(steps / per_epoch, 2) if per_epoch and isinstance(steps, int) and abs(steps) < 1e15 else None
+
+    @property
+    def length_steps(self) -> int | None:
+        """Optimizer steps that the training is to have; of one whose length is given in epochs as `length_epochs`."""
+        epochs, steps, per_epoch = self.setting("training.epochs"), self.setting("training.steps"), self._epoch_steps
+        if isinstance(steps, int) and abs(steps) < 1e15:
+            return steps
+        known = per_epoch and isinstance(epochs, int | float) and abs(epochs) < 1e15
+        return round(epochs * per_epoch) if known else None
+
+    @property
+    def _epoch_steps(self) -> float | None:
+        """Steps of an epoch, by the latest record that has both."""
+        for record in reversed(self.records):
+            step, epoch = float(record["step"]), float(record.get("epoch") or 0)
+            if step > 0 and epoch > step / 1e15:
+                return step / epoch
+        return None
+
+    @property
     def updated_unix_seconds(self) -> float | None:
         """When its latest record was written."""
         written = _number(self.records[-1].get("time_unix_seconds")) if self.records else None

@@ -186,7 +186,7 @@ def _entry(path: Path) -> Entry:
         recipe=run.recipe_name,
         state="broken" if problems and run.state != "running" else run.state,
         epoch=run.epoch,
-        epochs=_length(run),
+        epochs=run.length_epochs,
         best_accuracy=_best(run, "test"),
         best_ema_accuracy=_best(run, "test_ema"),
         updated_unix_seconds=run.updated_unix_seconds or _modified(path),
@@ -205,17 +205,6 @@ def _best(run: Run, split: str) -> float | None:
     return max((point.value for point in run.curve(split, "accuracy")), default=None)
 
 
-def _length(run: Run) -> float | None:
-    """Epochs that the training is to have; of one whose length is given in steps, where its records tell."""
-    epochs, steps = run.setting("training.epochs"), run.setting("training.steps")
-    if isinstance(epochs, int | float) and abs(epochs) < 1e15:
-        return float(epochs)
-    whole = [record for record in run.records if float(record.get("epoch") or 0) > 0 and record["step"] > 0]
-    if not whole or not isinstance(steps, int) or abs(steps) > 1e15:
-        return None
-    return round(steps * float(whole[-1]["epoch"]) / float(whole[-1]["step"]), 2)
-
-
 def _modified(path: Path) -> float:
     try:
         return path.stat().st_mtime
@@ -224,10 +213,10 @@ def _modified(path: Path) -> float:
 
 
 def _epochs(entry: Entry) -> str:
-    return f"{_epoch(entry.epoch)}/{'?' if entry.epochs is None else _epoch(entry.epochs)}"
+    return f"{epoch_text(entry.epoch)}/{'?' if entry.epochs is None else epoch_text(entry.epochs)}"
 
 
-def _epoch(epoch: float) -> str:
+def epoch_text(epoch: float) -> str:
     """With a tenth where it is not whole: what lies between two epochs is a share of one."""
     return f"{epoch:.1f}".removesuffix(".0") if abs(epoch) < 1e5 else f"{epoch:.4g}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 from markupsafe import Markup
@@ -20,6 +21,7 @@ from harness.runs import RESULT, Run, is_held, open_run
 from harness.training import checkpoint
 
 FILE = "report.html"
+NO_CHECKPOINT = "There is no checkpoint yet."
 
 # What needs a checkpoint: anchor, title, lead, what makes it.
 _CHECKPOINT_SECTIONS: tuple[tuple[str, str, str, Callable[[Evidence], Markup]], ...] = (
@@ -63,6 +65,7 @@ class Reporter:
         self._run_sections: list[Section] = []
         self._checkpoint_sections = [Section(id, title, missing("Being made …"), lead)
                                      for id, title, lead, _ in _CHECKPOINT_SECTIONS]  # fmt: skip
+        self._as_of = ""
         self._notes: tuple[str, ...] = ()
         self.problems: list[str] = []
         self._check_what_was_asked_for()
@@ -72,6 +75,7 @@ class Reporter:
         stamp = self._stamp()
         if stamp != self._run_stamp:
             self.run, self._run_stamp = open_run(self.run.path), stamp
+            self._as_of = _now()
         else:
             return False
         run = self.run
@@ -83,7 +87,7 @@ class Reporter:
         stamp = [(p.name, _changed_at(p / checkpoint.MANIFEST)) for p in _checkpoints(self.run)]
         if stamp == self._checkpoint_stamp:
             return False
-        self._checkpoint_stamp = stamp
+        self._checkpoint_stamp, self._as_of = stamp, _now()
         evidence = self._evidence()
         problems: dict[str, list[str]] = {}  # reason -> sections
         made = []
@@ -92,8 +96,12 @@ class Reporter:
                 made.append(Section(id, title, body(evidence), lead))
             except HarnessError as error:
                 reason = _reason(error)
-                made.append(Section(id, title, missing(reason), lead))
                 problems.setdefault(reason, []).append(title)
+                if not isinstance(error, NoCheckpoint):
+                    made.append(Section(id, title, missing(reason), lead))
+        if waiting := problems.get(NO_CHECKPOINT):
+            told = f"{NO_CHECKPOINT} With the first one come: {', '.join(waiting)}."
+            made.insert(0, Section("checkpoint", "What the network does", missing(told)))
         self._checkpoint_sections = made
         self.problems = [f"{', '.join(titles)}: {reason}" for reason, titles in problems.items()]
         self._notes = tuple(_notes(evidence))
@@ -106,7 +114,7 @@ class Reporter:
         return page(
             self.run.label,
             [*first, *self._checkpoint_sections, last],
-            subtitle=f"A training run of {self.run.recipe_name}, as it was when this report was made.",
+            subtitle=f"A training run of {self.run.recipe_name}, as it was at {self._as_of}.",
             badges=[state[self.run.state], *self._notes],
             notes=[f"{problem}." for problem in self.run.problems],
             version=version,
@@ -162,7 +170,7 @@ def output_of(reporter: Reporter, output: Path | None) -> Path:
 def _reason(error: HarnessError) -> str:
     """Why a section cannot be shown, in a sentence or two."""
     if isinstance(error, NoCheckpoint):
-        return "There is no checkpoint yet."
+        return NO_CHECKPOINT
     where = f" ({error.where})" if error.where else ""
     told = f"This cannot be shown: {error.what}{where}." + (f" {error.hint}" if error.hint else "")
     return " ".join(told.replace("HINT:", "").split())
@@ -179,6 +187,10 @@ def _notes(evidence: Evidence) -> list[str]:
     except HarnessError:
         pass  # the sections say so
     return found
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def _checkpoints(run: Run) -> list[Path]:

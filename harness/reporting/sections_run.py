@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from harness.reporting.charts import Series, line_chart
+from harness.reporting.listing import epoch_text
 from harness.reporting.page import Section, facts, figures, folded, grid, missing, table
 from harness.runs import Point, Run
 
@@ -140,9 +141,30 @@ def _headlines(run: Run) -> dict[str, tuple[str, str]]:
         found["Training time"] = (duration(seconds), f"{_text(result.get('step'))} steps")
     if (parameters := _number(result.get("parameters"))) is not None:
         found["Parameters"] = (f"{parameters:,.0f}", "")
-    if not found:
-        found["Progress"] = (f"epoch {run.epoch:g}", "no evaluation yet")
-    return found
+    return found if found and run.state == "finished" else {"Progress": _progress(run), **found}
+
+
+def _progress(run: Run) -> tuple[str, str]:
+    """How far it is of how much, and while it trains how long the rest will take."""
+    steps, epochs = run.length_steps, run.length_epochs
+    words = f"epoch {epoch_text(run.epoch)}" + (f" of {epoch_text(epochs)}" if epochs is not None else "")
+    if run.state == "running" and (left := seconds_left(run)) is not None:
+        words += f", about {duration(left)} left"
+    return f"step {run.step:,}" + (f" of {steps:,}" if steps is not None else ""), words
+
+
+def seconds_left(run: Run) -> float | None:
+    """Until the end at the pace since the latest start, evaluations included; None where nothing tells it yet."""
+    from_step = _number((_starts(run) or [{}])[-1].get("from_step")) or 0
+    times = {
+        int(record["step"]): at
+        for record in run.records
+        if record["step"] > from_step and (at := _number(record.get("time_unix_seconds"))) is not None
+    }
+    if run.length_steps is None or len(times) < 2:
+        return None
+    first, last = min(times), max(times)
+    return max(0.0, (run.length_steps - last) * (times[last] - times[first]) / (last - first))
 
 
 def _counted(run: Run, point: Point) -> str:

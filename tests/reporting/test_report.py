@@ -26,6 +26,7 @@ from harness.reporting.serve import Server
 from harness.run_directory import LOCK
 from harness.runs import Run, open_run
 from harness.training.predictions import predict_test_split
+from tests.handmade import write_run
 
 SECTIONS = ["summary", "curves", "rates", *(id for id, *_ in _CHECKPOINT_SECTIONS), "origin"]
 
@@ -156,10 +157,32 @@ def test_before_the_first_checkpoint(run: Path) -> None:
     shutil.rmtree(run / "checkpoints")
     (run / "result.json").unlink()
     html = report(run)
-    assert list(sections(html)) == SECTIONS
-    assert missing_in(html) == {"confusion", "classes", "calibration", "mistakes", "grad-cam"}
-    assert "There is no checkpoint yet." in sections(html)["confusion"]
+    waiting = {"confusion", "classes", "calibration", "mistakes", "grad-cam"}
+    assert list(sections(html)) == [
+        *("summary", "curves", "rates", "checkpoint"),
+        *(id for id in SECTIONS[3:] if id not in waiting),
+    ]
+    assert missing_in(html) == {"checkpoint"}
+    assert html.count("There is no checkpoint yet.") == 1
+    assert "Confusion matrix, Accuracy by class, Calibration" in sections(html)["checkpoint"]
     assert "stopped before its end" in html
+
+
+def test_a_running_training_tells_how_far_it_is_and_when_it_was_looked_at(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "small" / "run", (0.5, 0.6), settings={"training": {"epochs": 6}}, finished=False)
+    (run / "provenance.json").write_text(json.dumps({"starts": [{"from_step": 0}, {"from_step": 10}]}))
+    assert "<strong>step 20 of 60</strong> <span>epoch 2 of 6</span>" in report(run)
+    with FileLock(run / LOCK):
+        html = report(run)
+    # Records since the latest start: step 15 to 20 in 30 seconds, so 40 steps in 240.
+    assert "<strong>step 20 of 60</strong> <span>epoch 2 of 6, about 4 min 00 s left</span>" in html
+    assert re.search(r"as it was at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC\.", html)
+    by_steps = {"training": {"epochs": None, "steps": 45}}
+    assert "step 20 of 45</strong> <span>epoch 2 of 4.5<" in report(
+        write_run(tmp_path / "small" / "other", (0.5, 0.6), settings=by_steps, finished=False)
+    )
+    assert "step 0</strong> <span>epoch 0 of 2<" in report(write_run(tmp_path / "small" / "empty", (), finished=False))
+    assert "Progress" not in report(write_run(tmp_path / "small" / "whole", (0.5,)))
 
 
 def test_without_the_images(run: Path) -> None:
@@ -356,7 +379,7 @@ def test_a_long_run_is_quick_and_small(tmp_path: Path) -> None:
     html = report(run)
     assert time.process_time() - started < 20
     assert len(html) < 500_000
-    assert {"confusion", "origin"} <= missing_in(html)
+    assert {"checkpoint", "origin"} <= missing_in(html)
 
 
 def test_durations() -> None:
