@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+
+from markupsafe import Markup, escape
 
 from harness.reporting import page
 from harness.reporting.charts import Series, line_chart
@@ -38,7 +41,7 @@ def curve_page(found: LrRange, recipe_name: str) -> str:
     bounds = [min(curve.y) for curve in series if curve.y] + [max(curve.y) for curve in series if curve.y]
     for suggestion in found.suggestions:
         if suggestion.lr is not None:
-            series.append(Series(f"{suggestion.lr:.2e}", [suggestion.lr] * 2, [min(bounds), max(bounds)]))
+            series.append(Series(suggestion.rule, [suggestion.lr] * 2, [min(bounds), max(bounds)]))
     chart = line_chart(
         series,
         title="Loss over the learning rate",
@@ -47,10 +50,19 @@ def curve_page(found: LrRange, recipe_name: str) -> str:
         y_label="training loss",
         log_x=True,
     )
-    rows = [[s.rule, s.source, s.reason if s.lr is None else f"{s.lr:.2e}"] for s in found.suggestions]
+    rows = [[s.rule, _with_code(s.source), s.reason if s.lr is None else _rate(s.lr)] for s in found.suggestions]
     told = page.table(["rule", "source", "rate"], rows, caption="Suggested rates")
     section = page.Section("curve", "Range test", chart + told, lead=_end(found))
     return page.page(f"{recipe_name}: learning-rate range test", [section])
+
+
+def _with_code(text: str) -> Markup:
+    """What stands between backticks set as code."""
+    return Markup(re.sub("`(.*?)`", r"<code>\1</code>", str(escape(text))))
+
+
+def _rate(lr: float) -> Markup:
+    return Markup('<span class="number">{:.2e}</span>').format(lr)
 
 
 def _end(found: LrRange) -> str:

@@ -22,8 +22,10 @@ import pytest
 
 from harness.cli import main
 from harness.reporting.charts import Series, bar_chart, heat_map, line_chart
+from harness.reporting.lr_curve import curve_page
 from harness.reporting.page import Section, grid
 from harness.reporting.page import page as page_of
+from harness.training.lr_range import LrRange, suggest
 from tests.reporting.test_report import SECTIONS
 
 pytestmark = pytest.mark.browser
@@ -116,6 +118,26 @@ def test_all_letters_of_charts_can_be_read(browser: Any, tmp_path: Path, width: 
     watched.page.goto(file.as_uri())
     assert watched.page.evaluate(ILLEGIBLE) == []
     watched.context.close()
+
+
+def test_the_page_of_a_range_test(browser: Any, tmp_path: Path) -> None:
+    """Its chart is no larger than those of other pages, and no rate is torn apart on a phone."""
+    lrs = np.geomspace(1e-4, 1.0, 40)
+    losses = (2 - np.exp(-((np.log10(lrs) + 1) ** 2))).tolist()
+    found = LrRange(lrs.tolist(), losses, losses, 1.0, suggest(lrs.tolist(), losses, diverged=True))
+    assert all(suggestion.lr for suggestion in found.suggestions)
+    file = tmp_path / "lr.html"
+    file.write_text(curve_page(found, "tiny"))
+    for width in (360, 1440):
+        watched = Watched(browser, width)
+        watched.page.goto(file.as_uri())
+        assert watched.page.locator("figure.chart").bounding_box()["width"] <= 700
+        assert watched.page.evaluate(ILLEGIBLE) == []
+        rates = watched.page.locator("tbody .number")
+        heights = [rates.nth(i).bounding_box()["height"] for i in range(rates.count())]
+        assert len(heights) == 2
+        assert max(heights) < 30  # one line
+        watched.context.close()
 
 
 def test_values_under_the_pointer(browser: Any, report: Path) -> None:

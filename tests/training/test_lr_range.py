@@ -138,6 +138,11 @@ def test_the_command_draws_the_curve(tiny: Path, tmp_path: Path, capsys: pytest.
     assert all(rate in printed for rate in ("0.0001", "0.001", "0.01", "0.1"))  # evenly spaced powers of ten
     assert "30 steps" in printed
     page = html.read_text()
+    assert "`" not in page.split("<main>")[1].split("<footer>")[0]
+    assert "fastai&#39;s <code>steep</code>; Lightning&#39;s <code>lr_find</code>" in page
+    legend = page.split('class="legend"')[1].split("</ul>")[0]
+    assert STEEPEST in legend
+    assert "e-0" not in legend
     assert "tiny: learning-rate range test" in page
     drawn = {name: places.split() for name, places in LINES.findall(page)}
     assert {name: len(drawn[name]) for name in ("loss", "smoothed")} == {"loss": 30, "smoothed": 30}
