@@ -59,7 +59,8 @@ def calibration(probabilities_NK: np.ndarray, labels_N: np.ndarray, *, bins: int
 
 
 def reliability_diagram(found: Calibration) -> Markup:
-    """A bar of accuracy for each bin that has images, its gap to the mean confidence, and the diagonal."""
+    """A bar for each bin that has images, up to its accuracy or its mean confidence, whichever is lower, with the gap
+    to the other above it, and the diagonal."""
     bins = len(found.counts_M)
     x_axis, y_axis = Axis(0, 1, LEFT, WIDTH - RIGHT), Axis(0, 1, HEIGHT - BOTTOM, TOP)
     edges = x_axis.place(np.arange(bins + 1) / bins)
@@ -74,17 +75,16 @@ def reliability_diagram(found: Calibration) -> Markup:
             f"mean probability {percent(confidence)}, accuracy {percent(accuracy)}"
         )
         spoken.append(words)
-        top, other = y_axis.place(np.array([accuracy, confidence]))
-        width = edges[m + 1] - edges[m] - 2
+        low, high = sorted((accuracy, confidence))
+        kind = "gap" if confidence >= accuracy else "gap unsure"
+        foot, top = y_axis.place(np.array([low, high]))  # no part lies over another: the gap begins where the bar ends
+        left, width = edges[m] + 1, edges[m + 1] - edges[m] - 2
         parts.append(
             Markup(
                 '<g><title>{}</title><rect class="bar" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>'
-                '<rect class="gap" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/></g>'
-            ).format(
-                words, edges[m] + 1, top, width, HEIGHT - BOTTOM - top, edges[m] + 1, min(top, other), width,
-                abs(top - other),
-            )
-        )  # fmt: skip
+                '<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/></g>'
+            ).format(words, left, foot, width, HEIGHT - BOTTOM - foot, kind, left, top, width, foot - top)
+        )
     parts.append(Markup('<path class="diagonal" d="M{} {}L{} {}"/>').format(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, TOP))
     description = (
         f"Accuracy over the probability of the predicted class, in {bins} bins; on the diagonal both are equal. "
@@ -92,6 +92,7 @@ def reliability_diagram(found: Calibration) -> Markup:
     )
     below = Markup(
         '<ul class="legend"><li><span class="patch bar"></span>accuracy</li>'
-        '<li><span class="patch gap"></span>gap to the mean probability</li></ul>'
+        '<li><span class="patch gap"></span>mean probability beyond it: too sure</li>'
+        '<li><span class="patch gap unsure"></span>accuracy beyond the mean probability: not sure enough</li></ul>'
     )
     return figure("Reliability diagram", "", svg("Reliability diagram", description, parts), below)

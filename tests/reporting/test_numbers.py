@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -68,6 +69,20 @@ def test_the_diagram_says_its_figures() -> None:
     assert "Expected calibration error" in drawn
     assert drawn.count('class="bar"') >= 5
     assert "nan" not in drawn
+
+
+def test_in_the_diagram_no_gap_lies_over_a_bar_and_each_colour_is_explained() -> None:
+    sure, unsure = [0.9, 0.1], [0.6, 0.4]  # half of the former are right, all of the latter
+    drawn = str(reliability_diagram(calibration(np.array([sure, sure, unsure, unsure]), np.array([0, 1, 0, 0]))))
+    pairs = re.findall(r'<rect class="bar"([^>]*)/><rect class="gap[^"]*"([^>]*)/>', drawn)
+    assert len(pairs) == 2
+    for bar, gap in pairs:
+        place = [{n: float(v) for n, v in re.findall(r'(y|height)="([\d.]+)"', rect)} for rect in (bar, gap)]
+        assert place[1]["y"] + place[1]["height"] == pytest.approx(place[0]["y"], abs=0.11)
+    legend = drawn.split('class="legend"')[1]
+    for kind in ("bar", "gap", "gap unsure"):
+        assert drawn.count(f'<rect class="{kind}"') == (2 if kind == "bar" else 1)
+        assert f'class="patch {kind}"' in legend
 
 
 @pytest.mark.parametrize(
