@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -19,11 +20,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from harness.cli import main
 from harness.reporting.charts import Series, bar_chart, heat_map, line_chart
 from harness.reporting.lr_curve import curve_page
-from harness.reporting.page import Section, grid
+from harness.reporting.page import Section, grid, table
 from harness.reporting.page import page as page_of
 from harness.training.lr_range import LrRange, suggest
 from tests.reporting.test_report import SECTIONS
@@ -117,6 +119,31 @@ def test_all_letters_of_charts_can_be_read(browser: Any, tmp_path: Path, width: 
     watched = Watched(browser, width)
     watched.page.goto(file.as_uri())
     assert watched.page.evaluate(ILLEGIBLE) == []
+    watched.context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_table_shows_on_which_side_there_is_more_of_it(browser: Any, tmp_path: Path, scheme: str) -> None:
+    wide = table(["key", *"ABC"], [["x", *["\u00a0" * 40] * 3]] * 3, caption="Wide")
+    narrow = table(["a", "b"], [["1", "2"]] * 3, caption="Narrow")
+    file = tmp_path / "tables.html"
+    file.write_text(page_of("tables", [Section("tables", "Tables", wide + narrow)]))
+    watched = Watched(browser, 360, scheme)
+    watched.page.goto(file.as_uri())
+
+    def edges(place: int) -> list[bool]:
+        """Whether the left and the right edge have another colour than the page, between two lines of letters."""
+        region = watched.page.locator(".scroll").nth(place)
+        pixels = np.asarray(Image.open(io.BytesIO(region.screenshot())).convert("RGB"), int)
+        page_colour = np.asarray(Image.open(io.BytesIO(watched.page.screenshot())).convert("RGB"), int)[1, 1]
+        return [bool(np.abs(pixels[3, x] - page_colour).sum() > 60) for x in (0, -1)]
+
+    assert edges(0) == [False, True]
+    assert edges(1) == [False, False]
+    watched.page.locator(".scroll").first.evaluate("e => e.scrollLeft = 100")
+    assert edges(0) == [True, True]
+    watched.page.locator(".scroll").first.evaluate("e => e.scrollLeft = 9999")
+    assert edges(0) == [True, False]
     watched.context.close()
 
 
