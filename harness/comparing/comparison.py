@@ -110,14 +110,14 @@ def compare(paths: Sequence[Path], *, checkpoint: str, weights: str) -> Comparis
     """
     runs = _open_all(paths)
     groups = group_runs(runs)
-    notes = [note for run in runs for note in _notes_on(run, paired=len(groups) > 1)] + _notes_on_seeds(groups)
+    # What a training has reached so far is no answer to which recipe is better.
+    ended = [replace(group, runs=[run for run in group.runs if _has_ended(run)]) for group in groups]
+    notes = [note for run in runs for note in _notes_on(run, paired=len(groups) > 1)] + _notes_on_seeds(ended)
     answers: dict[Path, Answers] = {}
     if len(groups) > 1:
         if checkpoint == "best":
             notes.append("The best checkpoints were chosen by their test accuracy, so they look a little too good.")
         answers = _all_answers([run for run in runs if _has_ended(run)], checkpoint, weights, notes)
-    # What a training has reached so far is no answer to which recipe is better.
-    ended = [replace(group, runs=[run for run in group.runs if _has_ended(run)]) for group in groups]
     pairs = [_pair(ended[0], other, answers, checkpoint, weights) for other in ended[1:]]
     return Comparison(
         groups, differing_settings(groups), headline_figures(groups), _adjusted(pairs), checkpoint, weights, notes

@@ -65,14 +65,16 @@ def what_the_spread_is(comparison: Comparison) -> str:
     counts = {len(group.runs) for group in comparison.groups}
     if counts == {1}:
         return "a run each"
-    number = f"n = {counts.pop()}" if len(counts) == 1 else "n differs, see above"
+    over = "mean ± sample standard deviation over the runs of a group"
+    if len(counts) > 1:
+        return f"{over}, n differs, see above"
     fewer = any(
         0 < len(figure.values[group.letter]) < len(group.runs)
         for figure in comparison.figures
         for group in comparison.groups
     )
     unless = " unless it is told" if fewer else ""
-    return f"mean ± sample standard deviation over the runs of a group, {number}{unless}"
+    return f"{over}, n = {counts.pop()}{unless}"
 
 
 def figure_rows(comparison: Comparison) -> list[list[str]]:

@@ -161,6 +161,14 @@ def test_a_cell_tells_how_many_runs_it_is_of_where_not_all_have_the_figure(tmp_p
         assert "x/run is not finished (empty, epoch 0): its figures are those so far." in shown
 
 
+def test_an_unfinished_run_of_the_same_seed_makes_nothing_too_sure(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / str(i) / "run", settings={"name": "x"}, finished=i == 0) for i in range(2)]
+    runs.append(write_run(tmp_path / "other" / "run", settings={"lr": 1}))
+    found = compare(runs, checkpoint="last", weights="raw")
+    assert "several runs of seed" not in " ".join(found.notes)
+    assert "n differs, see above)" in render(found, width=200)
+
+
 def test_only_runs_with_an_accuracy_are_counted_over_seeds(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"{group}{i}" / "run", accuracies, settings={"seed": i, "lr": group, "name": "x"})
             for group, several in (("a", [(0.5,), (0.6,), ()]), ("b", [(0.7,), ()]))
