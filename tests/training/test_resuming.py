@@ -305,7 +305,7 @@ def test_stopping_a_training_that_has_diverged_saves_nothing(
 
     monkeypatch.setattr(StopVote, "agreed", agreed)  # a signal just before the fifth step
     # On a GPU numbers are looked at at log steps alone; this makes a CPU do so too.
-    monkeypatch.setattr(TrainingStep, "_finite", lambda step: True)
+    monkeypatch.setattr(TrainingStep, "_finite", lambda step, check: True)
     run = train("run", "optimizer.lr=1e30", "tracking.log_every_steps=1000", expect=3)
     assert "diverged before it was stopped after step 4" in capsys.readouterr().err
     assert not list((run / "checkpoints").glob("step_*"))
