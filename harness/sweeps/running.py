@@ -6,51 +6,33 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
-
-from filelock import FileLock, Timeout
 
 from harness import signals
 from harness.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, HarnessError
 from harness.launching.ranks import CODE_FILE_VARIABLE
 from harness.launching.training import Ranks, loader_override
-from harness.run_directory import LOCK
+from harness.locks import holding
 from harness.sweeps.plan import Plan, Trial
 from harness.sweeps.progress import count_states, status_of, statuses, write_exit_code
 
-LOCK_SECONDS = 0.5
 
-
-@contextmanager
-def held(plan: Plan) -> Iterator[None]:
+def held(plan: Plan) -> AbstractContextManager[None]:
     """Hold the sweep's folder: two at once would train the same runs.
 
     Raises:
         HarnessError: another process holds it, or it cannot be made.
     """
-    try:
-        plan.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(plan.folder / LOCK, timeout=LOCK_SECONDS)
-        lock.acquire()
-    except Timeout:
-        raise HarnessError(
-            "another process runs this sweep",
-            where=str(plan.folder),
-            hint="Wait for it (harness sweep SWEEP.yaml --table shows how far it is), or give the sweep another name.",
-        ) from None
-    except OSError as error:
-        raise HarnessError(
-            f"cannot be used as the sweep's folder ({error.strerror})",
-            where=str(plan.folder),
-            hint="Start in a folder that can be written to.",
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+    taken = HarnessError(
+        "another process runs this sweep",
+        where=str(plan.folder),
+        hint="Wait for it (harness sweep SWEEP.yaml --table shows how far it is), or give the sweep another name.",
+    )
+    hint = "Start in a folder that can be written to."
+    return holding(plan.folder, taken=taken, use="the sweep's folder", hint=hint)
 
 
 def training_words(trial: Trial, recipe_path: Path) -> list[str]:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from harness.errors import EXIT_FAILED, HarnessError
 from harness.files import write_json
-from harness.run_directory import LOCK
+from harness.locks import holding
 from harness.tracking import wandb_server
 from harness.tracking.base import Record
 from harness.tracking.extras import Extras
@@ -23,8 +21,6 @@ from harness.tracking.identity import Identity
 from harness.tracking.rows import row_number
 from harness.tracking.wandb_server import Difference, compare
 from harness.tracking.wandb_tracker import UPLOADED, WandbTracker, delivery
-
-LOCK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -58,9 +54,8 @@ def sync(upload: Upload) -> str:
     Raises:
         HarnessError: no key or a refused one, no answer, or a history that cannot be mended by adding to it.
     """
-    own = wandb_server.default_entity()  # which asks whether the key is good, too
     identity = upload.identity
-    entity = identity.entity or own
+    entity = wandb_server.entity_for(identity.entity)
     where = f"{entity}/{identity.project}/{upload.run_id} on {wandb_server.base_url()}"
     before = _difference(upload, entity)
     if before is not None and not before.missing and _is_noted(upload):
@@ -81,35 +76,20 @@ def sync(upload: Upload) -> str:
     return f"{where}: sent {sent} of {len(upload.records)} records; {checked}"
 
 
-@contextmanager
-def held(directory: Path) -> Iterator[None]:
+def held(directory: Path) -> AbstractContextManager[None]:
     """Hold a run against a second upload at once: each record would be sent twice, and a second new id be noted.
 
     Raises:
         HarnessError: another process uploads it, or nothing can be written there.
     """
-    folder = directory / "wandb"
-    try:
-        folder.mkdir(exist_ok=True)
-        lock = FileLock(folder / LOCK, timeout=LOCK_SECONDS)
-        lock.acquire()
-    except Timeout:
-        raise HarnessError(
-            "another process uploads this run",
-            where=str(directory),
-            hint="Wait for it: two at once would send each record twice.",
-            exit_code=EXIT_FAILED,
-        ) from None
-    except OSError as error:
-        raise HarnessError(
-            f"cannot be used as the folder of W&B's files ({error.strerror})",
-            where=str(folder),
-            hint="What was uploaded is noted there: see that it is a folder and may be written to.",
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+    taken = HarnessError(
+        "another process uploads this run",
+        where=str(directory),
+        hint="Wait for it: two at once would send each record twice.",
+        exit_code=EXIT_FAILED,
+    )
+    hint = "What was uploaded is noted there: see that it is a folder and may be written to."
+    return holding(directory / "wandb", taken=taken, use="the folder of W&B's files", hint=hint)
 
 
 def _difference(upload: Upload, entity: str) -> Difference | None:

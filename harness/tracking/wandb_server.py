@@ -59,8 +59,8 @@ def api_key() -> str | None:
     return found[2] if found else None
 
 
-def default_entity() -> str:
-    """The user or team that runs go to where the recipe names none: `$WANDB_ENTITY`, else that of the key.
+def entity_for(named: str | None = None) -> str:
+    """The user or team that runs go to: the named one, `$WANDB_ENTITY` or that of the key, which is tried in any case.
 
     Raises:
         HarnessError: no key, a refused key, or no answer.
@@ -72,7 +72,7 @@ def default_entity() -> str:
     query = json.dumps({"query": "query Viewer { viewer { entity } }"}).encode()
     try:
         viewer = json.loads(_ask("/graphql", query))["data"]["viewer"]
-        return os.environ.get("WANDB_ENTITY") or str(viewer["entity"])
+        return named or os.environ.get("WANDB_ENTITY") or str(viewer["entity"])
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             raise _refused() from None

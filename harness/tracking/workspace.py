@@ -18,7 +18,7 @@ def write_workspace(spec: dict[str, Any]) -> str:
     Raises:
         HarnessError: the extra or a key is missing, or the server does not take workspaces.
     """
-    workspace = build_workspace(spec, entity=lambda: _entity(spec))
+    workspace = build_workspace(spec, entity=lambda: wandb_server.entity_for(spec["entity"]))
     try:
         workspace.save()
         return str(workspace.url)
@@ -29,11 +29,6 @@ def write_workspace(spec: dict[str, Any]) -> str:
             hint="wandb.ai and W&B's own servers do, openwandb does not; --print shows what would be written.",
             exit_code=EXIT_FAILED,
         ) from None
-
-
-def _entity(spec: dict[str, Any]) -> str:
-    own = wandb_server.default_entity()  # which asks whether the key is good, too
-    return spec["entity"] or own
 
 
 def build_workspace(spec: dict[str, Any], *, entity: Any) -> Any:

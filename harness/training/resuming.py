@@ -12,17 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from harness.errors import EXIT_BAD_INPUT, EXIT_FAILED, TRANSIENT_DISK_ERRORS, HarnessError, nearest
+from harness.locks import holding
 from harness.recipe import Recipe, load
 from harness.recipe.loading import changed_settings, differences
-from harness.run_directory import CHECKPOINTS, LOCK, is_unused, new_run_directory, run_of, runs_of
+from harness.run_directory import CHECKPOINTS, is_unused, new_run_directory, run_of, runs_of
 from harness.runtime import Runtime, broadcast_text
 from harness.training import checkpoint
 
 NAMED = 3  # runs that are passed over, and settings that differ, before the rest is only counted
-LOCK_SECONDS = 0.5  # whoever only looks whether a run is held holds its lock for an instant
 # Schedules whose shape follows the length of the training.
 _SHAPED_BY_LENGTH = ("cosine", "poly", "tanh", "wsd")
 
@@ -76,18 +74,9 @@ def claim(path: Path, stack: ExitStack) -> None:
     Raises:
         HarnessError: another process holds it, or it cannot be made.
     """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path / LOCK, timeout=LOCK_SECONDS, is_singleton=True)
-        stack.enter_context(lock.acquire())
-    except Timeout:
-        raise HarnessError(
-            "another process is training in this run directory", where=str(path), hint="Give another --run-dir."
-        ) from None
-    except OSError as error:
-        raise HarnessError(
-            f"cannot be used as a run directory ({error.strerror})", where=str(path), hint="Give another --run-dir."
-        ) from None
+    hint = "Give another --run-dir."
+    taken = HarnessError("another process is training in this run directory", where=str(path), hint=hint)
+    stack.enter_context(holding(path, taken=taken, use="a run directory", hint=hint, reentrant=True))
 
 
 def find_checkpoint(path: Path, which: str) -> Path:

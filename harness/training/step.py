@@ -151,8 +151,8 @@ class TrainingStep:
             return True
         if check or self._clip_grad_norm is not None:
             return self.grad_norm is None or math.isfinite(float(self.grad_norm))
-        # Between log steps nobody wants the norm. This is torch's own check for gradient scalers, a tenth of its cost;
-        # what it multiplies by is one.
+        # Between log steps nobody wants the norm. This is torch's own check for gradient scalers, which costs
+        # less; what it multiplies by is one.
         found = torch.zeros(())
         torch._amp_foreach_non_finite_check_and_unscale_(self._gradients(), found, torch.ones(()))
         return not found.item()

@@ -16,7 +16,7 @@ from harness.tracking.extras import Extras
 from harness.tracking.identity import identity_of
 from harness.tracking.rows import has_place
 from harness.tracking.sync import Upload, held, sync
-from harness.tracking.wandb_server import default_entity
+from harness.tracking.wandb_server import entity_for
 from harness.tracking.wandb_tracker import random_run_id
 
 _SECTIONS = ("checkpoint", "data", "model", "tracking", "training")  # that say what W&B is told
@@ -101,7 +101,7 @@ def _new_id(run: Run) -> str:
     Raises:
         HarnessError: no key or no server, where a new id would be of no use.
     """
-    default_entity()
+    entity_for()
     provenance: dict[str, Any] = dict(run.provenance)
     before = [*provenance.get("wandb_run_ids_before", []), provenance.get("wandb_run_id")]
     new = {**provenance, "wandb_run_id": random_run_id(), "wandb_run_ids_before": [i for i in before if i]}

@@ -96,16 +96,6 @@ def test_what_another_version_wrote_is_told_without_a_traceback(
     assert expected in said(capsys, run, code=2)
 
 
-def test_two_at_once_do_not_send_each_record_twice(
-    run: Path, wandb_server: WandbServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in environment(wandb_server.port).items():
-        monkeypatch.setenv(name, value)
-    (run / "wandb").mkdir()
-    with FileLock(run / "wandb" / LOCK):
-        assert "another process uploads this run" in said(capsys, run, code=1)
-
-
 @pytest.mark.slow
 def test_what_is_beside_the_curves_and_did_not_arrive_is_told_and_tried_again(
     run: Path, wandb_server: WandbServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
