@@ -34,7 +34,7 @@ fail() { # what, hint
 
 number() { # option, value, smallest
   case "${2:-}" in
-    "" | *[!0-9]*) fail "$1 needs a number, got \"${2:-}\"" "for example $1 2" ;;
+    "" | *[!0-9]*) fail "$1 needs a number, got \"${2:-}\"" "For example $1 2." ;;
   esac
   [ "$2" -ge "$3" ] || fail "$1 must be at least $3, got $2"
 }
@@ -142,7 +142,7 @@ run() {
 }
 
 if [ -n "$slurm" ]; then
-  [ -z "$gpus$ranks" ] || fail "--gpus and --ranks are for this machine alone" "with --slurm: --nodes N --gpus-per-node G"
+  [ -z "$gpus$ranks" ] || fail "--gpus and --ranks are for this machine alone" "With --slurm: --nodes N --gpus-per-node G."
   run "$python" -m harness submit "$recipe" "${arguments[@]:1}" ${restarts:+--max-restarts "$restarts"}
 fi
 
@@ -150,12 +150,12 @@ fi
 if [ -z "$gpus" ]; then
   gpus=$(usable_gpus)
   [ -z "$ranks" ] || [ "$gpus" = 0 ] || [ "$ranks" -le "$gpus" ] ||
-    fail "$ranks ranks asked for, but this machine has $gpus GPU(s)" "--ranks $gpus, or --gpus 0 for the CPU"
+    fail "$ranks ranks asked for, but this machine has $gpus GPU(s)" "Give --ranks $gpus, or --gpus 0 for the CPU."
   [ -z "$ranks" ] || [ "$gpus" = 0 ] || gpus=$ranks
 elif [ "$gpus" != 0 ]; then
   there=$(usable_gpus)
-  [ "$gpus" -le "$there" ] || fail "--gpus $gpus, but this machine has $there" "--gpus $there, or leave the option out"
-  [ -z "$ranks" ] || [ "$ranks" = "$gpus" ] || fail "--ranks $ranks and --gpus $gpus: one rank a GPU" "give one of them"
+  [ "$gpus" -le "$there" ] || fail "--gpus $gpus, but this machine has $there" "Give --gpus $there, or leave the option out."
+  [ -z "$ranks" ] || [ "$ranks" = "$gpus" ] || fail "--ranks $ranks and --gpus $gpus: one rank a GPU" "Give one of them."
 fi
 ranks=${ranks:-$([ "$gpus" = 0 ] || echo "$gpus")}
 

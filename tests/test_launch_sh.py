@@ -91,7 +91,7 @@ def test_help_and_usage(env: dict[str, str]) -> None:
         (["--slurm"], ["./launch.sh --slurm recipes/seed.yaml"]),
         (
             ["--slurm", SEED, "--gpus", "1"],
-            ["--gpus and --ranks are for this machine", "HINT: with --slurm: --nodes N"],
+            ["--gpus and --ranks are for this machine", "HINT: With --slurm: --nodes N"],
         ),
     ],
 )

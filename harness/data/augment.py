@@ -82,7 +82,7 @@ class Augmentation:
             if getattr(self, name) < 0:
                 raise HarnessError(
                     f"{name} must not be negative, it is {getattr(self, name)}",
-                    hint=f"Set data.{name} to 0 for none, or to a number of pixels",
+                    hint=f"Set data.{name} to 0 for none, or to a number of pixels.",
                 )
 
     def check_image_size(self, height_px: int, width_px: int) -> None:
@@ -96,7 +96,7 @@ class Augmentation:
             raise HarnessError(
                 f"crop_padding_px {self.crop_padding_px} cannot be reflected in images of "
                 f"{height_px}×{width_px} pixels",
-                hint=f"Use at most {smallest - 1}, or crop_padding_mode zeros",
+                hint=f"Use at most {smallest - 1}, or crop_padding_mode zeros.",
             )
 
     def parameters(self, epoch: int, ids_B: np.ndarray, *, height_px: int, width_px: int) -> SampleParameters:
@@ -156,7 +156,7 @@ def check_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
         reason = ": all pixels of that channel have one value" if value == 0 else ""
         raise HarnessError(
             f"the standard deviation of each channel must be positive, that of {channel} is {value:g}{reason}",
-            hint="Set data.std in the recipe, for example data.std=[0.25, 0.25, 0.25], or check the images",
+            hint="Set data.std in the recipe, for example data.std=[0.25, 0.25, 0.25], or check the images.",
         )
 
 

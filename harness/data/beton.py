@@ -142,7 +142,7 @@ def _check_arrays(path: Path, images_BHWC: np.ndarray, labels_B: np.ndarray) -> 
         raise HarnessError(
             f"images must be uint8 (N, H, W, 3), not {images_BHWC.dtype} {images_BHWC.shape}",
             where=where,
-            hint="Give RGB images of 8 bits a channel, with the channels last",
+            hint="Give RGB images of 8 bits a channel, with the channels last.",
         )
     count, height, width, _ = images_BHWC.shape
     if count == 0:
@@ -153,13 +153,13 @@ def _check_arrays(path: Path, images_BHWC: np.ndarray, labels_B: np.ndarray) -> 
         raise HarnessError(
             f"image sides must be 1 to 65,535 pixels, not {height}×{width}",
             where=where,
-            hint="Set data.image_size_px to a number in that range",
+            hint="Set data.image_size_px to a number in that range.",
         )
     if labels_B.shape != (count,) or labels_B.dtype.kind not in "iu":
         raise HarnessError(
             f"labels must be {count} integers, not {labels_B.dtype} {labels_B.shape}",
             where=where,
-            hint="Give one whole number for each image",
+            hint="Give one whole number for each image.",
         )
     if int(labels_B.min()) < 0 or int(labels_B.max()) > np.iinfo(np.int64).max:
         raise HarnessError(

@@ -70,7 +70,7 @@ def list_images(root: Path) -> FolderListing:
         raise HarnessError(
             f'has no folder for the class "{name}"',
             where=str(test),
-            hint="Make an empty one where there really are no test images of that class",
+            hint="Make an empty one where there really are no test images of that class.",
         )
     listing = FolderListing(root, classes, tuple(_files(train, classes)), tuple(_files(test, classes)))
     if not listing.test:

@@ -74,7 +74,7 @@ def read_image(
             if not wide and required_size_px in (None, size):
                 image_HWC = np.asarray(fit(image if mode == "RGB" else image.convert("RGB"), image_size_px))
     except FileNotFoundError as error:
-        raise HarnessError("there is no such file", where=where, hint="Check the path and its spelling") from error
+        raise HarnessError("there is no such file", where=where, hint="Check the path and its spelling.") from error
     except IsADirectoryError as error:
         hint = f"Give the image files in it, such as {where}/*.png."
         raise HarnessError("is a folder, not an image", where=where, hint=hint) from error
@@ -85,14 +85,14 @@ def read_image(
         raise HarnessError(
             f'the image has more than 8 bits a channel (mode "{mode}")',
             where=where,
-            hint="Convert it to 8 bits",
+            hint="Convert it to 8 bits.",
         )
     if required_size_px not in (None, size):
         wanted = f"{required_size_px[0]}×{required_size_px[1]}"
         raise HarnessError(
             f"the image is {size[0]}×{size[1]} pixels where {wanted} are wanted",
             where=where,
-            hint="Bring it to that size or leave it out",
+            hint="Bring it to that size or leave it out.",
         )
     return image_HWC
 

@@ -58,7 +58,7 @@ def build_loader(
     if workers is not None and workers < 0:
         raise HarnessError(
             f"the number of workers must not be negative, it is {workers}",
-            hint="Set data.workers to 0 or more, or to null for one for each core",
+            hint="Set data.workers to 0 or more, or to null for one for each core.",
         )
     check_normalisation(mean, std)
     augmentation = augmentation or Augmentation(seed=0)

@@ -246,7 +246,7 @@ def evaluation_batches(count: int, *, batch_size: int, rank: int, world_size: in
     if batch_size < 1:
         raise HarnessError(
             f"the evaluation batch size must be at least 1, it is {batch_size}",
-            hint="Set evaluation.per_device_batch_size to 1 or more",
+            hint="Set evaluation.per_device_batch_size to 1 or more.",
         )
     shard = np.array_split(np.arange(count, dtype=np.int64), world_size)[rank]
     return [shard[first : first + batch_size] for first in range(0, len(shard), batch_size)]

@@ -73,7 +73,7 @@ def read_parquet(
                 raise HarnessError(
                     f"the label {labels_B[wrong[0]]} is out of range: there are {len(classes)} classes",
                     where=_row(path, int(wrong[0])),
-                    hint=f"Labels run from 0 to {len(classes) - 1}; mend the label or the class names in the schema",
+                    hint=f"Labels run from 0 to {len(classes) - 1}; mend the label or the class names in the schema.",
                 )
     first_path, first_images, _ = next(column for column in columns["train"] if len(column[1]))
     size_px = required_size_px or image_size(first_images[0], where=_row(first_path, 0))
@@ -108,7 +108,7 @@ def _check_shards(paths: list[Path]) -> None:
         raise HarnessError(
             "files of different sets lie together: " + ", ".join(path.name for path in paths),
             where=str(paths[0].parent),
-            hint="Keep one set of numbered files in the folder",
+            hint="Keep one set of numbered files in the folder.",
         )
     missing = sorted(set(range(totals.pop())) - {int(match[1]) for _, match in numbered})
     if missing:
@@ -136,7 +136,7 @@ def _read_columns(paths: list[Path]) -> list[tuple[Path, list[bytes], np.ndarray
         raise HarnessError(
             "holds no images",
             where=", ".join(str(path) for path in paths),
-            hint="Fetch the files again, or give files that have rows",
+            hint="Fetch the files again, or give files that have rows.",
         )
     return columns
 
@@ -171,7 +171,7 @@ def _read_file(path: Path) -> tuple[list[bytes], np.ndarray]:
             raise HarnessError(
                 f"the column label holds {labels.type}, not whole numbers",
                 where=str(path),
-                hint="Number the classes from 0 and store these numbers",
+                hint="Number the classes from 0 and store these numbers.",
             )
         for name, column in ((image_column, images), (LABEL_COLUMN, labels)):
             if column.null_count:
@@ -206,6 +206,6 @@ def _numbered_classes(train: list[tuple[Path, list[bytes], np.ndarray]]) -> tupl
         raise HarnessError(
             f"the label {beyond} is out of range: no training image has the label {gaps[0]}",
             where=_row(path, int(rows[0])),
-            hint="Number the classes from 0 without gaps",
+            hint="Number the classes from 0 without gaps.",
         )
     return tuple(str(label) for label in present)

@@ -63,5 +63,5 @@ def _not_writable(directory: Path, reason: str) -> HarnessError:
     return HarnessError(
         f"the cache folder cannot be written to ({reason})",
         where=str(directory),
-        hint=f"Set {CACHE_VARIABLE} to a folder of yours with about 1 GB of free space",
+        hint=f"Set {CACHE_VARIABLE} to a folder of yours with about 1 GB of free space.",
     )

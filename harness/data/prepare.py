@@ -140,7 +140,7 @@ def _exists(directory: Path) -> bool:
         raise HarnessError(
             f"cannot be read: {error.strerror or error}",
             where=str(directory),
-            hint=f"See that you may read that folder, or set {CACHE_VARIABLE} to another",
+            hint=f"See that you may read that folder, or set {CACHE_VARIABLE} to another.",
         ) from error
 
 
@@ -156,7 +156,7 @@ def _fingerprint(located: Located, image_size_px: int) -> str:
             raise HarnessError(
                 f"cannot be read: {error.strerror or error}",
                 where=str(file),
-                hint="See that the file is there and that you may read it",
+                hint="See that the file is there and that you may read it.",
             ) from error
         identity = [str(file), status.st_size, status.st_mtime_ns]
         digest.update(json.dumps(identity).encode())
@@ -177,7 +177,7 @@ def _locked(path: Path) -> Iterator[None]:
         raise HarnessError(
             f"the file cannot be locked: {error}",
             where=str(path),
-            hint=f"Set {CACHE_VARIABLE} to a folder on a disk that has file locks",
+            hint=f"Set {CACHE_VARIABLE} to a folder on a disk that has file locks.",
         ) from error
     try:
         yield
@@ -215,7 +215,7 @@ def _convert(located: Located, directory: Path, image_size_px: int, fingerprint:
         raise HarnessError(
             f"cannot be written: {error.strerror or error}",
             where=str(directory),
-            hint=f"See that the disk has free space, or set {CACHE_VARIABLE} to a folder on another",
+            hint=f"See that the disk has free space, or set {CACHE_VARIABLE} to a folder on another.",
         ) from error
     finally:
         _remove_leftovers(directory.parent, directory.name)

@@ -44,11 +44,11 @@ def locate(
     if isinstance(image_size_px, bool) or not isinstance(image_size_px, int) or image_size_px < 1:
         raise HarnessError(
             f"image_size_px must be a whole number from 1, not {image_size_px!r}",
-            hint="Set data.image_size_px, for example to 32",
+            hint="Set data.image_size_px, for example to 32.",
         )
     if source in ("digits", "synthetic"):
         if path is not None:
-            raise HarnessError(f"the source {source} reads no files", hint="Leave the path out")
+            raise HarnessError(f"the source {source} reads no files", hint="Leave the path out.")
         return _embedded(source, image_size_px, synthetic)
     try:
         resolved = None if path is None else _resolve(path)
@@ -63,7 +63,7 @@ def locate(
         raise HarnessError(
             f"cannot be read: {error.strerror or error}",
             where=where,
-            hint="See that it is there and that you may read it",
+            hint="See that it is there and that you may read it.",
         ) from error
 
 
@@ -101,7 +101,7 @@ def _parquet(folder: Path, image_size_px: int) -> Located:
         raise HarnessError(
             "holds no files train-*.parquet and test-*.parquet",
             where=str(folder),
-            hint="Give the folder that they lie in",
+            hint="Give the folder that they lie in.",
         )
 
     def load() -> ImageSets:

@@ -20,6 +20,39 @@ def at(document: Document, where: str, path: KeyPath, what: str, hint: str | Non
 
 
 MOST_MEANT = 2  # keys of a name that are told; more would be a guess
+# What timm, Lightning and Hugging Face's trainer call a key of ours.
+CALLED_ELSEWHERE = {
+    "accumulate_grad_batches": "training.gradient_accumulation_steps",
+    "amp": "training.precision",
+    "channels_last": "training.memory_format",
+    "clip_grad": "training.clip_grad_norm",
+    "cutmix": "mix.cutmix_alpha",
+    "dataset": "data.source",
+    "grad_accum_steps": "training.gradient_accumulation_steps",
+    "gradient_clip_val": "training.clip_grad_norm",
+    "learning_rate": "optimizer.lr",
+    "log_every_n_steps": "tracking.log_every_steps",
+    "log_interval": "tracking.log_every_steps",
+    "logging_steps": "tracking.log_every_steps",
+    "lr_scheduler": "schedule.name",
+    "lr_scheduler_type": "schedule.name",
+    "max_epochs": "training.epochs",
+    "max_grad_norm": "training.clip_grad_norm",
+    "max_steps": "training.steps",
+    "mixed_precision": "training.precision",
+    "mixup": "mix.mixup_alpha",
+    "model_ema": "ema.decay",
+    "model_ema_decay": "ema.decay",
+    "num_epochs": "training.epochs",
+    "num_train_epochs": "training.epochs",
+    "num_workers": "data.workers",
+    "opt": "optimizer.name",
+    "save_total_limit": "checkpoint.keep_last",
+    "sched": "schedule.name",
+    "smoothing": "training.label_smoothing",
+    "sync_bn": "training.sync_batch_norm",
+    "torchcompile": "training.compile",
+}
 SCHEMA_HINT = "`harness recipe schema` lists every key with its type."
 
 
@@ -76,8 +109,11 @@ def _nearest_key(owner: type[BaseModel] | None, schema: type[BaseModel], path: K
     """A hint for an unknown key: one that is like it in its section, or that is called so in another one."""
     name, valid = str(path[-1]), list(owner.model_fields) if owner else []
     close = closest(name, valid)
+    keys = [(".".join(key), key[-1]) for key in keys_of(schema)]
+    meant = CALLED_ELSEWHERE.get(name)
+    if meant in (key for key, _ in keys):
+        return f'Did you mean "{meant}"?'
     if close is None or len(path) == 1:
-        keys = [(".".join(key), key[-1]) for key in _keys_of(schema)]
         found = [key for key, last in keys if last == name]
         if not found and close is None:
             found = [key for key, last in keys if last.endswith(f"_{name}")]
@@ -86,14 +122,14 @@ def _nearest_key(owner: type[BaseModel] | None, schema: type[BaseModel], path: K
     return nearest(name, valid, within="".join(f"{part}." for part in path[:-1]))
 
 
-def _keys_of(schema: type[BaseModel]) -> Iterator[tuple[str, ...]]:
+def keys_of(schema: type[BaseModel]) -> Iterator[tuple[str, ...]]:
     """The keys of all sections of a schema, and of those within them."""
     for name in schema.model_fields:
         section = _section(schema, (name,))
         if section is None:
             yield (name,)
         else:
-            yield from ((name, *key) for key in _keys_of(section))
+            yield from ((name, *key) for key in keys_of(section))
 
 
 def _name_in_section(section: type[BaseModel] | None, key: str, given: Any) -> str | None:

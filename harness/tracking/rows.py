@@ -7,8 +7,7 @@ whoever uploads, and however often, each record has one place.
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from harness.tracking.base import Record
@@ -119,19 +118,20 @@ class Summaries:
     """`SUMMARIES` over all records of a run. W&B's client knows of those alone that this start has sent."""
 
     def __init__(self) -> None:
-        self._values: dict[str, list[float]] = {}
+        self._kept: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
 
     def take(self, record: Record) -> None:
         for name, value in values_of(record).items():
             if name in SUMMARIES and math.isfinite(value):
-                self._values.setdefault(name, []).append(value)
+                count = self._counts[name] = self._counts.get(name, 0) + 1
+                kept = self._kept.get(name, value)
+                of_kind = {"max": max(kept, value), "min": min(kept, value), "mean": kept + (value - kept) / count}
+                self._kept[name] = of_kind[SUMMARIES[name]]
 
     def summary(self) -> dict[str, dict[str, float]]:
         """As the client gives them: `{"test/accuracy": {"max": …}, …}`."""
-        of_kind: dict[str, Callable[[list[float]], float]] = {"max": max, "min": min, "mean": statistics.fmean}
-        return {
-            name: {kind: of_kind[kind](self._values[name])} for name, kind in SUMMARIES.items() if name in self._values
-        }
+        return {name: {kind: self._kept[name]} for name, kind in SUMMARIES.items() if name in self._kept}
 
 
 def judged_split(settings: Mapping[str, Any]) -> str:

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from harness.data.prepare import prepare
 from harness.errors import HarnessError, ManyErrors
 from harness.launching.local import KNOWN_IMAGES
-from harness.recipe import Recipe, load
+from harness.recipe import Recipe, explaining, load
 from harness.recipe import document as yaml_document
+from harness.recipe.explaining import CALLED_ELSEWHERE
 from harness.recipe.loading import differences, fingerprint, json_schema, resolved_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,6 +161,10 @@ def test_bad_recipes_say_what_is_wrong(text: str, expected: str, tmp_path: Path)
             'unknown key "batch_size"',
             'Did you mean "training.global_batch_size" or "evaluation.per_device_batch_size"?',
         ),
+        ("learning_rate=0.1", 'unknown key "learning_rate"', 'Did you mean "optimizer.lr"?'),
+        ("optimizer.learning_rate=0.1", 'unknown key "optimizer.learning_rate"', 'Did you mean "optimizer.lr"?'),
+        ("mixup=0.2", 'unknown key "mixup"', 'Did you mean "mix.mixup_alpha"?'),
+        ("data.num_workers=2", 'unknown key "data.num_workers"', 'Did you mean "data.workers"?'),
         ("training.lr=0.1", 'unknown key "training.lr"', 'Did you mean "optimizer.lr"?'),
         ("training.epoch=2", 'unknown key "training.epoch"', 'Did you mean "training.epochs"?'),
         ("optimizer.rl=2", 'unknown key "optimizer.rl"', 'Did you mean "optimizer.lr"?'),
@@ -174,6 +179,12 @@ def test_bad_recipes_say_what_is_wrong(text: str, expected: str, tmp_path: Path)
 def test_a_key_without_its_section_is_told_in_full(tmp_path: Path, override: str, what: str, hint: str) -> None:
     path = write(tmp_path, "training: {epochs: 1}\n")
     assert errors_of(path, override) == [f'override "{override}": {what}\n  HINT: {hint}']
+
+
+def test_the_names_of_other_tools_lead_to_keys_that_there_are() -> None:
+    keys = {".".join(key) for key in explaining.keys_of(Recipe)}
+    assert not set(CALLED_ELSEWHERE.values()) - keys
+    assert not set(CALLED_ELSEWHERE) & {key.split(".")[-1] for key in keys}
 
 
 def test_missing_file_names_its_neighbour() -> None:
