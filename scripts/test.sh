@@ -5,6 +5,7 @@
 #   scripts/test.sh tests/data -x   only these tests, with pytest's options; no checks, no coverage
 #
 # HARNESS_DATA=DIR   a folder with the real CIFAR-10 (else those tests are skipped)
+# JOBS=N             tests at once, when all are run (default 2); most of them wait for processes that start
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh --dev
@@ -23,7 +24,7 @@ scripts/check.sh || failed=1
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export COVERAGE_FILE=$work/coverage
-"$python" -m coverage run -m pytest || failed=1
+"$python" -m coverage run -m pytest -n "${JOBS:-2}" --dist loadgroup --no-loadscope-reorder || failed=1
 "$python" -m coverage combine --quiet
 "$python" -m coverage report --fail-under=90 --skip-covered || failed=1
 exit "$failed"
