@@ -93,6 +93,7 @@ def _single(command: list[str], code_file: Path) -> _Ended:
 
 def _launch(options: list[str], code_file: Path) -> _Ended:
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -100,6 +101,7 @@ def _launch(options: list[str], code_file: Path) -> _Ended:
     os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
     # The ranks have said what went wrong; the launcher's view of it is shown only where no rank could.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    torchrun.logger.setLevel(logging.ERROR)  # it warns of options that are right here, and sets this level on import
     try:
         launch_command(launch_command_parser().parse_args(options))
     except ChildFailedError as error:

@@ -11,7 +11,7 @@ import yaml
 
 from harness.cli import main
 from harness.run_directory import EXIT_CODE
-from tests.cluster.conftest import Task
+from tests.cluster.conftest import STEPS, Task
 from tests.cluster.sandbox import Sandbox
 
 pytestmark = pytest.mark.slurm
@@ -66,6 +66,34 @@ def test_a_task_a_point_and_only_what_is_due_again(
     script = capsys.readouterr().out
     assert "#SBATCH --array=0-0\n" in script
     assert f"runs=({bad.run})\n" in script
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_point_that_slurm_stops_goes_on_in_its_own_run(
+    work: Path, cluster: Sandbox, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = {"recipe": "digits.yaml", "method": "grid", "parameters": {"optimizer.lr": {"values": [0.05, 0.1]}}}
+    (work / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    tasks = submit(["--time", "10"], cluster, capsys)
+    try:
+        alone, stopped = tasks
+        stopped.wait_for_step(8)
+        cluster.run("scancel", "--signal=USR1", stopped.job_id)
+        assert stopped.finish()["Restarts"] == "1"
+        assert alone.finish()["Restarts"] == "0"
+    finally:
+        for task in tasks:
+            cluster.run("scancel", "--quiet", task.job_id, check=False)
+    assert alone.starts() == [0]
+    first, second = stopped.starts()
+    assert first == 0
+    assert second >= 8
+    assert stopped.steps() == list(range(1, STEPS + 1))
+    assert main(["sweep", "sweep.yaml", "--table", "--json"]) == 0
+    points = json.loads(capsys.readouterr().out)["points"]
+    assert [point["runs"][0]["state"] for point in points] == ["finished", "finished"]
+    assert submit(["--time", "10"], cluster, capsys) == []
 
 
 def test_what_slurm_refuses_leaves_nothing(work: Path, cluster: Sandbox, capsys: pytest.CaptureFixture[str]) -> None:
