@@ -24,7 +24,7 @@ scripts/check.sh || failed=1
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export COVERAGE_FILE=$work/coverage
-"$python" -m coverage run -m pytest -n "${JOBS:-2}" --dist loadgroup --no-loadscope-reorder || failed=1
+"$python" -m coverage run -m pytest -n "${JOBS:-2}" --dist loadfile --no-loadscope-reorder || failed=1
 "$python" -m coverage combine --quiet
 "$python" -m coverage report --fail-under=90 --skip-covered || failed=1
 exit "$failed"

@@ -21,8 +21,6 @@ from tests.leaks import Snapshot
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS_LIMIT_SECONDS = 120.0
-# Their tests share something that takes long to make, such as a cluster or a server; elsewhere files share nothing.
-SHARING_FOLDERS = ("cluster", "comparing", "faults", "reporting", "tracking")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,13 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.pop("HARNESS_EXIT_CODE_FILE", None)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what this machine lacks, each with its reason; tests of a group stay on one of several workers."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            folder = item.path.parent
-            item.add_marker(pytest.mark.xdist_group(str(folder if folder.name in SHARING_FOLDERS else item.path)))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine lacks, each with its reason."""
     reasons = {"gpu": _no_gpu, "cifar10": _no_cifar10, "ffcv": _no_ffcv, "slurm": _no_slurm, "browser": _no_browser}
     for name, missing in reasons.items():
         marked = [item for item in items if item.get_closest_marker(name)]
@@ -92,8 +85,8 @@ def _no_slurm() -> str | None:
 def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """`$HARNESS_CACHE` of the whole session, all its workers: data is converted and machines are measured once."""
     before = os.environ.get("HARNESS_CACHE")
-    several = "PYTEST_XDIST_WORKER" in os.environ  # each has a folder of its own within that of the session
-    folder = (tmp_path_factory.getbasetemp().parent if several else tmp_path_factory.getbasetemp()) / "harness-cache"
+    own = tmp_path_factory.getbasetemp()  # of several workers each has its own within that of the session
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "harness-cache"
     folder.mkdir(exist_ok=True)
     os.environ["HARNESS_CACHE"] = str(folder)
     yield folder

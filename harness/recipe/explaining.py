@@ -110,8 +110,8 @@ def _nearest_key(owner: type[BaseModel] | None, schema: type[BaseModel], path: K
     name, valid = str(path[-1]), list(owner.model_fields) if owner else []
     close = closest(name, valid)
     keys = [(".".join(key), key[-1]) for key in keys_of(schema)]
-    meant = CALLED_ELSEWHERE.get(name)
-    if meant in (key for key, _ in keys):
+    meant = CALLED_ELSEWHERE.get(name, "")
+    if meant in [key for key, _ in keys]:
         return f'Did you mean "{meant}"?'
     if close is None or len(path) == 1:
         found = [key for key, last in keys if last == name]
