@@ -23,6 +23,17 @@ LOOK_SECONDS = 2.0  # between two looks at the beats of a rank; one that is aliv
 LATE_SHARE = 0.8  # of the collectives' time limit: from here on the late rank is named
 STORE_LIMIT_SECONDS = 10.0
 MAX_TEXT = 2_000
+# In the errors of torch's backends. Gloo names itself in most of its own, but not in those that it hands on from one
+# operation to the next on the same connection.
+_OF_COLLECTIVES = (
+    "gloo",
+    "NCCL",
+    "Application timeout caused pair closure",
+    "Connection closed by peer",
+    "Socket closed",
+    "Pair is not connected",
+    "Operation timed out!",
+)
 _STORE_IS_GONE = "rank 0, or the launcher, which keeps the ranks' meeting point, is gone or stopped (see its output)"
 
 
@@ -177,7 +188,7 @@ class Heartbeat:
 def is_broken_collective(error: RuntimeError) -> bool:
     """Whether an error is that of torch's collectives: a rank gone, a time-out, a network that broke."""
     text = str(error)
-    return isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text or "Connection closed by peer" in text
+    return isinstance(error, dist.DistError) or any(phrase in text for phrase in _OF_COLLECTIVES)
 
 
 def to_stderr(text: str) -> None:

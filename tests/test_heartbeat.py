@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from harness.errors import HarnessError
 from harness.heartbeat import Heartbeat, RankLost, collective_limit_seconds
 from harness.launching.ports import free_port
+from tests.conftest import ROOT, RunRanks
 
 Beats = Callable[..., list[Heartbeat]]
 
@@ -74,6 +76,43 @@ def test_an_error_is_quoted_and_a_broken_collective_is_explained(beats: Beats) -
         raise ValueError("the disk is on fire")
     with pytest.raises(RankLost, match="rank 1 failed: ValueError: the disk is on fire"), first.explained():
         raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+
+
+SILENT = """
+import datetime, sys, time
+import torch
+import torch.distributed as dist
+from harness.heartbeat import is_broken_collective
+
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=2))
+numbers = torch.zeros(8)
+dist.all_reduce(numbers)
+if dist.get_rank() == 1:
+    time.sleep(6)  # takes no further part
+else:
+    works = [dist.all_reduce(torch.zeros(8), async_op=True) for _ in range(int(sys.argv[1]))]
+    for wait in [*(work.wait for work in works), lambda: dist.all_reduce(numbers), lambda: dist.broadcast(numbers, 0)]:
+        try:
+            wait()
+        except RuntimeError as error:
+            print("known" if is_broken_collective(error) else "unknown", str(error)[-200:], flush=True)
+        else:
+            print("no error", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on_the_way", [0, 1, 3])
+def test_errors_of_collectives_are_known_however_many_are_on_the_way(
+    on_the_way: int, tmp_path: Path, run_ranks: RunRanks
+) -> None:
+    """The first one has gloo's name in it; the others on the same connection get its bare words."""
+    script = tmp_path / "silent.py"
+    script.write_text(SILENT)
+    done = run_ranks(2, script, str(on_the_way), env={"PYTHONPATH": str(ROOT)})
+    lines = done.stdout.splitlines()
+    assert len(lines) == on_the_way + 2, done.stderr
+    assert all(line.startswith("known ") for line in lines), lines
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "soon", "nan", ""])

@@ -63,8 +63,8 @@ def test_a_rank_that_dies_or_stands_still_is_named(what: signal.Signals, tiny: P
         if what == signal.SIGSTOP:
             stopped.send_signal(signal.SIGKILL)
         _, text = launcher.communicate(timeout=60)
-    assert "ERROR this rank cannot go on: rank 1 is gone or stopped" in text
-    assert "--resume auto" in text
+    assert "ERROR this rank cannot go on: rank 1 is gone or stopped" in text, text
+    assert "--resume auto" in text, text
 
 
 @pytest.mark.slow
