@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -13,9 +12,9 @@ from harness import signals
 from harness.errors import EXIT_REQUEUE, HarnessError
 from harness.runtime import Runtime
 
-# The answer to a step's vote is read this many steps later, when it has long arrived: at once would mean to wait for
-# the slowest rank, or for the device, at every step. All ranks use the same number, so they still agree.
-LAG_STEPS = {"cpu": 1, "cuda": 8}
+# On a GPU the answer is read this many steps later, when it has long arrived: reading it at once would be a wait for
+# the device at every step. All ranks use the same number, so they still agree.
+GPU_LAG_STEPS = 8
 
 
 class Stopped(HarnessError):
@@ -35,7 +34,7 @@ class StopVote:
 
     def __init__(self, runtime: Runtime) -> None:
         self._device, self._world_size = runtime.device, runtime.world_size
-        self._on_the_way: deque[Callable[[], bool]] = deque()
+        self._on_the_way: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
     def agreed(self) -> bool:
         """Whether to stop before the next step. A collective where there are several ranks."""
@@ -43,32 +42,20 @@ class StopVote:
         if self._world_size == 1:
             return mine
         vote = torch.full((), int(mine), dtype=torch.int32, device=self._device)
-        self._on_the_way.append(_cast_on_gpu(vote) if self._device.type == "cuda" else _cast(vote))
-        if len(self._on_the_way) <= LAG_STEPS[self._device.type]:
+        dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+        if self._device.type != "cuda":
+            return bool(vote.item())
+        self._on_the_way.append(_copy_to_host(vote))
+        if len(self._on_the_way) <= GPU_LAG_STEPS:
             return False
-        return self._on_the_way.popleft()()
+        answer, arrived = self._on_the_way.popleft()
+        arrived.synchronize()
+        return bool(answer.item())
 
 
-def _cast(vote: Tensor) -> Callable[[], bool]:
-    """Send a vote on its way; what comes back waits for the answer."""
-    work = dist.all_reduce(vote, op=dist.ReduceOp.MAX, async_op=True)
-
-    def answer() -> bool:
-        work.wait()
-        return bool(vote.item())
-
-    return answer
-
-
-def _cast_on_gpu(vote: Tensor) -> Callable[[], bool]:
-    """The same, with a copy to the host right behind it: `vote.item()` would wait for all work queued until then."""
-    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-    copy = torch.empty_like(vote, device="cpu", pin_memory=True).copy_(vote, non_blocking=True)
+def _copy_to_host(vote: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """A copy that waits for nothing, and the event of its arrival; `vote.item()` would wait for all queued work."""
+    answer = torch.empty_like(vote, device="cpu", pin_memory=True).copy_(vote, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record(torch.cuda.current_stream(vote.device))
-
-    def answer() -> bool:
-        arrived.synchronize()
-        return bool(copy.item())
-
-    return answer
+    return answer, arrived
