@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -56,8 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 1 broke off, 2 bad input, 3 diverged, 130 interrupted."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # whose encoding may lack ± or the dots of a curve
         sys.stdout.reconfigure(errors="replace")
+    began_at = time.perf_counter()
+    if argv is None:  # what Python worked before; the age of the process may be that of a shell, which waited
+        began_at -= time.process_time()
     try:
-        code = _run(sys.argv[1:] if argv is None else list(argv))
+        code = _run(sys.argv[1:] if argv is None else list(argv), began_at)
     except HarnessError as error:
         print_error(error)
         code = error.exit_code
@@ -80,11 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run(argv: list[str]) -> int:
+def _run(argv: list[str], began_at: float) -> int:
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         raise HarnessError(f'unknown command "{argv[0]}"', hint=nearest(argv[0], COMMANDS))
     arguments, unknown = _parser().parse_known_args(argv)
     _take_overrides(arguments, unknown)
+    arguments.began_at = began_at
     return int(arguments.run(arguments))
 
 

@@ -71,7 +71,13 @@ def _train(arguments: argparse.Namespace) -> int:
     with signals.noticed():  # from here on, before torch is imported
         from harness.training.run import train
 
-        result = train(recipe, run_directory=arguments.run_dir, resume=arguments.resume, profile=arguments.profile)
+        result = train(
+            recipe,
+            run_directory=arguments.run_dir,
+            resume=arguments.resume,
+            profile=arguments.profile,
+            began_at=arguments.began_at,
+        )
     if os.environ.get("RANK", "0") == "0":
         print(
             f"test accuracy {result['correct']}/{result['total']} ({result['accuracy']:.2%}), "

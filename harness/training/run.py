@@ -30,18 +30,26 @@ from harness.training.state import Progress
 from harness.training.stopping import Stopped
 
 
-def train(recipe: Recipe, *, run_directory: Path | None, resume: str, profile: bool = False) -> dict[str, Any]:
+def train(
+    recipe: Recipe,
+    *,
+    run_directory: Path | None,
+    resume: str,
+    profile: bool = False,
+    began_at: float | None = None,
+) -> dict[str, Any]:
     """Train a recipe and return its result (also written as `result.json`).
 
     Args:
         run_directory: where to write; None makes `runs/<recipe>/<run-id>`.
         resume: "auto", "never" or the path of a checkpoint or run.
         profile: tell where the time of some steps goes, in the run directory's `profile/`.
+        began_at: when the command began, by `time.perf_counter()`, for what is told of the start; None is now.
 
     Raises:
         HarnessError: see its text; with exit code 2 nothing was started and nothing was overwritten.
     """
-    startup = Startup()
+    startup = Startup(began_at)
     startup.lap("imports")
     with ExitStack() as stack:
         runtime = stack.enter_context(

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import time
 
-import psutil
-
 
 class Startup:
-    """Seconds of each phase, one after another, from the start of the process to the first step.
+    """Seconds of each phase, one after another, to the first step.
 
-    The first training of a process counts from the start of the process; a later one from its own.
+    Args:
+        began_at: when the first phase began, by `time.perf_counter()`; None is now.
     """
 
-    _process_is_new = True
-
-    def __init__(self) -> None:
-        since_start = time.time() - psutil.Process().create_time() if Startup._process_is_new else 0.0
-        Startup._process_is_new = False
-        self._last = time.perf_counter() - max(0.0, since_start)
+    def __init__(self, began_at: float | None = None) -> None:
+        self._last = time.perf_counter() if began_at is None else began_at
         self.seconds: dict[str, float] = {}
         self.done = False
 

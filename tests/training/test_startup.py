@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from harness.training import startup
+from harness.training.startup import Startup
+from tests.conftest import ROOT, run_limited
 from tests.training.conftest import Train, result
 
 
@@ -20,18 +24,28 @@ def test_a_training_tells_each_phase_once(train: Train, capfd: pytest.CaptureFix
     assert seconds["network"] > 0
     out, err = capfd.readouterr()
     assert (out + err).count("first step after ") == 1
-    again = result(train("again"))["startup_seconds"]
-    assert 0 < sum(again.values()) < took + 30  # not the age of a process that has trained before
+    assert 0 < sum(seconds.values()) < took  # not the age of the process
 
 
-def test_the_first_training_counts_from_the_start_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(startup.Startup, "_process_is_new", True)
-    first, later = startup.Startup(), startup.Startup()
-    for each in (first, later):
+def test_phases_count_from_when_the_command_began() -> None:
+    told, untold = Startup(time.perf_counter() - 5), Startup()
+    for each in (told, untold):
         each.lap("imports")
-    assert first.seconds["imports"] > 0.1  # this process has imported torch
-    assert later.seconds["imports"] < 0.1
-    line = first.first_step()
+    assert 5 <= told.seconds["imports"] < 6
+    assert untold.seconds["imports"] < 1
+    line = told.first_step()
     assert line is not None
-    assert line.startswith("first step after ")
-    assert first.first_step() is None
+    assert line.startswith("first step after 5.")
+    assert told.first_step() is None
+
+
+@pytest.mark.slow
+def test_what_a_shell_waited_for_before_it_became_the_training_is_not_counted(tiny: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "harness", "train", str(tiny), "--run-dir", str(tmp_path / "run")]
+    began = time.perf_counter()
+    done = run_limited(["bash", "-c", 'sleep 4; exec "$@"', "bash", *words], 120, dict(os.environ), ROOT)
+    took = time.perf_counter() - began
+    assert done.returncode == 0, done.stderr
+    seconds = result(tmp_path / "run")["startup_seconds"]
+    assert seconds["imports"] > 0.5  # torch's among them
+    assert sum(seconds.values()) < took - 4
