@@ -62,7 +62,7 @@ close = difflib.get_close_matches(sys.argv[1], paths, n=1, cutoff=0.5)
 print(f'Did you mean "{close[0]}"?' if close else "Recipes: " + ", ".join(paths))
 PYTHON
   done
-  printf 'see the files in recipes/'
+  printf 'See the files in recipes/.'
 }
 
 visible_gpus() {

@@ -36,7 +36,7 @@ def build_bench(parser: argparse.ArgumentParser) -> None:
         _add_json_option(action)
         action.set_defaults(run=_bench_peers, name=name)
     accuracy = actions.add_parser(
-        "accuracy", help="seconds of training to 80 … 94 %% on the real CIFAR-10: airbench94 and ours (an hour or more)"
+        "accuracy", help="seconds of training to 80 … 94 %% on the real CIFAR-10: airbench94 and ours (about an hour)"
     )
     accuracy.add_argument(
         "--epochs", type=_count, metavar="N", help="of each at most, schedules shortened (default: each one's own)"

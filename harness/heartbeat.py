@@ -23,17 +23,10 @@ LOOK_SECONDS = 2.0  # between two looks at the beats of a rank; one that is aliv
 LATE_SHARE = 0.8  # of the collectives' time limit: from here on the late rank is named
 STORE_LIMIT_SECONDS = 10.0
 MAX_TEXT = 2_000
-# In the errors of torch's backends. Gloo names itself in most of its own, but not in those that it hands on from one
-# operation to the next on the same connection.
-_OF_COLLECTIVES = (
-    "gloo",
-    "NCCL",
-    "Application timeout caused pair closure",
-    "Connection closed by peer",
-    "Socket closed",
-    "Pair is not connected",
-    "Operation timed out!",
-)
+# In the errors of torch's backends. Gloo names its file, but not where it hands a time-out on to what else is on its
+# way over the same connection.
+_OF_COLLECTIVES = ("gloo", "NCCL", "Application timeout caused pair closure", "Connection closed by peer")
+_ALL_ALIVE = "a collective failed although all ranks are alive"
 _STORE_IS_GONE = "rank 0, or the launcher, which keeps the ranks' meeting point, is gone or stopped (see its output)"
 
 
@@ -94,7 +87,8 @@ class Heartbeat:
             if not is_broken_collective(error):
                 self.tell(f"{type(error).__name__}: {error}")
                 raise
-            raise RankLost(self.blame()) from error
+            blame = self.blame()
+            raise RankLost(f"{blame}: {str(error).splitlines()[0]}" if blame == _ALL_ALIVE else blame) from error
         except HarnessError as error:
             self.tell(error.what)
             raise
@@ -135,7 +129,7 @@ class Heartbeat:
         found += [f"rank {rank} is late{' (this one)' if rank == self._rank else ''}" for rank in late]
         if found:
             return "; ".join(found)
-        return "a collective failed although all ranks are alive: see the cause above, or the network between them"
+        return _ALL_ALIVE
 
     def _beat(self) -> None:
         seen, since, warned = self._activity, time.monotonic(), False

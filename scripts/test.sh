@@ -5,7 +5,7 @@
 #   scripts/test.sh tests/data -x   only these tests, with pytest's options; no checks, no coverage
 #
 # HARNESS_DATA=DIR   a folder with the real CIFAR-10 (else those tests are skipped)
-# JOBS=N             tests at once, when all are run (default 2); most of them wait for processes that start
+# JOBS=N             files at once, when all are run (default 2); most tests wait for processes that start
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh --dev

@@ -82,11 +82,11 @@ def _no_slurm() -> str | None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def session_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """`$HARNESS_CACHE` of the whole session, all its workers: data is converted and machines are measured once."""
     before = os.environ.get("HARNESS_CACHE")
     own = tmp_path_factory.getbasetemp()  # of several workers each has its own within that of the session
-    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "harness-cache"
+    folder = (own.parent if hasattr(request.config, "workerinput") else own) / "harness-cache"
     folder.mkdir(exist_ok=True)
     os.environ["HARNESS_CACHE"] = str(folder)
     yield folder

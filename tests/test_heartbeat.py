@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -76,6 +77,14 @@ def test_an_error_is_quoted_and_a_broken_collective_is_explained(beats: Beats) -
         raise ValueError("the disk is on fire")
     with pytest.raises(RankLost, match="rank 1 failed: ValueError: the disk is on fire"), first.explained():
         raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+
+
+def test_with_all_ranks_alive_the_error_itself_is_told(beats: Beats) -> None:
+    first, _ = beats(2)
+    told = r"all ranks are alive: \[gloo/transport/tcp/pair.cc\] Read error$"
+    with pytest.raises(RankLost) as caught, first.explained():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc] Read error\nand more")
+    assert re.search(told, caught.value.what)
 
 
 SILENT = """

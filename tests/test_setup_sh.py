@@ -80,7 +80,7 @@ def test_the_first_time_installs_and_the_second_does_nothing_quickly(clone: Clon
     assert "ffcv=yes" in (clone.venv / ".harness-setup").read_text()
     start = time.perf_counter()
     again = clone.setup()
-    assert time.perf_counter() - start < 0.3
+    assert time.perf_counter() - start < 3  # an installation takes minutes
     assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
     assert clone.pip_calls() == []
 

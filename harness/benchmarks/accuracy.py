@@ -215,7 +215,7 @@ def render_accuracy(result: Mapping[str, Any]) -> str:
 
 
 def _tell(name: str, times: Times) -> None:
-    """A line on stderr after each epoch: the whole takes an hour or more."""
+    """A line on stderr after each epoch: the whole takes about an hour."""
     last = times.payloads[-1]
     shares = ", ".join(f"{kind} {100 * correct / last['total']:.2f} %" for kind, correct in last["correct"].items())
     line = f"{name}: epoch {len(times.seconds)}, {sum(times.seconds):,.0f} s of training, {shares}"

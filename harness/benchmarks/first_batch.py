@@ -116,7 +116,7 @@ def _in_a_process(contestant: str, path: Path, workers: int, cache: Path) -> dic
     )
     if done.returncode:
         last = (done.stderr.strip() or "it printed nothing").splitlines()[-1]
-        raise HarnessError(f"{contestant} cannot be measured: {last}", hint="See harness doctor")
+        raise HarnessError(f"{contestant} cannot be measured: {last}", hint="See `harness doctor`.")
     return json.loads(done.stdout)
 
 
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         if options.later < 1:
-            raise HarnessError(f"--later must be at least 1, it is {options.later}", hint="--later 3")
+            raise HarnessError(f"--later must be at least 1, it is {options.later}", hint="Use --later 1 or more.")
         print(json.dumps(bench_first_batch(later=options.later), indent=2))
     except HarnessError as error:
         print_error(error)

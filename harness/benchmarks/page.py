@@ -17,7 +17,8 @@ WHAT = {
     "`pytorch_channels_last` runs. Ratios are medians of the rounds' own ratios.",
     "ranks": "The same network on two ranks over gloo, a thread and a batch of 8 each: raw DDP, Accelerate and ours. "
     "Ratios as above.",
-    "startup": "Whole commands; the training is the seed's network on the digits, up to its first step.",
+    "startup": "Whole commands; the training is the seed's network on the digits, up to its first step, "
+    "as the run itself tells: without what Python waited for before our first line.",
 }
 GOALS = {  # benchmark, ratio, goal: at least (>=) or at most (<=)
     "the loader over torchvision's DataLoader": ("loader", "harness_ffcv_over_torchvision", ">=", 30.0),

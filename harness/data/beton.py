@@ -147,7 +147,7 @@ def _check_arrays(path: Path, images_BHWC: np.ndarray, labels_B: np.ndarray) -> 
     count, height, width, _ = images_BHWC.shape
     if count == 0:
         raise HarnessError(
-            "there are no images to write", where=where, hint="Check that each split of the input holds images"
+            "there are no images to write", where=where, hint="Check that each split of the input holds images."
         )
     if not (1 <= height <= 65535 and 1 <= width <= 65535):
         raise HarnessError(
@@ -163,7 +163,7 @@ def _check_arrays(path: Path, images_BHWC: np.ndarray, labels_B: np.ndarray) -> 
         )
     if int(labels_B.min()) < 0 or int(labels_B.max()) > np.iinfo(np.int64).max:
         raise HarnessError(
-            f"labels run from {labels_B.min()} to {labels_B.max()}", where=where, hint="Number the classes from 0"
+            f"labels run from {labels_B.min()} to {labels_B.max()}", where=where, hint="Number the classes from 0."
         )
 
 

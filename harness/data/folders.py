@@ -56,10 +56,10 @@ def list_images(root: Path) -> FolderListing:
     test = find_test_folder(root)
     if test is None:
         wanted = " or ".join(TEST_FOLDERS) if train.is_dir() else TRAIN_FOLDER
-        raise HarnessError(f"has no folder {wanted}", where=str(root), hint="The layout is train/CLASS/IMAGE.png")
+        raise HarnessError(f"has no folder {wanted}", where=str(root), hint="The layout is train/CLASS/IMAGE.png.")
     classes, test_classes = class_names(train), class_names(test)
     if not classes:
-        raise HarnessError("has no class folders", where=str(train), hint="The layout is train/CLASS/IMAGE.png")
+        raise HarnessError("has no class folders", where=str(train), hint="The layout is train/CLASS/IMAGE.png.")
     for name in sorted(set(test_classes) - set(classes)):
         raise HarnessError(
             f'the class "{name}" has no folder in {train}',
@@ -77,7 +77,7 @@ def list_images(root: Path) -> FolderListing:
         raise HarnessError(
             "holds no images",
             where=str(test),
-            hint=f"Put images in its class folders, for example {test.name}/{classes[0]}/IMAGE.png",
+            hint=f"Put images in its class folders, for example {test.name}/{classes[0]}/IMAGE.png.",
         )
     filled = {label for _, label in listing.train}
     for label, name in enumerate(classes):

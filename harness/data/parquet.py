@@ -115,7 +115,7 @@ def _check_shards(paths: list[Path]) -> None:
         path, match = numbered[0]
         name = f"{path.name[: match.start()]}-{missing[0]:0{len(match[1])}}-of-{match[2]}.parquet"
         raise HarnessError(
-            f"the file {name} is missing", where=str(path.parent), hint="Fetch that file too, or all of them again"
+            f"the file {name} is missing", where=str(path.parent), hint="Fetch that file too, or all of them again."
         )
 
 
@@ -165,7 +165,7 @@ def _read_file(path: Path) -> tuple[list[bytes], np.ndarray]:
             raise HarnessError(
                 f"the column {image_column} holds {images.type}, not image bytes",
                 where=str(path),
-                hint="Store each image as the bytes of a PNG or JPEG file, or as {bytes, path}",
+                hint="Store each image as the bytes of a PNG or JPEG file, or as {bytes, path}.",
             )
         if not pyarrow.types.is_integer(labels.type):
             raise HarnessError(
@@ -177,7 +177,7 @@ def _read_file(path: Path) -> tuple[list[bytes], np.ndarray]:
             if column.null_count:
                 row = column.is_null().to_pylist().index(True)
                 raise HarnessError(
-                    f"the column {name} is empty", where=_row(path, row), hint="Fill it in or remove the row"
+                    f"the column {name} is empty", where=_row(path, row), hint="Fill it in or remove the row."
                 )
         return images.to_pylist(), labels.to_numpy(zero_copy_only=False).astype(np.int64)
     except (OSError, KeyError, pyarrow.ArrowException) as error:

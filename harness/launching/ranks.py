@@ -101,7 +101,8 @@ def _launch(options: list[str], code_file: Path) -> _Ended:
     os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
     # The ranks have said what went wrong; the launcher's view of it is shown only where no rank could.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    torchrun.logger.setLevel(logging.ERROR)  # it warns of options that are right here, and sets this level on import
+    # Accelerate always gives that option, and torch warns of it where the ranks meet in another way.
+    torchrun.logger.addFilter(lambda record: "master_addr is only used" not in record.getMessage())
     try:
         launch_command(launch_command_parser().parse_args(options))
     except ChildFailedError as error:

@@ -82,7 +82,7 @@ def explain(
     hint = _describe(owner, loc) or otherwise
     match error["type"]:
         case "extra_forbidden":
-            what, hint = f'unknown key "{key}"', _nearest_key(owner, schema, path)
+            what, hint = f'unknown key "{key}"', _nearest_key(owner, schema, path, error.get("input"))
         case "missing":
             what = f'the key "{key}" is missing'
         case "model_type":
@@ -105,14 +105,14 @@ def explain(
     return at(document, where, path, what, hint)
 
 
-def _nearest_key(owner: type[BaseModel] | None, schema: type[BaseModel], path: KeyPath) -> str:
-    """A hint for an unknown key: one that is like it in its section, or that is called so in another one."""
+def _nearest_key(owner: type[BaseModel] | None, schema: type[BaseModel], path: KeyPath, given: Any) -> str:
+    """A hint for an unknown key: one that is like it in its section, or that is called so in another, or elsewhere."""
     name, valid = str(path[-1]), list(owner.model_fields) if owner else []
     close = closest(name, valid)
     keys = [(".".join(key), key[-1]) for key in keys_of(schema)]
     meant = CALLED_ELSEWHERE.get(name, "")
     if meant in [key for key, _ in keys]:
-        return f'Did you mean "{meant}"?'
+        return f'Did you mean "{meant.rpartition(".")[0] if isinstance(given, dict) else meant}"?'
     if close is None or len(path) == 1:
         found = [key for key, last in keys if last == name]
         if not found and close is None:

@@ -44,7 +44,8 @@ def train(
         run_directory: where to write; None makes `runs/<recipe>/<run-id>`.
         resume: "auto", "never" or the path of a checkpoint or run.
         profile: tell where the time of some steps goes, in the run directory's `profile/`.
-        began_at: when the command began, by `time.perf_counter()`, for what is told of the start; None is now.
+        began_at: when the command began, by `time.perf_counter()`, for what is told of the start; None is now. The
+            command line gives it without what Python waited for (a slow disk) before our first line.
 
     Raises:
         HarnessError: see its text; with exit code 2 nothing was started and nothing was overwritten.

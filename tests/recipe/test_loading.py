@@ -164,6 +164,8 @@ def test_bad_recipes_say_what_is_wrong(text: str, expected: str, tmp_path: Path)
         ("learning_rate=0.1", 'unknown key "learning_rate"', 'Did you mean "optimizer.lr"?'),
         ("optimizer.learning_rate=0.1", 'unknown key "optimizer.learning_rate"', 'Did you mean "optimizer.lr"?'),
         ("mixup=0.2", 'unknown key "mixup"', 'Did you mean "mix.mixup_alpha"?'),
+        ("dataset=cifar10", 'unknown key "dataset"', 'Did you mean "data.source"?'),
+        ("dataset={source: cifar10}", 'unknown key "dataset"', 'Did you mean "data"?'),
         ("data.num_workers=2", 'unknown key "data.num_workers"', 'Did you mean "data.workers"?'),
         ("training.lr=0.1", 'unknown key "training.lr"', 'Did you mean "optimizer.lr"?'),
         ("training.epoch=2", 'unknown key "training.epoch"', 'Did you mean "training.epochs"?'),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -37,6 +38,19 @@ def test_phases_count_from_when_the_command_began() -> None:
     assert line is not None
     assert line.startswith("first step after 5.")
     assert told.first_step() is None
+
+
+@pytest.mark.slow
+def test_what_python_worked_before_the_command_is_counted(tiny: Path, tmp_path: Path) -> None:
+    words = ["harness", "train", str(tiny), "--run-dir", str(tmp_path / "run")]
+    work = "import sys, time\nwhile time.process_time() < 3: pass\n"
+    code = f"{work}from harness.cli import main\nsys.argv = {words!r}\nsys.exit(main())"
+    done = run_limited([sys.executable, "-c", code], 120, dict(os.environ), ROOT)
+    assert done.returncode == 0, done.stderr
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import harness.training.run"], cwd=ROOT, check=True)
+    alone = time.perf_counter() - began
+    assert result(tmp_path / "run")["startup_seconds"]["imports"] > 3 + alone / 3
 
 
 @pytest.mark.slow
