@@ -88,7 +88,9 @@ class Heartbeat:
                 self.tell(f"{type(error).__name__}: {error}")
                 raise
             blame = self.blame()
-            raise RankLost(f"{blame}: {str(error).splitlines()[0]}" if blame == _ALL_ALIVE else blame) from error
+            if blame == _ALL_ALIVE:
+                blame += ": " + str(error).partition("\n")[0]
+            raise RankLost(blame) from error
         except HarnessError as error:
             self.tell(error.what)
             raise

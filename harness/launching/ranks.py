@@ -101,8 +101,7 @@ def _launch(options: list[str], code_file: Path) -> _Ended:
     os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
     # The ranks have said what went wrong; the launcher's view of it is shown only where no rank could.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    # Accelerate always gives that option, and torch warns of it where the ranks meet in another way.
-    torchrun.logger.addFilter(lambda record: "master_addr is only used" not in record.getMessage())
+    torchrun.logger.addFilter(_says_something)
     try:
         launch_command(launch_command_parser().parse_args(options))
     except ChildFailedError as error:
@@ -118,6 +117,11 @@ def _launch(options: list[str], code_file: Path) -> _Ended:
             return _Ended(EXIT_DONE)  # all had ended when the signal came
         return _Ended(exit_code(-int(error.sigval), written, told_to_stop=True), told_to_stop=True)
     return _Ended(EXIT_DONE)
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    """Accelerate always gives the option `master_addr`, and torch warns of it where the ranks meet in another way."""
+    return "master_addr is only used" not in record.getMessage()
 
 
 def exit_code(first_failure: int, written: Sequence[int], *, told_to_stop: bool = False) -> int:
