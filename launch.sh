@@ -118,9 +118,11 @@ done
 
 recipe=${arguments[0]}
 case "$recipe" in -* | *=*) fail "the recipe comes first, got \"$recipe\"" "./launch.sh recipes/quickstart.yaml $recipe" ;; esac
+[ ! -p "$recipe" ] || fail "$recipe: a pipe is read once, and launch.sh reads the recipe several times" "Write it to a file first, or use harness train."
 if [ ! -f "$recipe" ]; then
-  [ -f "$root/$recipe" ] || fail "$recipe: no such recipe" "$(nearest_recipe "$recipe")"
-  recipe=$root/$recipe
+  case "$recipe" in */* | *.*) found=$recipe ;; *) found=recipes/$recipe.yaml ;; esac # a path, or a name
+  [ -f "$root/$found" ] || fail "$recipe: no such recipe" "$(nearest_recipe "$recipe")"
+  recipe=$root/$found
 fi
 overrides=()
 loader_given=""

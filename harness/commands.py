@@ -17,7 +17,12 @@ from harness.errors import EXIT_BAD_INPUT, EXIT_DONE, HarnessError, print_error
 
 
 def _recipe_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", nargs="?" if optional else None, help="a YAML file")
+    parser.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        nargs="?" if optional else None,
+        help="a YAML file, or the name of a packaged recipe",
+    )
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key.path=value", help="change a setting, e.g. training.epochs=2"
     )
@@ -39,6 +44,12 @@ def _count(text: str, *, at_least: int = 0) -> int:
     if not text.isdecimal() or int(text) < at_least:
         raise argparse.ArgumentTypeError(f'must be a whole number of at least {at_least}, not "{text}"')
     return int(text)
+
+
+def _image_file(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"reads files and downloads nothing; fetch it first: curl -LO {text}")
+    return Path(text)
 
 
 _at_least_one = partial(_count, at_least=1)
@@ -122,7 +133,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 def build_predict(parser: argparse.ArgumentParser) -> None:
     _run_arguments(parser)
-    parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="image files")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", type=_image_file, help="image files")
     _add_checkpoint_option(parser)
     parser.add_argument("--weights", choices=("raw", "ema"), default="raw", help="which weights (default raw)")
     parser.add_argument("--top", type=_at_least_one, default=3, metavar="K", help="classes to name (default 3)")
@@ -186,6 +197,8 @@ def build_recipe(parser: argparse.ArgumentParser) -> None:
     validate = actions.add_parser("validate", help="every error of some recipes")
     validate.add_argument("recipes", nargs="+", metavar="RECIPE", help="files, and key.path=value for all of them")
     validate.set_defaults(run=_recipe_validate)
+    listing = actions.add_parser("list", help="the recipes that come with the package, for use by name from anywhere")
+    listing.set_defaults(run=_recipe_list)
     schema = actions.add_parser("schema", help="JSON Schema of recipes, for editors")
     schema.set_defaults(run=_recipe_schema)
 
@@ -211,6 +224,15 @@ def _recipe_validate(arguments: argparse.Namespace) -> int:
             print_error(error)
             code = EXIT_BAD_INPUT
     return code
+
+
+def _recipe_list(arguments: argparse.Namespace) -> int:
+    from harness.recipe import packaged
+
+    for name in packaged.names():
+        print(f"{name:<12}{packaged.describe(name)}")
+    print(f"files: {packaged.RECIPES}")
+    return EXIT_DONE
 
 
 def _recipe_schema(arguments: argparse.Namespace) -> int:

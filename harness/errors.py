@@ -9,6 +9,7 @@ import difflib
 import errno
 import os
 import sys
+import unicodedata
 from collections.abc import Iterable
 
 EXIT_DONE = 0
@@ -79,6 +80,13 @@ def closest(name: str, valid: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(str(name), names, n=1, cutoff=0.6) or same_letters), None)
 
 
+def _unseen(name: str, close: str) -> str:
+    """What the eye may not see: accents as characters of their own, look-alike letters, spaces without a width."""
+    strange = [c for c in dict.fromkeys(name) if not c.isascii() and c not in close]
+    told = " and ".join(f"U+{ord(c):04X} {unicodedata.name(c, '')}".rstrip() for c in strange)
+    return f" The given name has {told}." if strange else ""
+
+
 def nearest(name: str, valid: Iterable[str], *, within: str = "", show_all_up_to: int = 12) -> str:
     """A phrase that helps with a wrong name: the closest valid one, else the valid names when they are few.
 
@@ -91,7 +99,7 @@ def nearest(name: str, valid: Iterable[str], *, within: str = "", show_all_up_to
     names = sorted({str(v) for v in valid})
     close = closest(name, names)
     if close is not None:
-        return f'Did you mean "{within}{close}"?'
+        return f'Did you mean "{within}{close}"?{_unseen(str(name), close)}'
     if not names:
         return "There are no valid names here."
     if len(names) <= show_all_up_to:

@@ -69,6 +69,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (f"train {DEBUG} data.synthetic.train_images=1000000000000", "not enough memory"),
         ("eval nowhere", "no run with checkpoints here"),
         ("eval nowhere --recalibrate -4", 'argument --recalibrate: must be a whole number of at least 0, not "-4"'),
+        ("predict nowhere https://a.org/b.png", "downloads nothing; fetch it first: curl -LO https://a.org/b.png"),
         ("predict nowhere image.png", "no run with checkpoints here"),
         ("predict nowhere image.png --top 0", 'argument --top: must be a whole number of at least 1, not "0"'),
         ("predict nowhere image.png --top x", 'argument --top: must be a whole number of at least 1, not "x"'),

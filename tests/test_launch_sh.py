@@ -114,6 +114,7 @@ def test_a_dry_run_needs_no_environment_and_makes_none(env: dict[str, str]) -> N
         "train",
         SEED,
     ]
+    assert dry_run(env, "seed", cwd=Path("/"))[-1] == str(ROOT / SEED)  # by its name, from anywhere
     assert not Path(env["HARNESS_VENV"]).exists()
     assert "no such recipe" in launch(env | {"DRY_RUN": "0"}, "absent.yaml").stderr
 

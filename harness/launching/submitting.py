@@ -61,11 +61,12 @@ def submit(
     """
     from harness.recipe import load
     from harness.recipe.loading import resolved_yaml
+    from harness.recipe.packaged import locate
 
     recipe = load(recipe_path, overrides)
     job = Job(
         name=recipe.name,
-        recipe=str(Path(recipe_path).absolute()),
+        recipe=str(locate(recipe_path).absolute()),
         run_directory=str((run_directory or new_run_directory(recipe.name)).absolute()),
         python=sys.executable,
         overrides=tuple(overrides),

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import harness
 from harness.errors import HarnessError
 from harness.launching.local import choose_split
 from harness.machine import usable_cores
 from harness.recipe import Recipe
+from harness.recipe.packaged import RECIPES
 
-CONFIGURATIONS = Path(harness.__file__).resolve().parents[1] / "recipes" / "launch"
 # As in launch.sh: beside other busy processes, threads that spin long for one another are several times slower.
 SPIN_COUNT = "100"
 
@@ -37,20 +36,10 @@ class Ranks:
     note: str = ""
 
     def command(self, words: Sequence[str]) -> list[str]:
-        """The command that runs `harness WORDS` on all ranks; every rank has these very words.
-
-        Raises:
-            HarnessError: Accelerate's configuration is not there.
-        """
+        """The command that runs `harness WORDS` on all ranks; every rank has these very words."""
         if self.count == 1:
             return [sys.executable, "-m", "harness", *words]
-        configuration = CONFIGURATIONS / ("multi_gpu.yaml" if self.gpu else "cpu.yaml")
-        if not configuration.is_file():
-            raise HarnessError(
-                "several ranks need the configurations that come with the sources",
-                where=str(configuration),
-                hint="Install from a checkout: pip install -e '.[ffcv]'; or --ranks 1.",
-            )
+        configuration = RECIPES / "launch" / ("multi_gpu.yaml" if self.gpu else "cpu.yaml")
         launcher = ["accelerate", "launch", "--config_file", str(configuration), "--num_processes", str(self.count)]
         return [sys.executable, "-m", "harness.launching.ranks", *launcher, "-m", "harness", *words]
 

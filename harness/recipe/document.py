@@ -6,6 +6,7 @@ string keys are data; tags, anchors and aliases are refused, so no text can run 
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 
 from harness.errors import HarnessError
+from harness.recipe.packaged import is_name, names
 
 KeyPath = tuple[str | int, ...]
 # PyYAML reads some 20 kB a second, and much less where it is deeply nested: more is refused unread. Ours have 1 kB.
@@ -109,7 +111,10 @@ def read(path: Path) -> Document:
     """
     where = str(path)
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():  # reading a pipe or device might never end
+        if is_pipe(path):
+            if os.environ.get("WORLD_SIZE", "1") != "1":
+                raise HarnessError("several ranks cannot read one pipe", where=where, hint="Write it to a file first.")
+        elif path.exists() and not path.is_file() and not path.is_dir():  # reading a device might never end
             raise HarnessError("is not a file", where=where, hint="Recipes are UTF-8 YAML files.")
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
@@ -122,6 +127,14 @@ def read(path: Path) -> Document:
             f"not UTF-8 text (byte {error.start})", where=where, hint="Recipes are UTF-8 YAML files."
         ) from None
     return parse(text, where)
+
+
+def is_pipe(path: Path) -> bool:
+    """Whether a path is a pipe that this process was given, as `/dev/stdin` and the shell's `<(…)` are.
+
+    One with a name on disk may have no writer, and opening it would never return.
+    """
+    return str(path.parent) in ("/dev", "/dev/fd", "/proc/self/fd") and path.is_fifo()
 
 
 def parse(text: str, where: str) -> Document:
@@ -265,14 +278,16 @@ def _refuse_tag(node: yaml.Node, place: str, document: Document) -> None:
 def _neighbours(path: Path) -> str:
     from harness.errors import nearest
 
+    if is_name(path) and not path.is_dir():
+        return f"{nearest(path.name, names())} `harness recipe list` describes them; else give a file."
     try:
         is_folder = path.is_dir()
         folder = path if is_folder else path.parent
-        names = [p.name for p in folder.glob("*.yaml") if not p.name.startswith(".")]
+        there = [p.name for p in folder.glob("*.yaml") if not p.name.startswith(".")]
     except OSError:
-        names = []
-    if not names:
+        there = []
+    if not there:
         return "Check the path."
     return (
-        f"Give a file in {folder}. {nearest('', names)}" if is_folder else f"In {folder}: {nearest(path.name, names)}"
+        f"Give a file in {folder}. {nearest('', there)}" if is_folder else f"In {folder}: {nearest(path.name, there)}"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
@@ -19,6 +19,7 @@ def at(document: Document, where: str, path: KeyPath, what: str, hint: str | Non
     return HarnessError(what, where=where, hint=hint)
 
 
+_SIGNS = {"greater_than": ">", "greater_than_equal": "≥", "less_than": "<", "less_than_equal": "≤"}
 MOST_MEANT = 2  # keys of a name that are told; more would be a guess
 # What timm, Lightning and Hugging Face's trainer call a key of ours.
 CALLED_ELSEWHERE = {
@@ -91,18 +92,44 @@ def explain(
         case "literal_error":
             valid = [str(v) for v in _literal_values(owner, loc)]
             what, hint = f"{key}: {given} is not one of its values", nearest(str(error["input"]), valid)
-        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
-            sign = {
-                "greater_than": "> ",
-                "greater_than_equal": "≥ ",
-                "less_than": "< ",
-                "less_than_equal": "≤ ",
-            }
-            bound = next(iter(context.values()))
-            what = f"{key}: must be {sign[error['type']]}{bound}, got {given}"
+        case "cannot_be_meant":
+            what, hint = f"{key}: {error['msg']}, got {given}", context["hint"]
         case _:
-            what = f"{key}: {error['msg'][0].lower() + error['msg'][1:]}, got {given}"
+            must, advice = _of_type_and_range(error, context)
+            what, hint = f"{key}: {must}, got {given}", f"{advice}{hint}"
     return at(document, where, path, what, hint)
+
+
+def _of_type_and_range(error: Any, context: Mapping[str, Any]) -> tuple[str, str]:
+    """What a value must be, and advice where it is clear what was meant."""
+    given, kind = error["input"], error["type"]
+    match kind:
+        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
+            bound = next(iter(context.values()))
+            percent = bound == 1 and kind.startswith("less") and 1 < given <= 100
+            advice = f"If {given:g} % is meant, write {given / 100:g}. " if percent else ""
+            return f"must be {_SIGNS[kind]} {bound}", advice
+        case "bool_type":
+            advice = "Write true or false, without quotes (yes, no, on and off are plain text in YAML 1.2). "
+            return "must be true or false", advice
+        case "int_type" | "float_type" if _is_number(given):
+            return "must be a number, not a text", "Write it without quotes. "
+        case "tuple_type":
+            return "must be a list", ""
+        case "too_short" | "too_long" if "actual_length" in context:
+            least = kind == "too_short"
+            bound = context["min_length" if least else "max_length"]
+            return f"must have at {'least' if least else 'most'} {bound} values", ""
+        case _:
+            return error["msg"][0].lower() + error["msg"][1:], ""
+
+
+def _is_number(given: Any) -> bool:
+    """Whether a text would be a number without its quotes."""
+    try:
+        return isinstance(given, str) and float(given) is not None
+    except ValueError:
+        return False
 
 
 def _nearest_key(owner: type[BaseModel] | None, schema: type[BaseModel], path: KeyPath, given: Any) -> str:

@@ -15,6 +15,7 @@ from harness.errors import HarnessError, ManyErrors
 from harness.recipe import document as yaml_document
 from harness.recipe.document import Document
 from harness.recipe.explaining import at, explain
+from harness.recipe.packaged import locate
 from harness.recipe.rules import broken_rules
 from harness.recipe.schema import ARGS_SCHEMAS, Recipe
 
@@ -27,7 +28,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe with everything it inherits and the overrides of the command line.
 
     Args:
-        path: a YAML file.
+        path: a YAML file, a pipe such as /dev/stdin, or the name of a recipe that comes with the package.
         overrides: `key.path=value` texts; the value is YAML.
 
     Raises:
@@ -45,11 +46,11 @@ def load_variants(path: str | Path, variants: Iterable[Sequence[str]]) -> list[R
     Raises:
         HarnessError: the file, or one that it inherits, is missing, no YAML or a sweep.
     """
-    path = Path(path)
+    path = locate(path)
     inherited = _read_with_bases(path)
     if {"recipe", "parameters"} <= inherited.data.keys():
         raise HarnessError("this is a sweep, not a recipe", where=str(path), hint=f"harness sweep {path}")
-    inherited.data.setdefault("name", path.stem)
+    inherited.data.setdefault("name", "stdin" if yaml_document.is_pipe(path) else path.stem)
     return [_with_overrides(copy.deepcopy(inherited), overrides, str(path)) for overrides in variants]
 
 
@@ -168,7 +169,7 @@ def _base_of(document: Document, path: Path) -> Path | None:
             HarnessError("base must be the path of a recipe", where=document.places[("base",)], hint="base: seed.yaml")
         )
         return None
-    return path.parent / base
+    return locate(base, Path() if yaml_document.is_pipe(path) else path.parent)
 
 
 def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:

@@ -13,6 +13,13 @@ def broken_rules(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     yield from _data(recipe)
     yield from _batch(recipe)
     yield from _schedule(recipe)
+    shrinks_by = recipe.optimizer.lr * recipe.optimizer.weight_decay
+    if shrinks_by >= 1:
+        yield (
+            "optimizer.weight_decay",
+            f"at the peak lr it would take {shrinks_by:.0%} of the weights at each step",
+            "5e-4 is common for sgd, 0.05 for adamw.",
+        )
     if recipe.checkpoint.best_by == "ema" and recipe.ema.decay is None:
         yield (
             "checkpoint.best_by",
@@ -41,14 +48,16 @@ def _data(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
         yield "data.path", f"the source {data.source} reads no files", "Leave data.path out."
     if data.path is not None and ("\x00" in data.path or not data.path):
         yield "data.path", "is no path", "data.path: /folder/of/the/images"
-    if data.std is not None and min(data.std) <= 0:
-        yield "data.std", f"must be > 0 in each channel, got {data.std}", "Pixels are in [0, 1]; try 0.25."
-    if data.crop_padding_mode == "reflect" and data.crop_padding_px >= data.image_size_px:
-        yield (
-            "data.crop_padding_px",
-            f"reflection needs a padding smaller than the image ({data.image_size_px} px)",
-            "data.crop_padding_px: 4",
-        )
+    for key, size_px, usual in (
+        ("crop_padding_px", data.crop_padding_px, 4),
+        ("cutout_size_px", data.cutout_size_px, 8),
+    ):
+        if size_px >= data.image_size_px:
+            yield (
+                f"data.{key}",
+                f"must be smaller than the image ({data.image_size_px} px), got {size_px}",
+                f"It is in pixels, for example data.{key}: {usual}.",
+            )
 
 
 def _batch(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
@@ -76,5 +85,20 @@ def _schedule(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
             "multistep needs milestones",
             "schedule.milestones_epochs: [30, 60]",
         )
-    if schedule.min_lr > recipe.optimizer.lr:
-        yield "schedule.min_lr", f"above the peak lr {recipe.optimizer.lr}", "Lower it."
+    for key in ("min_lr", "warmup_lr"):
+        if getattr(schedule, key) > recipe.optimizer.lr:
+            yield f"schedule.{key}", f"above the peak lr {recipe.optimizer.lr}", "Lower it, or raise optimizer.lr."
+    if schedule.name in ("step", "multistep") and schedule.decay_rate > 1:
+        yield (
+            "schedule.decay_rate",
+            f"{schedule.decay_rate:g} would multiply the learning rate at each step of the schedule",
+            f"To divide by {schedule.decay_rate:g}, write {1 / schedule.decay_rate:g}.",
+        )
+    first_decay = {"multistep": min(schedule.milestones_epochs, default=0), "step": schedule.decay_epochs}
+    if epochs and first_decay.get(schedule.name, 0) >= epochs:
+        key = "milestones_epochs" if schedule.name == "multistep" else "decay_epochs"
+        yield (
+            f"schedule.{key}",
+            f"the first decay, after {first_decay[schedule.name]:g} epochs, is beyond the training ({epochs} epochs)",
+            "It is in epochs, not steps; for a shorter trial add schedule.name=constant.",
+        )

@@ -8,15 +8,50 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from harness.recipe.dual_branch_args import DualBranchArgs
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
+
+
+def cannot_be_meant(what: str, hint: str) -> PydanticCustomError:
+    """The error of a value that has the right type and another unit than the key's."""
+    return PydanticCustomError("cannot_be_meant", "{what}", {"what": what, "hint": hint})
+
+
+def _in_unit_interval(values: tuple[float, ...]) -> tuple[float, ...]:
+    if min(values) < 0 or max(values) > 1:
+        divided = [round(value / 255, 4) for value in values]
+        hint = "Pixels are in [0, 1]" + (f"; divided by 255 these are {divided}." if 0 <= min(divided) <= 1 else ".")
+        raise cannot_be_meant("must be between 0 and 1 in each channel", hint)
+    return values
+
+
+def _deviations(values: tuple[float, ...]) -> tuple[float, ...]:
+    if min(_in_unit_interval(values)) < 1 / 255:
+        times = [round(value * 255, 4) for value in values]
+        hint = "Pixels are in [0, 1]; 0.25 is common." + (
+            f" Times 255 these are {times}." if 0 < min(times) <= max(times) <= 1 else ""
+        )
+        raise cannot_be_meant("must be > 0, and more than one grey level (1/255), in each channel", hint)
+    return values
+
+
+def _share_kept(decay: float) -> float:
+    if decay < 0.5:
+        raise cannot_be_meant(
+            "must be ≥ 0.5: it is the share of the average that each step keeps",
+            f"0.999 is common; if each step is to add a share of {decay:g}, write {1 - decay:g}.",
+        )
+    return decay
+
+
 # Lists become tuples, so that the whole recipe is immutable.
-PerChannel = Annotated[tuple[float, float, float], Field(strict=False)]
+PerChannel = Annotated[tuple[float, ...], Field(strict=False, min_length=3, max_length=3)]
 Tags = Annotated[tuple[Annotated[str, Field(min_length=1, max_length=64)], ...], Field(strict=False)]
 Counts = Annotated[tuple[Count, ...], Field(strict=False)]
 
@@ -54,13 +89,13 @@ class Data(Section):
         "ffcv",
         description="ffcv: compiled, fastest on a CPU; device: data resident on the device; torch: DataLoader",
     )
-    workers: Count | None = Field(
+    workers: Annotated[int, Field(ge=0, le=512)] | None = Field(
         None, description="loader threads (ffcv) or processes (torch) per rank; null takes the rank's cores"
     )
-    mean: PerChannel | None = Field(
+    mean: Annotated[PerChannel, AfterValidator(_in_unit_interval)] | None = Field(
         None, description="normalisation mean, pixels in [0, 1]; null measures the training split"
     )
-    std: PerChannel | None = Field(
+    std: Annotated[PerChannel, AfterValidator(_deviations)] | None = Field(
         None, description="normalisation standard deviation, pixels in [0, 1]; null measures"
     )
     shuffle: bool = Field(True, description="a new order each epoch, a pure function of (seed, epoch)")
@@ -150,7 +185,9 @@ class Schedule(Section):
 class Ema(Section):
     """Exponential moving average of the weights (timm's ModelEmaV3), evaluated beside the raw ones."""
 
-    decay: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="decay a step; null is off")
+    decay: Annotated[float, Field(lt=1), AfterValidator(_share_kept)] | None = Field(
+        None, description="share of the average that each step keeps, such as 0.999; null is off"
+    )
     warmup: bool = Field(True, description="smaller decay in the first steps")
 
 

@@ -14,6 +14,7 @@ from harness.errors import HarnessError, ManyErrors
 from harness.recipe import document as yaml_document
 from harness.recipe.document import Document, KeyPath
 from harness.recipe.explaining import at, explain
+from harness.recipe.packaged import locate
 from harness.recipe.schema import PositiveInt, Recipe, Section
 
 MAX_RUNS = 10_000
@@ -48,7 +49,7 @@ class Sweep(Section):
         description="names the folder of the runs; default: the file's name"
     )
     recipe: Annotated[str, Field(min_length=1)] = Field(
-        description="path of the recipe to begin with, relative to this file"
+        description="the recipe to begin with: a path relative to this file, or the name of a packaged one"
     )
     method: Literal["grid", "random"] = Field(
         description="grid: all combinations of values; random: points drawn from them"
@@ -77,7 +78,7 @@ class SweepFile:
 
     @property
     def recipe_path(self) -> Path:
-        return self.path.parent / self.sweep.recipe
+        return locate(self.sweep.recipe, self.path.parent)
 
     def place_of(self, path: KeyPath) -> str:
         """`file:line` of the deepest part of a key that is written in the file."""

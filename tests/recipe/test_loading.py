@@ -95,7 +95,7 @@ def test_all_errors_come_at_once_with_their_places(tmp_path: Path) -> None:
     for line, text in (
         (2, 'unknown key "training.epcohs"\n  HINT: Did you mean "training.epochs"?'),
         (3, "training.epochs: must be ≥ 0, got -2"),
-        (4, "training.global_batch_size: input should be a valid integer, got '128'"),
+        (4, "training.global_batch_size: must be a number, not a text, got '128'"),
         (5, "training.precision: 'bf61' is not one of its values\n  HINT: Did you mean \"bf16\"?"),
         (6, "optimizer.lr: must be > 0"),
         (6, "optimizer.momentum: input should be a finite number"),
@@ -122,8 +122,6 @@ def test_all_errors_come_at_once_with_their_places(tmp_path: Path) -> None:
         ("training: {epochs: 1}\nschedule: {min_lr: 1.0}\n", "above the peak"),
         ("training: {epochs: 1}\ndata: {source: parquet}\n", "needs a path"),
         ("training: {epochs: 1}\ndata: {source: digits, path: x}\n", "reads no files"),
-        ("training: {epochs: 1}\ndata: {std: [0.2, 0.0, 0.2]}\n", "must be > 0"),
-        ("training: {epochs: 1}\ndata: {crop_padding_mode: reflect, crop_padding_px: 32}\n", "smaller than the image"),
         ("training: {epochs: 1}\ncheckpoint: {best_by: ema}\n", "no averaged weights"),
         ("training: {epochs: 1}\ntracking: {project: team/p}\n", "tracking.project"),  # W&B would take none of it
         (
@@ -131,6 +129,11 @@ def test_all_errors_come_at_once_with_their_places(tmp_path: Path) -> None:
             "tracking.tags.0: string should have at most 64",
         ),
         ("training: {epochs: true}\n", "valid integer"),
+        ("training: {epochs: 1}\ndata: {shuffle: yes}\n", "must be true or false, got 'yes'\n  HINT: Write true or"),
+        ("training: {epochs: 1}\ndata: {shuffle: 1}\n", "must be true or false, got 1"),
+        ("training: {epochs: '5'}\n", "must be a number, not a text, got '5'\n  HINT: Write it without quotes."),
+        ("training: {epochs: 1}\ntracking: {tags: a}\n", "must be a list, got 'a'"),
+        ("training: {epochs: 1}\ndata: {mean: [0.5]}\n", "must have at least 3 values, got [0.5]"),
         ("training: 3\n", "training"),
         ("name: ../up\ntraining: {epochs: 1}\n", "name"),
         ("[1, 2]\n", "mapping"),
@@ -148,6 +151,59 @@ def test_all_errors_come_at_once_with_their_places(tmp_path: Path) -> None:
 )
 def test_bad_recipes_say_what_is_wrong(text: str, expected: str, tmp_path: Path) -> None:
     assert any(expected in e and "HINT:" in e for e in errors_of(write(tmp_path, text)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what", "hint"),
+    [
+        (
+            "data.mean=[125.3,123.0,113.9]",
+            "must be between 0 and 1",
+            "divided by 255 these are [0.4914, 0.4824, 0.4467]",
+        ),
+        ("data.mean=[-0.1,0.5,0.5]", "must be between 0 and 1", "Pixels are in [0, 1]."),
+        ("data.std=[63,62,67]", "must be between 0 and 1", "divided by 255 these are [0.2471, 0.2431, 0.2627]"),
+        ("data.std=[0.2,0.0,0.2]", "must be > 0", "0.25 is common"),
+        ("data.std=[0.00097,0.001,0.001]", "more than one grey level", "Times 255 these are [0.2474, 0.255, 0.255]"),
+        ("data.crop_padding_px=32", "smaller than the image (32 px)", "data.crop_padding_px: 4"),
+        ("data.cutout_size_px=32", "smaller than the image (32 px)", "data.cutout_size_px: 8"),
+        ("data.workers=1000", "must be ≤ 512", "workers"),
+        ("training.label_smoothing=10", "must be < 1", "If 10 % is meant, write 0.1."),
+        ("mix.probability=50", "must be ≤ 1", "If 50 % is meant, write 0.5."),
+        ("optimizer.momentum=90", "must be < 1", "If 90 % is meant, write 0.9."),
+        ("model.args.dropout=25", "must be < 1", "If 25 % is meant, write 0.25."),
+        ("ema.decay=99.9", "must be < 1", "If 99.9 % is meant, write 0.999."),
+        ("ema.decay=0.001", "must be ≥ 0.5", "write 0.999"),
+        ("optimizer.lr=4 optimizer.weight_decay=0.5", "it would take 200% of the weights", "5e-4 is common"),
+        ("schedule.warmup_lr=0.2", "above the peak lr 0.1", "Lower it"),
+        ("schedule.name=step schedule.decay_epochs=1 schedule.decay_rate=10", "would multiply", "write 0.1"),
+        (
+            "schedule.name=step schedule.decay_epochs=400",
+            "after 400 epochs, is beyond the training",
+            "in epochs, not steps",
+        ),
+        ("schedule.name=multistep schedule.milestones_epochs=[900,1800]", "after 900 epochs", "in epochs, not steps"),
+    ],
+)
+def test_values_of_another_unit_are_refused(tmp_path: Path, overrides: str, what: str, hint: str) -> None:
+    (error,) = errors_of(write(tmp_path, "training: {epochs: 5}\n"), *overrides.split())
+    assert what in error
+    assert hint in error
+
+
+def test_usual_values_are_not(tmp_path: Path) -> None:
+    text = "training: {epochs: 5}\ndata: {mean: [0, 0.5, 1], std: [1, 1, 0.5]}\nema: {decay: 0.5}\n"
+    assert load(write(tmp_path, text)).data.std == (1, 1, 0.5)
+
+
+def test_keys_that_look_alike_say_so(tmp_path: Path) -> None:
+    for key, told in (
+        ("training.epochs\u00a0", "NO-BREAK SPACE"),
+        ("training.epo\u0441hs", "CYRILLIC SMALL LETTER ES"),
+    ):
+        (error,) = errors_of(write(tmp_path, MINIMAL), f"{key}=3")
+        assert 'Did you mean "training.epochs"? The given name has U+' in error
+        assert told in error
 
 
 @pytest.mark.parametrize(
@@ -212,6 +268,27 @@ def test_a_pipe_or_a_device_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.yaml")
     assert "is not a file" in errors_of(tmp_path / "pipe.yaml")[0]
     assert "is not a file" in errors_of(write(tmp_path, "base: /dev/zero\n"))[0]
+
+
+def test_a_recipe_comes_through_a_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b"base: seed\nseed: 7\n")
+    os.close(writing)
+    recipe = load(f"/dev/fd/{reading}")
+    assert (recipe.name, recipe.seed, recipe.optimizer.lr) == ("stdin", 7, 0.008)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "several ranks cannot read one pipe" in errors_of(Path(f"/dev/fd/{reading}"))[0]
+    os.close(reading)
+
+
+def test_packaged_recipes_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load("seed") == load(ROOT / "recipes" / "seed.yaml")
+    assert load(write(tmp_path, "base: quickstart\n")).data.source == "digits"
+    (error,) = errors_of(Path("quikstart"))
+    assert 'Did you mean "quickstart"? `harness recipe list`' in error
+    (tmp_path / "seed").write_text("training: {epochs: 9}\n")  # a file comes first
+    assert load("seed").training.epochs == 9
 
 
 def test_a_long_override_is_answered_at_once(tmp_path: Path) -> None:

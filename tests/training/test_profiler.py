@@ -101,9 +101,9 @@ def test_a_training_too_short_says_so(tiny: Path, tmp_path: Path, capsys: pytest
 
 
 def test_a_training_that_breaks_off_leaves_no_tracer_running(tiny: Path, tmp_path: Path) -> None:
-    """At 18 steps of 9 an epoch, the steps from 10 are traced; it is broken off in them."""
-    words = ("data.synthetic.train_images=144", "schedule.name=multistep", "schedule.milestones_epochs=[1]")
-    diverging = ("schedule.decay_rate=1e30", "model.args.norm=none")
+    """At 18 steps of 9 an epoch, the steps from 10 are traced; a warm-up to too high a rate breaks it off in them."""
+    words = ("data.synthetic.train_images=144", "schedule.warmup_steps=18")
+    diverging = ("optimizer.lr=7", "model.args.norm=none")
     run = profiled(tiny, tmp_path / "run", *words, *diverging, expect=3)
     assert metrics(run)[-1]["step"] >= 9
     assert not (run / "profile").exists()
