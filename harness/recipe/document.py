@@ -18,7 +18,7 @@ from harness.errors import HarnessError
 from harness.recipe.packaged import is_name, names
 
 KeyPath = tuple[str | int, ...]
-# PyYAML reads some 20 kB a second, and much less where it is deeply nested: more is refused unread. Ours have 1 kB.
+# More is refused unread: ours have 1 kB, and PyYAML without libyaml reads some 20 kB a second.
 MAX_BYTES = 50_000
 MAX_DEPTH = 20
 MAX_DIGITS = 1000
@@ -34,14 +34,8 @@ _RESOLVERS = (
     ),
 )
 
-_OPENING = (
-    *(yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken),
-    *(yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken),
-)
-_CLOSING = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 
-
-class _CoreLoader(yaml.SafeLoader):
+class _CoreLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc] # libyaml's where it is there
     """PyYAML with the tags of YAML 1.2's core schema."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own name and shape
@@ -56,23 +50,8 @@ class _CoreDumper(yaml.SafeDumper):
         return True
 
 
-if yaml.__with_libyaml__:
-
-    class _QuickLoader(yaml.CSafeLoader):
-        """The same rules by libyaml, five times as fast; it tells no places."""
-
-        yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
-
-else:  # pragma: no cover - PyYAML's wheels have it
-
-    class _QuickLoader(yaml.SafeLoader):  # type: ignore[no-redef]
-        """The same rules."""
-
-        yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
-
-
 for _name, _pattern, _first in _RESOLVERS:
-    for _class in (_CoreLoader, _CoreDumper, _QuickLoader):
+    for _class in (_CoreLoader, _CoreDumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
@@ -91,16 +70,16 @@ def dump(data: Any) -> str:
 
 
 def load_plain(text: str) -> Any:
-    """What `dump` wrote, as plain data: nothing is checked, and it takes a fifth of the time of `parse`.
+    """What `dump` wrote, as plain data without places; nothing is checked.
 
     Raises:
-        yaml.YAMLError, ValueError, RecursionError: it is no YAML, too much of it, or more than plain data.
+        yaml.YAMLError, ValueError: it is no YAML, too much of it, or more than plain data.
     """
     if len(text) > MAX_BYTES:
         raise ValueError(f"more than {MAX_BYTES:,} bytes are no recipe")
-    if "&" in text and any(isinstance(token, yaml.AnchorToken) for token in yaml.scan(text, Loader=_QuickLoader)):
+    if any(getattr(event, "anchor", None) for event in yaml.parse(text, Loader=_CoreLoader)):
         raise ValueError("anchors are not used in recipes, and may go round in circles")
-    return yaml.load(text, Loader=_QuickLoader)
+    return yaml.load(text, Loader=_CoreLoader)
 
 
 def read(path: Path) -> Document:
@@ -180,6 +159,8 @@ def _compose(text: str, where: str) -> yaml.Node | None:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
+        if "maximum nesting depth" in str(error):  # libyaml looks ahead for a key
+            raise _too_deep(where + line) from None
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error).split("\n")[0]
         raise HarnessError(
             f"not valid YAML: {problem}", where=where + line, hint="Check the indentation and quotes there."
@@ -193,19 +174,21 @@ def _too_deep(where: str) -> HarnessError:
 
 
 def _refuse_aliases_and_depth(text: str, where: str) -> None:
-    """Tokens come one by one, so what would take long is refused before the whole of it is read."""
+    """Before anything is built from it."""
     depth = 0
-    for token in yaml.scan(text, Loader=_CoreLoader):
-        if isinstance(token, _OPENING):
+    for event in yaml.parse(text, Loader=_CoreLoader):
+        assert event.start_mark is not None
+        place = f"{where}:{event.start_mark.line + 1}"
+        if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > MAX_DEPTH + 1:  # the root is one
-                raise _too_deep(f"{where}:{token.start_mark.line + 1}")
-        elif isinstance(token, _CLOSING):
+                raise _too_deep(place)
+        elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
-        if isinstance(token, (yaml.AliasToken, yaml.AnchorToken)):
+        if isinstance(event, yaml.NodeEvent) and event.anchor:  # of an alias too
             raise HarnessError(
                 "anchors and aliases are not used in recipes",
-                where=f"{where}:{token.start_mark.line + 1}",
+                where=place,
                 hint="Share settings through `base: other.yaml`.",
             )
 
