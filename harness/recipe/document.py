@@ -18,7 +18,7 @@ from harness.errors import HarnessError
 from harness.recipe.packaged import is_name, names
 
 KeyPath = tuple[str | int, ...]
-# More is refused unread: ours have 1 kB, and PyYAML without libyaml reads some 20 kB a second.
+# More is refused unread: ours have 1 kB.
 MAX_BYTES = 50_000
 MAX_DEPTH = 20
 MAX_DIGITS = 1000
@@ -35,8 +35,8 @@ _RESOLVERS = (
 )
 
 
-class _CoreLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc] # libyaml's where it is there
-    """PyYAML with the tags of YAML 1.2's core schema."""
+class _CoreLoader(yaml.CSafeLoader):
+    """PyYAML (with libyaml, as its wheels have it) and the tags of YAML 1.2's core schema."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own name and shape
 
