@@ -10,17 +10,20 @@ import importlib.util
 import os
 import signal
 import subprocess
-import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.fork_server import ForkServer
 from tests.leaks import Snapshot
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS_LIMIT_SECONDS = 120.0
+RANK_ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -153,31 +156,66 @@ def tiny(tmp_path: Path) -> Path:
 RunRanks = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture
-def run_ranks() -> RunRanks:
-    """`run_ranks(n, *arguments, timeout=…, env=…, cwd=…)`: torchrun with n processes on the CPU.
+@pytest.fixture(scope="session")
+def fork_server(session_cache: Path) -> Iterator[ForkServer]:
+    """A warm process that forks ranks with one thread each."""
+    server = ForkServer({**os.environ, **RANK_ENVIRONMENT})
+    yield server
+    server.close()
 
-    The arguments are torchrun's: a script and its arguments, or "-m", "harness", "train", …. Returns the finished
-    process with its texts; its code is torchrun's (1 whatever a rank returned). Nothing of it outlives the time
-    limit, which fails the test with what was printed until then.
+
+@pytest.fixture
+def run_ranks(fork_server: ForkServer, tmp_path: Path) -> RunRanks:
+    """`run_ranks(n, *words, timeout=…, env=…, cwd=…)`: n connected processes on the CPU.
+
+    The words are a script and its arguments, or "-m", "harness", "train", …. Returns code and texts as torchrun does: 1
+    whatever a rank returned, and one that fails has the others sent SIGTERM. Nothing outlives the time limit, which
+    fails the test with what was printed until then.
     """
 
     def run(
         ranks: int,
-        *arguments: str | Path,
+        *words: str | Path,
         timeout: float = RANKS_LIMIT_SECONDS,
         env: dict[str, str] | None = None,
         cwd: Path | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        environment = os.environ | {
-            "ACCELERATE_USE_CPU": "true",
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-        }
-        return run_limited([*command, *map(str, arguments)], timeout, environment | (env or {}), cwd or ROOT)
+        from harness.launching.ports import free_port
+
+        words = words[2:] if words[0] == "-m" else words
+        with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+            files = {"out": Path(folder, "out"), "err": Path(folder, "err")}
+            place = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_PORT": str(free_port())}
+            place |= {"MASTER_ADDR": "127.0.0.1", **RANK_ENVIRONMENT, **(env or {})}
+            pids = []
+            for rank in map(str, range(ranks)):
+                variables = {**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank}
+                pids.append(fork_server.fork(words, cwd=cwd or ROOT, env=variables, **files))
+            codes = _wait_for_ranks(fork_server, pids, timeout)
+            out, err = (path.read_text(errors="replace") for path in files.values())
+        if None in codes:
+            pytest.fail(f"took longer than {timeout} s: {' '.join(map(str, words))}\n{out}\n{err}", pytrace=False)
+        return subprocess.CompletedProcess(list(words), int(any(codes)), out, err)
 
     return run
+
+
+def _wait_for_ranks(server: ForkServer, pids: list[int], timeout: float) -> list[int | None]:
+    """Their exit codes; None for those that the time limit ended."""
+    codes: list[int | None] = [None] * len(pids)
+    told, deadline = False, time.monotonic() + timeout
+    while None in codes and time.monotonic() < deadline:
+        time.sleep(0.01)
+        codes = [server.code_of(pid) for pid in pids]
+        if any(codes) and not told:
+            told = True
+            for pid, code in zip(pids, codes, strict=True):
+                if code is None:
+                    os.kill(pid, signal.SIGTERM)
+    for pid, code in zip(pids, codes, strict=True):
+        if code is None:
+            kill_tree(pid)
+    return codes
 
 
 def run_limited(command: list[str], timeout: float, env: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:

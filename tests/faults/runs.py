@@ -15,12 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from tests.faults.child import VARIABLE
 from tests.faults.inject import Fault
+from tests.fork_server import ForkServer
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_SECONDS = 120.0
@@ -108,22 +108,12 @@ class Hang(Exception):
 
 
 class Server:
-    """The warm process (`tests.faults.server`) and the children it forks."""
+    """Trainings by a fork server that shares a cache."""
 
     def __init__(self, cache: Path) -> None:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("HARNESS_", "WANDB_"))}
-        environment |= ONE_THREAD | {"HARNESS_CACHE": str(cache), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.server"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-            cwd=ROOT,
-            env=environment,
-        )
-        self._lock = threading.Lock()
-        assert "ready" in self._answer()
+        self._environment = {k: v for k, v in os.environ.items() if not k.startswith(("HARNESS_", "WANDB_"))}
+        self._environment |= ONE_THREAD | {"HARNESS_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+        self._forks = ForkServer(self._environment)
 
     def start(
         self,
@@ -133,29 +123,13 @@ class Server:
         env: Mapping[str, str] | None = None,
         faults: Sequence[Fault] = (),
     ) -> Process:
-        what = {"argv": list(map(str, argv)), "cwd": str(log.parent), "env": dict(env or {}), "faults": list(faults)}
-        pid = self._ask({"start": {**what, "out": f"{log}.out", "err": str(log)}})
-        return Process(pid, log, lambda: self._ask({"code_of": pid}))
+        environment = {**self._environment, **(env or {})}
+        out = log.with_name(f"{log.name}.out")
+        pid = self._forks.fork(argv, cwd=log.parent, env=environment, out=out, err=log, faults=faults)
+        return Process(pid, log, lambda: self._forks.code_of(pid))
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=30)
-        self._process.stdout.close()
-
-    def _ask(self, request: dict[str, Any]) -> Any:
-        assert self._process.stdin is not None
-        with self._lock:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-            return self._answer()
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, "the server of this test ended"
-        return json.loads(line)
+        self._forks.close()
 
 
 class Stage:
