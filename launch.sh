@@ -161,14 +161,10 @@ elif [ "$gpus" != 0 ]; then
 fi
 ranks=${ranks:-$([ "$gpus" = 0 ] || echo "$gpus")}
 
-# OpenMP's threads spin while they wait for one another. Beside another busy process, as on a shared machine, that makes
-# them several times slower than with a short spin; on quiet cores a short spin costs small networks a part of their speed.
-spin=${GOMP_SPINCOUNT:-100}
-
 threads=""
 loader=""
 if is_installed; then
-  plan=$(GOMP_SPINCOUNT=$spin "$python" -m harness.launching.local ${ranks:+--ranks "$ranks"} ${DRY_RUN:+--remembered} \
+  plan=$("$python" -m harness.launching.local ${ranks:+--ranks "$ranks"} ${DRY_RUN:+--remembered} \
     "$recipe" ${overrides[@]+"${overrides[@]}"}) || exit $?
   read -r ranks threads loader <<<"$plan"
 fi
@@ -181,7 +177,7 @@ fi
 
 environment=()
 [ -z "$threads" ] || [ -n "${OMP_NUM_THREADS:-}" ] || environment+=("OMP_NUM_THREADS=$threads")
-[ "$gpus" != 0 ] || environment+=(ACCELERATE_USE_CPU=true "GOMP_SPINCOUNT=$spin")
+[ "$gpus" != 0 ] || environment+=(ACCELERATE_USE_CPU=true)
 command=("$python" -m)
 if [ "$ranks" != 1 ]; then
   config=$root/recipes/launch/cpu.yaml

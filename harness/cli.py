@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import harness
 from harness import commands, commands_look, commands_speed, commands_sweep, commands_track
-from harness.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, HarnessError, from_disk, nearest, print_error
+from harness.environment import calm_openmp
+from harness.errors import EXIT_BAD_INPUT, EXIT_DONE, HarnessError, from_disk, nearest, print_error
 
 # Groups of `harness --help`, each command with its line.
 GROUPS = {
@@ -50,6 +52,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     for group in GROUPS.values()
     for name, text in group.items()
 }
+LASTING = ("train", "sweep", "submit", "data", "track", "bench")  # do more than print: nobody need read on
 EXIT_CODE_FILE = "HARNESS_EXIT_CODE_FILE"
 
 
@@ -58,8 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # whose encoding may lack ± or the dots of a curve
         sys.stdout.reconfigure(errors="replace")
     began_at = time.perf_counter()
-    if argv is None:  # what Python worked before; the age of the process may be that of a shell, which waited
-        began_at -= time.process_time()
+    if argv is None:
+        began_at -= time.process_time()  # what Python worked before; the process may be as old as a shell that waited
+        calm_openmp()
+        if sys.argv[1:2] and sys.argv[1] in LASTING:
+            sys.stdout, sys.stderr = _Lasting.of(sys.stdout), _Lasting.of(sys.stderr)
     try:
         code = _run(sys.argv[1:] if argv is None else list(argv), began_at)
     except HarnessError as error:
@@ -71,9 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         print_error(HarnessError(f"not enough memory: {error}", hint="Fewer or smaller images, or a smaller batch."))
         code = EXIT_BAD_INPUT
-    except BrokenPipeError:  # the reader of our output left, as `| head` does
+    except BrokenPipeError:  # the reader of our output left, as `| head` does, and nothing else was to be done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = EXIT_FAILED if "train" in sys.argv[1:2] else EXIT_DONE
+        code = EXIT_DONE
     except OSError as error:
         told = from_disk(error)
         if told is None:
@@ -101,6 +107,34 @@ def _tell_launcher(code: int) -> None:
             file.write(f"{code}\n")
 
 
+class _Lasting(io.TextIOWrapper):
+    """stdout or stderr of a command that carries on when its reader leaves, as `| head` does."""
+
+    @classmethod
+    def of(cls, stream: TextIO) -> TextIO:
+        if not isinstance(stream, io.TextIOWrapper):
+            return stream
+        return cls(stream.buffer, stream.encoding, stream.errors, line_buffering=stream.line_buffering)
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            self._carry_on(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self._carry_on(error)
+
+    def _carry_on(self, error: OSError) -> None:
+        if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe without its reader, a terminal that was closed
+            raise error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+
+
 class Parser(argparse.ArgumentParser):
     """Bad options are errors like all others."""
 
@@ -115,7 +149,8 @@ def _parser() -> argparse.ArgumentParser:
     ]
     parser = Parser(
         prog="harness",
-        description=f"{harness.__doc__}\n\n" + "\n\n".join(lines),
+        description="Trains image classifiers from YAML recipes on a CPU, one GPU, many GPUs or a SLURM cluster.\n\n"
+        + "\n\n".join(lines),
         epilog="harness COMMAND --help tells more about one. Exit codes: 0 done, 1 broken off,\n"
         "2 bad recipe, option or data, 3 diverged, 75 stopped by a signal with a checkpoint written.",
         formatter_class=argparse.RawDescriptionHelpFormatter,

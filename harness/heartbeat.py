@@ -203,9 +203,9 @@ def collective_limit_seconds() -> float:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
-    if not 0 < seconds < 1e6:
+    if not 0 < seconds <= 86_400:
         raise HarnessError(
-            f'must be a number of seconds above 0, it is "{text}"',
+            f'must be a number of seconds above 0 and up to 86400 (a day), it is "{text}"',
             where="HARNESS_COLLECTIVE_TIMEOUT_SECONDS",
             hint="Leave it out for 300.",
         )

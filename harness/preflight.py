@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from harness.environment import whole_number
 from harness.errors import EXIT_FAILED, HarnessError, ManyErrors
 from harness.network import is_loopback_host
 
@@ -49,7 +50,8 @@ class Place:
         Raises:
             HarnessError: the variables are incomplete or do not go together.
         """
-        world_size = _number("WORLD_SIZE", 1, at_least=1)
+        world_size = whole_number("WORLD_SIZE", 1, at_least=1)
+        whole_number("LOCAL_WORLD_SIZE", 1, at_least=1)
         if world_size == 1:
             return cls(0, 1, 0, "", 0)
         absent = [n for n in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(n)]
@@ -60,12 +62,14 @@ class Place:
                 hint="Start ranks with ./launch.sh, accelerate launch, torchrun or harness submit.",
             )
         place = cls(
-            _number("RANK", 0),
+            whole_number("RANK", 0),
             world_size,
-            _number("LOCAL_RANK", 0),
+            whole_number("LOCAL_RANK", 0),
             os.environ["MASTER_ADDR"],
-            _number("MASTER_PORT", 0, at_least=1),
+            whole_number("MASTER_PORT", 0, at_least=1),
         )
+        if place.port > 65535:
+            raise HarnessError(f"MASTER_PORT is {place.port}", where="launcher", hint="Ports end at 65535.")
         if place.rank >= world_size:
             raise HarnessError(
                 f"RANK is {place.rank}, but WORLD_SIZE is {world_size}", where="launcher", hint="Ranks count from 0."
@@ -193,17 +197,6 @@ def _gpu(local_rank: int) -> str:
             hint="Start one rank a GPU; under SLURM ask for --gpus-per-node, not --gpus-per-task.",
         )
     return f"GPU {torch.cuda.get_device_properties(local_rank).uuid}"
-
-
-def _number(name: str, default: int, *, at_least: int = 0) -> int:
-    text = os.environ.get(name, "") or str(default)
-    if not text.isdecimal() or int(text) < at_least:
-        raise HarnessError(
-            f'{name} must be a whole number ≥ {at_least}, it is "{text}"',
-            where="launcher",
-            hint="Start ranks with ./launch.sh, accelerate launch, torchrun or harness submit.",
-        )
-    return int(text)
 
 
 def _open_store(place: Place) -> dist.Store:

@@ -7,9 +7,9 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 
 import harness
-from harness import network, preflight
+from harness import environment, network, preflight
 from harness.data.order import hash64
 from harness.errors import HarnessError
 from harness.heartbeat import Heartbeat, collective_limit_seconds, to_stderr
@@ -36,11 +36,13 @@ class Runtime:
         accelerator: wraps model and optimizer; owns the device and the precision.
         device: of this rank.
         heartbeat: tells the other ranks how far this one is; None where there are none.
+        ignored: environment variables that asked Accelerate for something else than the recipe.
     """
 
     accelerator: Accelerator
     device: torch.device
     heartbeat: Heartbeat | None = None
+    ignored: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -63,30 +65,31 @@ class Runtime:
 @contextmanager
 def joined(*, precision: str, seed: int, recipe_sha256: str = "") -> Iterator[Runtime]:
     """`start` and `finish` around a block; a collective that breaks in it becomes an error that names the rank."""
-    runtime = start(precision=precision, seed=seed, recipe_sha256=recipe_sha256)
-    try:
-        with nullcontext() if runtime.heartbeat is None else runtime.heartbeat.explained():
-            yield runtime
-    except BaseException:
-        finish(runtime, failed=True)
-        raise
-    finish(runtime)
+    environment.refuse_arithmetic()
+    with environment.accelerate_settings_hidden() as ignored:
+        runtime = _start(precision=precision, seed=seed, recipe_sha256=recipe_sha256, ignored=ignored)
+        try:
+            with nullcontext() if runtime.heartbeat is None else runtime.heartbeat.explained():
+                yield runtime
+        except BaseException:
+            finish(runtime, failed=True)
+            raise
+        finish(runtime)
 
 
-def start(*, precision: str, seed: int, recipe_sha256: str = "") -> Runtime:
+def _start(*, precision: str, seed: int, recipe_sha256: str, ignored: Mapping[str, str]) -> Runtime:
     """Join the ranks that the launcher set up, seed every generator, and check the launcher was heard.
 
     Args:
         precision: "no", "bf16" or "fp16".
         seed: of weights and everything else random; the same on every rank.
         recipe_sha256: of the resolved recipe; the same on every rank.
+        ignored: as `Runtime` has it.
 
     Raises:
         HarnessError: ranks are missing or differ, a GPU is missing, or fp16 without a GPU.
     """
-    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not (
-        torch.cuda.is_available()
-    )
+    use_cpu = environment.flag("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     if precision == "fp16" and use_cpu:
         raise HarnessError(
             "fp16 needs a GPU", where="training.precision", hint="On a CPU use training.precision=bf16 or no."
@@ -104,7 +107,10 @@ def start(*, precision: str, seed: int, recipe_sha256: str = "") -> Runtime:
             hint="On a CPU start ranks with `accelerate launch --config_file recipes/launch/cpu.yaml` or torchrun.",
         )
     set_seed(seed)
-    return Runtime(accelerator, accelerator.device, heartbeat)
+    if ignored and place.rank == 0:
+        listed = ", ".join(f"{name}={value}" for name, value in ignored.items())
+        print(f"WARNING ignored, since the recipe decides: {listed}", file=sys.stderr)
+    return Runtime(accelerator, accelerator.device, heartbeat, ignored)
 
 
 @contextmanager
@@ -183,8 +189,11 @@ def broadcast_text(text: str | None, runtime: Runtime) -> str:
     return bytes(buffer.cpu().tolist()).decode()
 
 
-def provenance(world_size: int) -> dict[str, Any]:
-    """Where a run came from: code, libraries, machine. Environment variables are left out on purpose."""
+def provenance(world_size: int, ignored: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Where a run came from: code, libraries, machine, and the environment variables that may change speed or rounding.
+
+    All others are left out on purpose: they may hold secrets.
+    """
     return {
         "harness": harness.__version__,
         "git": git_state(Path(__file__).resolve().parent),
@@ -196,6 +205,8 @@ def provenance(world_size: int) -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "world_size": world_size,
+        "environment": environment.noted(),
+        "environment_ignored": dict(ignored or {}),
         "command": sys.argv[1:],
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

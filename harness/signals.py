@@ -1,7 +1,8 @@
 """Signals that ask a training to stop: noticed at once, acted on between two steps. Imports nothing heavy.
 
-Schedulers announce the end of a job by SIGTERM, SIGUSR1 or SIGUSR2; people press Ctrl-C (SIGINT). The first of them is
-remembered; a second Ctrl-C ends the process at once, a second of the others changes nothing.
+Schedulers announce the end of a job by SIGTERM, SIGUSR1 or SIGUSR2; people press Ctrl-C (SIGINT) or close the terminal
+(SIGHUP, which stays ignored under nohup). The first of them is remembered; a second Ctrl-C ends the process at once, a
+second of the others changes nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
@@ -25,7 +26,9 @@ _received: list[signal.Signals] = []
 def noticed() -> Iterator[None]:
     """Notice stop signals inside the block instead of dying of them; the former handlers come back behind it."""
     _received.clear()
-    before = {number: signal.signal(number, _notice) for number in STOP_SIGNALS}
+    under_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    numbers = [number for number in STOP_SIGNALS if not (under_nohup and number == signal.SIGHUP)]
+    before = {number: signal.signal(number, _notice) for number in numbers}
     _notice_launchers_death()
     try:
         yield

@@ -19,11 +19,12 @@ MAX_FUNCTION_LINES = 60
 
 # Each room and the rooms it may import. A module with its own entry is a room of its own, and who may import the
 # room around it may import it too.
-GROUND = {"errors", "files", "locks", "machine", "network", "run_directory", "signals"}
+GROUND = {"environment", "errors", "files", "locks", "machine", "network", "run_directory", "signals"}
 WORK = GROUND | {"recipe", "models", "data", "tracking", "preflight", "heartbeat", "runtime", "runs", "training"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": GROUND,
+    "environment": {"errors"},
     "machine": set(),
     "signals": set(),
     "network": set(),

@@ -107,7 +107,6 @@ def test_a_dry_run_needs_no_environment_and_makes_none(env: dict[str, str]) -> N
     python = f"{env['HARNESS_VENV']}/bin/python"
     assert dry_run(env, SEED) == [
         "ACCELERATE_USE_CPU=true",
-        "GOMP_SPINCOUNT=100",
         python,
         "-m",
         "harness",

@@ -10,7 +10,6 @@ Shapes: B batch, C = 3 channels, H height, W width.
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ import torch
 
 from harness.data.augment import Augmentation, check_normalisation
 from harness.data.batches import Loader
+from harness.environment import whole_number
 from harness.errors import HarnessError, nearest
 from harness.machine import rank_has_its_own_cores, usable_cores
 
@@ -82,7 +82,7 @@ def _cores_of_this_rank() -> int:
     """The cores that this rank is bound to, or its share of those that all ranks of the machine use; at least 1."""
     if rank_has_its_own_cores():
         return usable_cores()
-    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, usable_cores() // whole_number("LOCAL_WORLD_SIZE", 1, at_least=1))
 
 
 def ffcv_available() -> bool:

@@ -23,6 +23,7 @@ from typing import Any
 from filelock import FileLock
 
 from harness.data.paths import writable_cache_directory
+from harness.environment import calm_openmp
 from harness.errors import HarnessError
 from harness.files import write_json
 from harness.launching.trial import run_trial
@@ -262,6 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, help="do not choose: this many processes")
     parser.add_argument("--remembered", action="store_true", help="do not measure; use what is remembered")
     options = parser.parse_intermixed_args(arguments)
+    calm_openmp()  # for the processes that measure
     try:
         recipe = load(options.recipe, options.overrides)
         if options.ranks is not None:

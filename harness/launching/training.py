@@ -9,14 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.environment import flag
 from harness.errors import HarnessError
 from harness.launching.local import choose_split
 from harness.machine import usable_cores
 from harness.recipe import Recipe
 from harness.recipe.packaged import RECIPES
-
-# As in launch.sh: beside other busy processes, threads that spin long for one another are several times slower.
-SPIN_COUNT = "100"
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Ranks:
         """What its environment needs beside ours."""
         found = {}
         if not self.gpu:
-            found = {"ACCELERATE_USE_CPU": "true", "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", SPIN_COUNT)}
+            found = {"ACCELERATE_USE_CPU": "true"}
         if self.threads is not None and "OMP_NUM_THREADS" not in os.environ:
             found["OMP_NUM_THREADS"] = str(self.threads)
         return found
@@ -100,7 +98,7 @@ def _has_ffcv() -> bool:
 
 def _usable_gpus() -> int:
     """The GPUs that torch can use; torch is imported only where there may be any."""
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+    if flag("ACCELERATE_USE_CPU"):
         return 0
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
         return 0

@@ -128,7 +128,7 @@ def _describe_run(path: Path, recipe: Recipe, parts: Parts, progress: Progress, 
     finished_step = _read_json(result).get("step", 0)
     manifest = parts.store.manifest
     now = {
-        **provenance(parts.runtime.world_size),
+        **provenance(parts.runtime.world_size, parts.runtime.ignored),
         "recipe_sha256": fingerprint(recipe),
         "data": {"source": manifest.source, "origin": manifest.origin, "sha256": dict(manifest.sha256)},
         "from_step": progress.step,

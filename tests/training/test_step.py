@@ -21,9 +21,8 @@ from harness.training.step import TrainingStep
 
 @pytest.fixture
 def runtime() -> Iterator[runtime_module.Runtime]:
-    started = runtime_module.start(precision="no", seed=0)
-    yield started
-    runtime_module.finish(started)
+    with runtime_module.joined(precision="no", seed=0) as joined:
+        yield joined
 
 
 def network() -> nn.Module:
