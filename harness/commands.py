@@ -14,6 +14,7 @@ from typing import Any
 
 from harness import signals
 from harness.errors import EXIT_BAD_INPUT, EXIT_DONE, HarnessError, print_error
+from harness.files import expand
 
 
 def _recipe_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
@@ -46,6 +47,10 @@ def _count(text: str, *, at_least: int = 0) -> int:
     return int(text)
 
 
+def _path(text: str) -> Path:
+    return Path(expand(text, where="--run-dir"))
+
+
 def _image_file(text: str) -> Path:
     if "://" in text:
         raise argparse.ArgumentTypeError(f"reads files and downloads nothing; fetch it first: curl -LO {text}")
@@ -59,12 +64,9 @@ def _print_json(data: Any) -> None:
     print(json.dumps(data, indent=2))
 
 
-# --- train, eval, predict
-
-
 def build_train(parser: argparse.ArgumentParser) -> None:
     _recipe_arguments(parser)
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where to write (default runs/<recipe>/<run-id>)")
+    parser.add_argument("--run-dir", type=_path, metavar="DIR", help="where to write (default runs/<recipe>/<run-id>)")
     parser.add_argument(
         "--resume",
         default="never",
@@ -157,9 +159,6 @@ def _predict(arguments: argparse.Namespace) -> int:
         for p in predictions:
             print(f"{p.image}: " + ", ".join(f"{name} {probability:.2%}" for name, probability in p.classes))
     return EXIT_DONE
-
-
-# --- summary, recipe, data
 
 
 def build_summary(parser: argparse.ArgumentParser) -> None:
@@ -262,6 +261,8 @@ def _data_prepare(arguments: argparse.Namespace) -> int:
         data.source,
         path=data.path,
         image_size_px=data.image_size_px,
+        image_column=data.image_column,
+        label_column=data.label_column,
         synthetic=data.synthetic.model_dump(),
         force=arguments.force,
     )
@@ -280,15 +281,12 @@ def _data_verify(arguments: argparse.Namespace) -> int:
     return EXIT_BAD_INPUT if problems else EXIT_DONE
 
 
-# --- submit
-
-
 def build_submit(parser: argparse.ArgumentParser) -> None:
     from harness.launching.submitting import add_options
 
     _recipe_arguments(parser)
     add_options(parser)
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where to write (default runs/<recipe>/<run-id>)")
+    parser.add_argument("--run-dir", type=_path, metavar="DIR", help="where to write (default runs/<recipe>/<run-id>)")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the batch script; nothing is written or submitted"
     )
@@ -312,9 +310,6 @@ def _submit(arguments: argparse.Namespace) -> int:
     for run_directory, log in done.places():
         print(f"run directory {run_directory}\nlog {log}")
     return EXIT_DONE
-
-
-# --- doctor
 
 
 def build_doctor(parser: argparse.ArgumentParser) -> None:

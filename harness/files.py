@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import stat
 import uuid
 from collections.abc import Iterator
@@ -28,6 +29,27 @@ def private_directory(path: Path) -> Path | None:
         return None
     others_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     return path if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not others_write else None
+
+
+def expand(path: str, *, where: str) -> str:
+    """A path of the user's with `~` and `$VARIABLES` replaced.
+
+    Args:
+        where: the key or variable that the path stands in, for the error.
+
+    Raises:
+        HarnessError: a variable that is not set, or a user that is not there.
+    """
+    expanded = os.path.expandvars(os.path.expanduser(path))
+    left = re.search(r"\$(\w+|\{[^}]*\})", expanded)
+    if left is not None:
+        raise HarnessError(f"{left[0]} is not set", where=f"{where}: {path}", hint="Set it, or write the path in full.")
+    if expanded.startswith("~"):
+        user = expanded.split("/")[0]
+        raise HarnessError(
+            f"there is no user {user[1:]}", where=f"{where}: {path}", hint="Write ~/ for your own folder."
+        )
+    return expanded
 
 
 @contextlib.contextmanager

@@ -142,7 +142,8 @@ def _class_folders(root: Path, image_size_px: int) -> Located:
         sets = folders.read_folders(listing, image_size_px=image_size_px, required_size_px=_SIZE_PX)
         return checked(sets, root)
 
-    return Located("cifar10", f"CIFAR-10 from the image folder {root}", load, listing.files)
+    left_out = folders.in_words(listing.left_out)
+    return Located("cifar10", f"CIFAR-10 from the image folder {root}", load, listing.files, left_out=left_out)
 
 
 def _has_rows(shards: dict[str, list[Path]]) -> bool:

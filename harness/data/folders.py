@@ -1,32 +1,38 @@
-"""Images in one folder a class: train/CLASS/*.png beside test/, val/ or valid/ in the same form."""
+"""Images in one folder a class: train/CLASS/*.png next to test/, val/ or valid/ in the same form."""
 
 from __future__ import annotations
 
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from harness.data.images import read_images
+from harness.data.images import raise_all, read_images
 from harness.data.imagesets import ImageSets, LabelledImages
-from harness.errors import HarnessError, nearest
+from harness.errors import HarnessError, ManyErrors, nearest
 
 TRAIN_FOLDER = "train"
 TEST_FOLDERS = ("test", "val", "valid")
-_NOT_IMAGES = {
-    "thumbs.db",
-    "desktop.ini",
-}  # what file managers leave behind; hidden files are passed over too
+_NAMED = 20  # of the links that lead nowhere
 
 
 @dataclass(frozen=True)
 class FolderListing:
-    """The image files of both splits with their class indices, sorted by class name and path."""
+    """The image files of both splits with their class indices, sorted by class name and path.
+
+    Attributes:
+        left_out: what else lies there, by kind, with its number.
+    """
 
     root: Path
     classes: tuple[str, ...]
     train: tuple[tuple[Path, int], ...]
     test: tuple[tuple[Path, int], ...]
+    left_out: Mapping[str, int]
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -41,46 +47,79 @@ def find_test_folder(root: Path) -> Path | None:
 
 
 def class_names(folder: Path) -> tuple[str, ...]:
-    """Names of the class folders, sorted by code point; hidden ones are passed over."""
-    return tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."))
+    """Names of the class folders, sorted by code point; hidden ones and macOS's are passed over."""
+    return tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_hidden(entry.name)))
+
+
+def in_words(left_out: Mapping[str, int]) -> str:
+    """Such as "3 files and folders: 2 hidden, 1 .txt"; empty for none."""
+    kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted(left_out.items(), key=lambda kind: -kind[1]))
+    total = sum(left_out.values())
+    return f"{total:,} file{'s' if total > 1 else ''} or folder{'s' if total > 1 else ''}: {kinds}" if total else ""
 
 
 def list_images(root: Path) -> FolderListing:
-    """Every file below the class folders; that all are images shows when they are decoded.
+    """Every image below the class folders, through links too; what else lies there is counted.
+
+    An image is what has a suffix of Pillow's formats, in any case. torchvision's ImageFolder knows nine of them, and
+    names neither what it leaves out nor links that lead nowhere.
 
     Raises:
-        HarnessError: train/ or test/ (val/, valid/) is missing, the two have different classes, or there are
-            no images, in all or in a class of the training set.
+        HarnessError: train/ or test/ (val/, valid/) is missing, the two have different classes, a name is not UTF-8,
+            links lead nowhere, or there are no images, in all or in a class of the training set.
     """
     train = root / TRAIN_FOLDER
     test = find_test_folder(root)
     if test is None:
         wanted = " or ".join(TEST_FOLDERS) if train.is_dir() else TRAIN_FOLDER
         raise HarnessError(f"has no folder {wanted}", where=str(root), hint="The layout is train/CLASS/IMAGE.png.")
-    classes, test_classes = class_names(train), class_names(test)
+    classes = class_names(train)
     if not classes:
         raise HarnessError("has no class folders", where=str(train), hint="The layout is train/CLASS/IMAGE.png.")
+    errors = list(_wrong_classes(train, classes, test, class_names(test)))
+    walk = _Walk()
+    listing = FolderListing(root, classes, walk.split(train, classes), walk.split(test, classes), walk.left_out)
+    errors += walk.dangling[:_NAMED]
+    if len(walk.dangling) > _NAMED:
+        errors.append(
+            HarnessError(f"and {len(walk.dangling) - _NAMED:,} more links that lead nowhere", where=str(root))
+        )
+    if errors:
+        raise errors[0] if len(errors) == 1 else ManyErrors(str(root), errors)
+    return _not_empty(listing, train, test)
+
+
+def _wrong_classes(
+    train: Path, classes: tuple[str, ...], test: Path, test_classes: tuple[str, ...]
+) -> Iterator[HarnessError]:
+    for name in classes:
+        if not name.isprintable() or not _is_utf8(name):
+            shown = os.fsencode(name).decode("utf-8", "backslashreplace")
+            hint = "Class names are printed and written to files: rename it, for example by convmv."
+            yield HarnessError(f'the class name "{shown}" is not printable UTF-8', where=str(train), hint=hint)
     for name in sorted(set(test_classes) - set(classes)):
-        raise HarnessError(
+        yield HarnessError(
             f'the class "{name}" has no folder in {train}',
             where=str(test / name),
             hint=nearest(name, classes),
         )
     for name in sorted(set(classes) - set(test_classes)):
-        raise HarnessError(
+        yield HarnessError(
             f'has no folder for the class "{name}"',
             where=str(test),
             hint="Make an empty one where there really are no test images of that class.",
         )
-    listing = FolderListing(root, classes, tuple(_files(train, classes)), tuple(_files(test, classes)))
+
+
+def _not_empty(listing: FolderListing, train: Path, test: Path) -> FolderListing:
     if not listing.test:
         raise HarnessError(
             "holds no images",
             where=str(test),
-            hint=f"Put images in its class folders, for example {test.name}/{classes[0]}/IMAGE.png.",
+            hint=f"Put images in its class folders, for example {test.name}/{listing.classes[0]}/IMAGE.png.",
         )
     filled = {label for _, label in listing.train}
-    for label, name in enumerate(classes):
+    for label, name in enumerate(listing.classes):
         if label not in filled:
             raise HarnessError(
                 "holds no images",
@@ -90,31 +129,87 @@ def list_images(root: Path) -> FolderListing:
     return listing
 
 
+class _Walk:
+    """Walks class folders: finds images, counts what else there is, remembers links that lead nowhere."""
+
+    def __init__(self) -> None:
+        self.left_out: Counter[str] = Counter()
+        self.dangling: list[HarnessError] = []
+        Image.init()
+        self._suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+    def split(self, folder: Path, classes: tuple[str, ...]) -> tuple[tuple[Path, int], ...]:
+        """The images of a split with their class indices, sorted."""
+        for entry in os.scandir(folder):
+            if _is_hidden(entry.name):
+                self.left_out["hidden"] += 1
+            elif not entry.is_dir():
+                self._other(entry, "next to the class folders")
+        return tuple(
+            (path, label)
+            for label, name in enumerate(classes)
+            if (folder / name).is_dir()
+            for path in sorted(self._images(folder / name, above=(os.path.realpath(folder),)))
+        )
+
+    def _images(self, folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+        real = os.path.realpath(folder)
+        if real in above:  # followed, it would go round for ever
+            self.left_out["link to a folder above it"] += 1
+            return
+        for entry in os.scandir(folder):
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if _is_hidden(entry.name):
+                self.left_out["hidden"] += 1
+            elif entry.is_dir():
+                yield from self._images(folder / entry.name, (*above, real))
+            elif suffix not in self._suffixes or not entry.is_file():
+                self._other(entry, suffix or "without a suffix" if entry.is_file() else "no regular file")
+            else:
+                yield folder / entry.name
+
+    def _other(self, entry: os.DirEntry[str], kind: str) -> None:
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            where, target = entry.path, os.readlink(entry.path)
+            hint = "Fetch what it stands for (`dvc pull`, `git annex get`), or remove it."
+            self.dangling.append(HarnessError(f"is a link to {target}, which is not there", where=where, hint=hint))
+        else:
+            self.left_out[kind] += 1
+
+
+def _is_hidden(name: str) -> bool:
+    """Hidden, or what file managers leave: they are no images whatever their names say."""
+    return name[0] == "." or name == "__MACOSX" or name.lower() in ("thumbs.db", "desktop.ini")
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def read_folders(
     listing: FolderListing, *, image_size_px: int, required_size_px: tuple[int, int] | None = None
 ) -> ImageSets:
     """Decode all images; those of another size are resized and cropped (`harness.data.images.fit`).
 
     Raises:
-        HarnessError: names the file that is no image, or has not the required (width, height).
+        HarnessError: names all files that are no images, or have not the required (width, height).
     """
-    sets: list[LabelledImages] = []
-    for split in (listing.train, listing.test):
-        paths = [path for path, _ in split]
-        images_BHWC = read_images(
-            paths,
-            image_size_px=image_size_px,
-            where=lambda index, paths=paths: str(paths[index]),  # type: ignore[misc]
-            required_size_px=required_size_px,
-        )
-        sets.append(LabelledImages(images_BHWC, np.array([label for _, label in split], dtype=np.int64)))
-    return ImageSets(sets[0], sets[1], listing.classes)
-
-
-def _files(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, int]]:
-    return [
-        (path, label)
-        for label, name in enumerate(classes)
-        for path in sorted((folder / name).rglob("*"))
-        if path.is_file() and path.name[0] != "." and path.name.lower() not in _NOT_IMAGES
-    ]
+    files = listing.files
+    images_BHWC, problems = read_images(
+        files,
+        image_size_px=image_size_px,
+        where=lambda index: str(files[index]),
+        required_size_px=required_size_px,
+    )
+    raise_all(problems)
+    labels_B = np.array([label for _, label in (*listing.train, *listing.test)], dtype=np.int64)
+    count = len(listing.train)
+    return ImageSets(
+        LabelledImages(images_BHWC[:count], labels_B[:count]),
+        LabelledImages(images_BHWC[count:], labels_B[count:]),
+        listing.classes,
+    )

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import io
 import os
+import sys
+import threading
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, ManyErrors
 
 _WIDE_MODES = ("I", "F")  # also "I;16", "I;16B" …: Pillow's conversion to RGB clips their values at 255
 _CHUNK = 256
+_NAMED = 20  # of the images that cannot be read
 _NOT_READABLE_HINT = "Replace it or leave it out; PNG, JPEG and all other formats that Pillow knows are read"
 # Below this, Pillow spends its time in Python: 2 threads took 1.4 s for 17,000 CIFAR images, one took 0.95 s.
 _THREADS_FROM_BYTES = 16 * 1024
@@ -66,6 +70,8 @@ def read_image(
         HarnessError: there is no readable image, it has more than 8 bits a channel, or another size.
     """
     where = where or (str(file) if isinstance(file, Path) else "image")
+    if isinstance(file, Path) and file.exists() and not file.is_file() and not file.is_dir():
+        raise HarnessError("is not a file", where=where, hint="A pipe or device is no image.")  # opening might not end
     try:
         _check_png(file)
         with Image.open(file if isinstance(file, Path) else io.BytesIO(file)) as image:
@@ -79,8 +85,7 @@ def read_image(
         hint = f"Give the image files in it, such as {where}/*.png."
         raise HarnessError("is a folder, not an image", where=where, hint=hint) from error
     except Exception as error:  # on damaged bytes Pillow's decoders raise almost anything, SyntaxError included
-        reason = str(error) or type(error).__name__
-        raise HarnessError(f"not a readable image ({reason})", where=where, hint=_NOT_READABLE_HINT) from error
+        raise _not_readable(error, where) from error
     if wide:
         raise HarnessError(
             f'the image has more than 8 bits a channel (mode "{mode}")',
@@ -119,9 +124,13 @@ def image_size(file: Path | bytes, *, where: str | None = None) -> tuple[int, in
         with Image.open(file if isinstance(file, Path) else io.BytesIO(file)) as image:
             return image.size
     except Exception as error:  # as in read_image
-        raise HarnessError(
-            f"not a readable image ({error or type(error).__name__})", where=where, hint=_NOT_READABLE_HINT
-        ) from error
+        raise _not_readable(error, where) from error
+
+
+def _not_readable(error: Exception, where: str) -> HarnessError:
+    unknown = isinstance(error, UnidentifiedImageError)  # whose text names a Python object
+    reason = "in no format that Pillow knows" if unknown else str(error) or type(error).__name__
+    return HarnessError(f"not a readable image ({reason})", where=where, hint=_NOT_READABLE_HINT)
 
 
 def read_images(
@@ -130,44 +139,56 @@ def read_images(
     image_size_px: int,
     where: Callable[[int], str],
     required_size_px: tuple[int, int] | None = None,
-) -> np.ndarray:
+) -> tuple[np.ndarray, list[HarnessError]]:
     """Decode many images with `read_image`, in threads where that is quicker.
 
     Args:
-        where: what an error names, from the index of the image.
+        where: what an error or a warning of Pillow's names, from the index of the image.
 
     Returns:
-        uint8 (B, H, W, 3) in the order of `files`.
-
-    Raises:
-        HarnessError: as `read_image`, about the first wrong image.
+        uint8 (B, H, W, 3) in the order of `files`, and an error for each that cannot be read, in that order.
     """
     images_BHWC = np.empty((len(files), image_size_px, image_size_px, 3), dtype=np.uint8)
+    problems: dict[int, HarnessError] = {}
+    current = threading.local()
 
     def decode(start: int) -> None:
         for index in range(start, min(start + _CHUNK, len(files))):
-            images_BHWC[index] = read_image(
-                files[index],
-                image_size_px=image_size_px,
-                where=where(index),
-                required_size_px=required_size_px,
-            )
+            current.where = where(index)
+            try:
+                images_BHWC[index] = read_image(
+                    files[index],
+                    image_size_px=image_size_px,
+                    where=current.where,
+                    required_size_px=required_size_px,
+                )
+            except HarnessError as error:
+                problems[index] = error
+
+    said: set[tuple[str, str]] = set()
+
+    def name_file(message: Warning | str, *_: object) -> None:
+        text = (current.where, str(message))
+        if text not in said:
+            said.add(text)
+            print(f"WARNING {text[0]}: {text[1]}", file=sys.stderr)
 
     starts = range(0, len(files), _CHUNK)
-    workers = _decode_workers(files)
-    if workers == 1:
-        for start in starts:
-            decode(start)
-        return images_BHWC
-    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as executor:
-        futures = [executor.submit(decode, start) for start in starts]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            executor.shutdown(cancel_futures=True)
-            raise
-    return images_BHWC
+    with warnings.catch_warnings():  # a setting of the whole process, so once around all threads
+        warnings.simplefilter("always")
+        warnings.showwarning = name_file  # type: ignore[assignment]
+        with ThreadPoolExecutor(_decode_workers(files), thread_name_prefix="decode") as executor:
+            list(executor.map(decode, starts))
+    return images_BHWC, [problems[index] for index in sorted(problems)]
+
+
+def raise_all(problems: Sequence[HarnessError]) -> None:
+    """Raise what is wrong with images as one error: the number, and the first ones by name; nothing for none."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        more = f", the first {_NAMED}" if len(problems) > _NAMED else ""
+        raise ManyErrors(f"{len(problems):,} images cannot be used{more}", list(problems[:_NAMED]))
 
 
 def resize_images(images_BHWC: np.ndarray, image_size_px: int) -> np.ndarray:

@@ -38,11 +38,13 @@ class Located:
         origin: where the images come from, for people.
         load: read and check everything; raises HarnessError.
         files: whose path, size and time of change tell whether a converted copy is up to date.
-        options: whatever else decides the pixels.
+        options: whatever else decides the pixels or labels.
+        left_out: what lies there and is no image of the data set, in words; empty where there is nothing.
     """
 
     source: str
     origin: str
     load: Callable[[], ImageSets]
     files: tuple[Path, ...] = ()
-    options: Mapping[str, int] = field(default_factory=dict)
+    options: Mapping[str, int | str] = field(default_factory=dict)
+    left_out: str = ""

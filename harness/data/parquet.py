@@ -1,25 +1,58 @@
 """Images in Parquet files, in the layout of Hugging Face copies.
 
-`train-*.parquet` and `test-*.parquet`, each row an image and a label. The column `img` (or `image`) holds
-{bytes, path} or plain bytes of an encoded image, the column `label` a whole number.
+`train-*.parquet` and `test-*.parquet` (or `validation-`, `valid-`, `val-`), each row an image and a label. One column (`img` or `image`, or as said) holds
+{bytes, path} or plain bytes of an encoded image, one (`label`, or as said) a whole number.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from harness.data.images import image_size, read_images
+from harness.data.images import image_size, raise_all, read_images
 from harness.data.imagesets import ImageSets, LabelledImages
-from harness.errors import HarnessError, nearest
+from harness.errors import HarnessError, closest
 
 SPLITS = ("train", "test")
+_NAMED = {"train": ("train",), "test": ("test", "validation", "valid", "val")}  # how files call a split
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMN = "label"
+
+
+class Columns(NamedTuple):
+    """Names of the columns; None finds the usual one."""
+
+    image_column: str | None = None
+    label_column: str | None = None
+
+    def found_in(self, names: list[str], path: Path) -> tuple[str, str]:
+        """The image and the label column of a file with these columns.
+
+        Raises:
+            HarnessError: one is not there, or none was said and several might be meant.
+        """
+        return (
+            self._find("image_column", self.image_column, IMAGE_COLUMNS, names, path),
+            self._find("label_column", self.label_column, (LABEL_COLUMN,), names, path),
+        )
+
+    def _find(self, key: str, given: str | None, usual: tuple[str, ...], names: list[str], path: Path) -> str:
+        wanted = (given,) if given else usual
+        found = [name for name in wanted if name in names]
+        if len(found) == 1:
+            return found[0]
+        what = f"has no column {' or '.join(wanted)}" if not found else f"has the columns {' and '.join(found)}"
+        others = [name for name in names if given or name not in (*IMAGE_COLUMNS, LABEL_COLUMN)]
+        likely = closest(wanted[0], others) or next((name for name in others if usual[-1] in name), "NAME")
+        hint = f"Its columns are {', '.join(names)}: set data.{key}, for example data.{key}={likely}."
+        raise HarnessError(what, where=str(path), hint=hint)
+
+
 _SUBFOLDERS = (".", "plain_text", "data")  # where Hugging Face repositories keep the files
 _BROKEN_HINT = "Fetch the file again; one of a few hundred bytes is a Git LFS pointer and not the data"
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
@@ -31,9 +64,14 @@ def find_parquet(folder: Path) -> dict[str, list[Path]] | None:
     None where there is not one file of each split.
     """
     for subfolder in _SUBFOLDERS:
-        files = {split: sorted((folder / subfolder).glob(f"{split}-*.parquet")) for split in SPLITS}
-        if all(files.values()):
-            return files
+        found = [
+            (split, sorted((folder / subfolder).glob(f"{name}-*.parquet")))
+            for split in SPLITS
+            for name in _NAMED[split]
+        ]
+        files = {split: paths for split, paths in reversed(found) if paths}  # the first name wins
+        if len(files) == len(SPLITS):
+            return {split: files[split] for split in SPLITS}
     return None
 
 
@@ -47,7 +85,11 @@ def count_rows(files: list[Path]) -> int:
 
 
 def read_parquet(
-    files: dict[str, list[Path]], *, image_size_px: int, required_size_px: tuple[int, int] | None = None
+    files: dict[str, list[Path]],
+    *,
+    image_size_px: int,
+    columns: Columns = Columns(),  # noqa: B008 - immutable
+    required_size_px: tuple[int, int] | None = None,
 ) -> ImageSets:
     """Read and decode all images; they must have one size, and are resized where it is not `image_size_px`.
 
@@ -64,10 +106,10 @@ def read_parquet(
     """
     for paths in files.values():
         _check_shards(paths)
-    columns = {split: _read_columns(paths) for split, paths in files.items()}
-    classes = _class_names(files["train"][0]) or _numbered_classes(columns["train"])
+    rows = {split: _read_columns(paths, columns) for split, paths in files.items()}
+    classes = _class_names(files["train"][0], columns) or _numbered_classes(rows["train"])
     for split in SPLITS:
-        for path, _, labels_B in columns[split]:
+        for path, _, labels_B in rows[split]:
             wrong = np.flatnonzero((labels_B < 0) | (labels_B >= len(classes)))
             if len(wrong):
                 raise HarnessError(
@@ -75,23 +117,34 @@ def read_parquet(
                     where=_row(path, int(wrong[0])),
                     hint=f"Labels run from 0 to {len(classes) - 1}; mend the label or the class names in the schema.",
                 )
-    first_path, first_images, _ = next(column for column in columns["train"] if len(column[1]))
-    size_px = required_size_px or image_size(first_images[0], where=_row(first_path, 0))
+    size_px = required_size_px or _first_size_px(rows["train"])
     sets: list[LabelledImages] = []
+    problems: list[HarnessError] = []
     for split in SPLITS:
         parts = []
-        for path, encoded, _ in columns[split]:
-            part_BHWC = read_images(
+        for path, encoded, _ in rows[split]:
+            part_BHWC, unreadable = read_images(
                 encoded,
                 image_size_px=image_size_px,
                 where=lambda row, path=path: _row(path, row),  # type: ignore[misc]
                 required_size_px=size_px,
             )
             parts.append(part_BHWC)
+            problems += unreadable
             encoded.clear()  # the encoded images of one file go as the decoded ones come
-        labels_B = np.concatenate([part_B for _, _, part_B in columns[split]])
+        labels_B = np.concatenate([part_B for _, _, part_B in rows[split]])
         sets.append(LabelledImages(np.concatenate(parts), labels_B))
+    raise_all(problems)
     return ImageSets(sets[0], sets[1], classes)
+
+
+def _first_size_px(parts: list[tuple[Path, list[bytes], np.ndarray]]) -> tuple[int, int] | None:
+    """(width, height) of the first image that can be read; None where none can, which reading them will tell."""
+    for _, encoded, _ in parts:
+        for image in encoded:
+            with contextlib.suppress(HarnessError):
+                return image_size(image)
+    return None
 
 
 def _row(path: Path, row: int) -> str:
@@ -129,36 +182,27 @@ def _open(path: Path) -> Any:
         raise HarnessError(f"not a readable Parquet file ({error})", where=str(path), hint=_BROKEN_HINT) from error
 
 
-def _read_columns(paths: list[Path]) -> list[tuple[Path, list[bytes], np.ndarray]]:
+def _read_columns(paths: list[Path], columns: Columns) -> list[tuple[Path, list[bytes], np.ndarray]]:
     """(file, encoded images, int64 labels) of each file of a split."""
-    columns = [(path, *_read_file(path)) for path in paths]
-    if not any(len(labels_B) for _, _, labels_B in columns):
+    rows = [(path, *_read_file(path, columns)) for path in paths]
+    if not any(len(labels_B) for _, _, labels_B in rows):
         raise HarnessError(
             "holds no images",
             where=", ".join(str(path) for path in paths),
             hint="Fetch the files again, or give files that have rows.",
         )
-    return columns
+    return rows
 
 
-def _read_file(path: Path) -> tuple[list[bytes], np.ndarray]:
+def _read_file(path: Path, columns: Columns) -> tuple[list[bytes], np.ndarray]:
     import pyarrow
     import pyarrow.types
 
     file = _open(path)
-    names = file.schema_arrow.names
-    image_column = next((name for name in IMAGE_COLUMNS if name in names), None)
-    if image_column is None:
-        raise HarnessError(
-            f"has no column {' or '.join(IMAGE_COLUMNS)}",
-            where=str(path),
-            hint=nearest(IMAGE_COLUMNS[0], names),
-        )
-    if LABEL_COLUMN not in names:
-        raise HarnessError(f"has no column {LABEL_COLUMN}", where=str(path), hint=nearest(LABEL_COLUMN, names))
+    image_column, label_column = columns.found_in(file.schema_arrow.names, path)
     try:
-        table = file.read(columns=[image_column, LABEL_COLUMN], use_threads=False)
-        images, labels = table[image_column].combine_chunks(), table[LABEL_COLUMN].combine_chunks()
+        table = file.read(columns=[image_column, label_column], use_threads=False)
+        images, labels = table[image_column].combine_chunks(), table[label_column].combine_chunks()
         if pyarrow.types.is_struct(images.type):
             images = images.field("bytes")
         if not pyarrow.types.is_binary(images.type) and not pyarrow.types.is_large_binary(images.type):
@@ -169,11 +213,11 @@ def _read_file(path: Path) -> tuple[list[bytes], np.ndarray]:
             )
         if not pyarrow.types.is_integer(labels.type):
             raise HarnessError(
-                f"the column label holds {labels.type}, not whole numbers",
+                f"the column {label_column} holds {labels.type}, not whole numbers",
                 where=str(path),
                 hint="Number the classes from 0 and store these numbers.",
             )
-        for name, column in ((image_column, images), (LABEL_COLUMN, labels)):
+        for name, column in ((image_column, images), (label_column, labels)):
             if column.null_count:
                 row = column.is_null().to_pylist().index(True)
                 raise HarnessError(
@@ -184,11 +228,11 @@ def _read_file(path: Path) -> tuple[list[bytes], np.ndarray]:
         raise HarnessError(f"not a readable Parquet file ({error})", where=str(path), hint=_BROKEN_HINT) from error
 
 
-def _class_names(path: Path) -> tuple[str, ...] | None:
+def _class_names(path: Path, columns: Columns) -> tuple[str, ...] | None:
     """Class names that Hugging Face's `datasets` wrote into the schema, where it did."""
     metadata = _open(path).schema_arrow.metadata or {}
     try:
-        names = json.loads(metadata[b"huggingface"])["info"]["features"][LABEL_COLUMN]["names"]
+        names = json.loads(metadata[b"huggingface"])["info"]["features"][columns.label_column or LABEL_COLUMN]["names"]
     except (KeyError, TypeError, ValueError):
         return None
     if isinstance(names, list) and names and all(isinstance(name, str) for name in names):

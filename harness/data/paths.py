@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from harness.errors import HarnessError
+from harness.files import expand
 
 DATA_VARIABLE = "HARNESS_DATA"
 CACHE_VARIABLE = "HARNESS_CACHE"
@@ -26,7 +27,7 @@ def data_directories() -> list[Path]:
     for entry in os.environ.get(DATA_VARIABLE, "").split(os.pathsep):
         if not entry.strip():
             continue
-        directory = Path(entry).expanduser().absolute()
+        directory = Path(expand(entry.strip(), where=DATA_VARIABLE)).absolute()
         if not directory.is_dir():
             raise HarnessError(
                 f"${DATA_VARIABLE} names a folder that is not there: {directory}",
@@ -39,7 +40,7 @@ def data_directories() -> list[Path]:
 def cache_directory(*parts: str) -> Path:
     """`$HARNESS_CACHE` or `~/.cache/harness`, absolute, with `parts` below it; nothing is made on disk."""
     entry = os.environ.get(CACHE_VARIABLE, "").strip()
-    root = Path(entry).expanduser() if entry else Path.home() / ".cache" / "harness"
+    root = Path(expand(entry or "~/.cache/harness", where=CACHE_VARIABLE))
     return root.absolute().joinpath(*parts)
 
 

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -59,6 +60,8 @@ def prepare(
     *,
     path: str | Path | None = None,
     image_size_px: int = 32,
+    image_column: str | None = None,
+    label_column: str | None = None,
     synthetic: Mapping[str, int] | None = None,
     download: bool = True,
     force: bool = False,
@@ -66,14 +69,24 @@ def prepare(
     """A verified store of the source's images, converted now if it is not there or its input has changed.
 
     Args:
-        source, path, image_size_px, synthetic, download: as `harness.data.sources.locate` takes them.
+        source, path, image_size_px, image_column, label_column, synthetic, download: as `locate` takes them.
         force: convert again even where there is a store, which is replaced.
 
     Raises:
         HarnessError: no or wrong input, a damaged store (not repaired without `force`), or a cache folder that
             cannot be written to.
     """
-    located = locate(source, path=path, image_size_px=image_size_px, synthetic=synthetic, download=download)
+    located = locate(
+        source,
+        path=path,
+        image_size_px=image_size_px,
+        image_column=image_column,
+        label_column=label_column,
+        synthetic=synthetic,
+        download=download,
+    )
+    if located.left_out and os.environ.get("RANK", "0") == "0":
+        print(f"data: left out {located.left_out}", file=sys.stderr)
     fingerprint = _fingerprint(located, image_size_px)
     name = f"{source}-{fingerprint}"
     directory = cache_directory(_STORES, name)

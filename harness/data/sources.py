@@ -14,6 +14,7 @@ from harness.data import cifar10, embedded, folders, parquet
 from harness.data.imagesets import ImageSets, Located
 from harness.data.paths import DATA_VARIABLE, data_directories
 from harness.errors import HarnessError, nearest
+from harness.files import expand
 
 SOURCES = ("cifar10", "parquet", "imagefolder", "digits", "synthetic")
 
@@ -23,6 +24,8 @@ def locate(
     *,
     path: str | Path | None = None,
     image_size_px: int = 32,
+    image_column: str | None = None,
+    label_column: str | None = None,
     synthetic: Mapping[str, int] | None = None,
     download: bool = True,
 ) -> Located:
@@ -33,6 +36,7 @@ def locate(
         path: the folder of parquet and imagefolder; of cifar10 the folder or archive, where it is not to be
             looked for. A relative one is looked for here, then in each folder of `$HARNESS_DATA`.
         image_size_px: side of the square images that `load` returns; others are resized and cropped.
+        image_column, label_column: of parquet; None finds img or image, and label.
         synthetic: train_images, test_images, num_classes and seed of synthetic; other sources ignore it.
         download: whether cifar10 may be downloaded to `$HARNESS_CACHE` where it is not found.
 
@@ -56,8 +60,9 @@ def locate(
             return cifar10.locate_cifar10(resolved, image_size_px=image_size_px, download=download)
         if resolved is None:
             raise HarnessError(f"the source {source} needs a path", hint="data.path: /folder/of/the/images")
-        find = _parquet if source == "parquet" else _imagefolder
-        return find(resolved, image_size_px)
+        if source == "parquet":
+            return _parquet(resolved, image_size_px, parquet.Columns(image_column, label_column))
+        return _imagefolder(resolved, image_size_px)
     except OSError as error:
         where = str(error.filename) if error.filename else None
         raise HarnessError(
@@ -68,7 +73,7 @@ def locate(
 
 
 def _resolve(path: str | Path) -> Path:
-    given = Path(path).expanduser()
+    given = Path(expand(str(path), where="data.path"))
     candidates = [given.absolute()]
     if not given.is_absolute():
         candidates += [directory / given for directory in data_directories()]
@@ -95,7 +100,7 @@ def _embedded(source: str, image_size_px: int, synthetic: Mapping[str, int] | No
     return Located(source, f"synthetic patterns, seed {options['seed']}", load, options=options)
 
 
-def _parquet(folder: Path, image_size_px: int) -> Located:
+def _parquet(folder: Path, image_size_px: int, columns: parquet.Columns) -> Located:
     files = parquet.find_parquet(folder) if folder.is_dir() else None
     if files is None:
         raise HarnessError(
@@ -105,11 +110,13 @@ def _parquet(folder: Path, image_size_px: int) -> Located:
         )
 
     def load() -> ImageSets:
-        sets = parquet.read_parquet(files, image_size_px=image_size_px)
+        sets = parquet.read_parquet(files, image_size_px=image_size_px, columns=columns)
         named = cifar10.is_cifar10_name(folder.name) and sets.classes == cifar10.NUMBERED_CLASSES
         return dataclasses.replace(sets, classes=cifar10.CIFAR10_CLASSES) if named else sets
 
-    return Located("parquet", f"Parquet files in {folder}", load, files=(*files["train"], *files["test"]))
+    options = {name: value for name, value in columns._asdict().items() if value is not None}
+    inputs = (*files["train"], *files["test"])
+    return Located("parquet", f"Parquet files in {folder}", load, files=inputs, options=options)
 
 
 def _imagefolder(root: Path, image_size_px: int) -> Located:
@@ -118,4 +125,5 @@ def _imagefolder(root: Path, image_size_px: int) -> Located:
     def load() -> ImageSets:
         return folders.read_folders(listing, image_size_px=image_size_px)
 
-    return Located("imagefolder", f"image folder {root}", load, files=listing.files)
+    left_out = folders.in_words(listing.left_out)
+    return Located("imagefolder", f"image folder {root}", load, files=listing.files, left_out=left_out)

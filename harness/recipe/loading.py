@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from harness.errors import HarnessError, ManyErrors
+from harness.files import expand
 from harness.recipe import document as yaml_document
 from harness.recipe.document import Document
 from harness.recipe.explaining import at, explain
@@ -169,7 +170,7 @@ def _base_of(document: Document, path: Path) -> Path | None:
             HarnessError("base must be the path of a recipe", where=document.places[("base",)], hint="base: seed.yaml")
         )
         return None
-    return locate(base, Path() if yaml_document.is_pipe(path) else path.parent)
+    return locate(expand(base, where="base"), Path() if yaml_document.is_pipe(path) else path.parent)
 
 
 def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:

@@ -46,6 +46,9 @@ def _data(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
         yield "data.path", f"the source {data.source} needs a path", "data.path: /folder/of/the/images"
     if data.source in ("digits", "synthetic") and data.path is not None:
         yield "data.path", f"the source {data.source} reads no files", "Leave data.path out."
+    for key in ("image_column", "label_column"):
+        if getattr(data, key) is not None and data.source != "parquet":
+            yield f"data.{key}", f"the source {data.source} has no columns", "Leave it out, or data.source: parquet."
     if data.path is not None and ("\x00" in data.path or not data.path):
         yield "data.path", "is no path", "data.path: /folder/of/the/images"
     for key, size_px, usual in (

@@ -82,6 +82,12 @@ class Data(Section):
         "cifar10", description="where images come from"
     )
     path: str | None = Field(None, description="folder or file of the source; null looks under $HARNESS_DATA")
+    image_column: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="column of the images (parquet); null finds img or image"
+    )
+    label_column: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="column of the labels (parquet), such as fine_label; null takes label"
+    )
     num_classes: PositiveInt | None = Field(None, description="classes the data must have; null takes what it has")
     image_size_px: Annotated[int, Field(ge=4, le=1024)] = Field(32, description="height and width, pixels")
     synthetic: Synthetic = Synthetic()

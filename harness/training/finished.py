@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from harness.data.augment import normalisation_table
 from harness.data.batches import Loader
-from harness.data.images import read_image
+from harness.data.images import raise_all, read_images
 from harness.data.store import DataStore
-from harness.errors import HarnessError, ManyErrors
+from harness.errors import HarnessError
 from harness.models.build import build_model
 from harness.recipe import Recipe, load
 from harness.recipe.loading import fingerprint
@@ -167,7 +167,9 @@ def predict(path: Path, images: Sequence[Path], *, which: str, weights: str, top
         HarnessError: a file that is no image, no such run, or a broken checkpoint.
     """
     saved, recipe = _open(path, which)
-    pixels_BHWC = _read_images(images, recipe.data.image_size_px)
+    size_px = recipe.data.image_size_px
+    pixels_BHWC, problems = read_images(images, image_size_px=size_px, where=lambda index: str(images[index]))
+    raise_all(problems)
     tensors = saved.ema if weights == "ema" else saved.model
     if tensors is None:
         raise HarnessError("the run has no averaged weights", where=str(saved.path), hint="Use --weights raw.")
@@ -188,19 +190,6 @@ def predict(path: Path, images: Sequence[Path], *, which: str, weights: str, top
         Prediction(str(image), tuple((classes[i], float(p)) for p, i in zip(values, indices, strict=True)))
         for image, values, indices in zip(images, best.values.tolist(), best.indices.tolist(), strict=True)
     ]
-
-
-def _read_images(images: Sequence[Path], size_px: int) -> np.ndarray:
-    """(B, H, W, 3) uint8; all unreadable files are named in one error."""
-    found, errors = [], []
-    for image in images:
-        try:
-            found.append(read_image(image, image_size_px=size_px))
-        except HarnessError as error:
-            errors.append(error)
-    if errors:
-        raise ManyErrors("predict", errors)
-    return np.stack(found)
 
 
 def _open(path: Path, which: str) -> tuple[checkpoint.Saved, Recipe]:

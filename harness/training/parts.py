@@ -138,7 +138,12 @@ def open_data(recipe: Recipe) -> DataStore:
     """
     data = recipe.data
     store = prepare(
-        data.source, path=data.path, image_size_px=data.image_size_px, synthetic=data.synthetic.model_dump()
+        data.source,
+        path=data.path,
+        image_size_px=data.image_size_px,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        synthetic=data.synthetic.model_dump(),
     )
     found = len(store.manifest.classes)
     if data.num_classes is not None and data.num_classes != found:

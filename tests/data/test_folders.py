@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from harness.data.images import fit
+from harness.data.prepare import prepare
 from harness.data.sources import locate
 from harness.errors import HarnessError
 
@@ -56,15 +58,68 @@ def test_other_sizes_are_resized_and_other_formats_read(root: Path) -> None:
     np.testing.assert_array_equal(sets.train.images_BHWC[3], wanted_HWC)
 
 
-def test_hidden_files_and_folders_are_passed_over(root: Path) -> None:
-    (root / "train" / "Cat" / ".DS_Store").write_text("x")
-    (root / "train" / "ape" / "Thumbs.db").write_text("x")
-    (root / "train" / ".cache").mkdir()
-    assert len(load(root).train.labels_B) == 9
+def test_what_is_left_out_is_counted(root: Path, empty_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in (".DS_Store", "._0.png", "Thumbs.db", "notes.txt", "list.TXT", "README"):
+        (root / "train" / "Cat" / name).write_text("x")
+    for folder in ("train/.cache", "train/__MACOSX", "train/Cat/__MACOSX"):
+        (root / folder).mkdir()
+    os.mkfifo(root / "train" / "Cat" / "pipe.png")
+    (root / "test" / "0.png").write_text("x")
+    for again in range(2):  # also where the converted copy is there
+        assert len(prepare("imagefolder", path=root, image_size_px=8).split("train").labels_B) == 9, again
+        told = "data: left out 11 files or folders: 6 hidden, 2 .txt, 1 without a suffix, 1 no regular file, "
+        assert capsys.readouterr().err.startswith(told.rsplit(", 1 without", 1)[0])
 
 
-def no_image(root: Path) -> None:
-    (root / "train" / "ape" / "notes.txt").write_text("these are apes")
+@pytest.mark.timeout(20)
+def test_links_are_followed_and_loops_are_not(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    save(elsewhere / "more" / "x.png")
+    save(elsewhere / "cat.png")
+    ape = root / "train" / "ape"
+    (ape / "linked").symlink_to(elsewhere / "more")
+    (ape / "linked-again").symlink_to(elsewhere / "more")  # its images count again, as in torchvision
+    (ape / "y.png").symlink_to(elsewhere / "cat.png")
+    (root / "train" / "yak").symlink_to(elsewhere / "more")
+    (root / "test" / "yak").mkdir()
+    assert len(load(root).train.labels_B) == 9 + 3 + 1 == len(ImageFolder(root / "train").samples)
+    (ape / "above").symlink_to(root / "train")
+    (ape / "itself").symlink_to(ape)
+    located = locate("imagefolder", path=root, image_size_px=8)
+    assert located.left_out == "2 files or folders: 2 link to a folder above it"
+    assert len(located.load().train.labels_B) == 13
+
+
+def test_all_broken_images_are_named(root: Path) -> None:
+    for split in ("train", "test"):
+        (root / split / "Cat" / "0.png").write_text("no image")
+    with pytest.raises(HarnessError, match=r"^2 images cannot be used") as caught:
+        load(root)
+    assert all(f"{split}/Cat/0.png: not a readable image" in str(caught.value) for split in ("train", "test"))
+
+
+def test_variables_in_paths_are_expanded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(root.parent))
+    monkeypatch.setenv("PLACE", root.name)
+    assert len(locate("imagefolder", path="~/$PLACE").files) == 15
+    for path, words in (("$NOWHERE/x", r"\$NOWHERE is not set"), ("~nobody_here/x", "no user nobody_here")):
+        with pytest.raises(HarnessError, match=words):
+            locate("imagefolder", path=path)
+
+
+def not_utf8(root: Path) -> None:
+    for split in ("train", "test"):
+        os.mkdir(os.fsencode(root / split) + b"/caf\xe9")
+
+
+def decomposed(root: Path) -> None:
+    save(root / "train" / "caf\u00e9" / "0.png")
+    save(root / "test" / "cafe\u0301" / "0.png")
+
+
+def dangling_links(root: Path) -> None:
+    for index in range(25):
+        (root / "train" / "ape" / f"link{index:02}.png").symlink_to(root / "annex" / str(index))
 
 
 def broken_image(root: Path) -> None:
@@ -109,7 +164,9 @@ def no_classes(root: Path) -> None:
 @pytest.mark.parametrize(
     ("break_it", "words"),
     [
-        (no_image, r"train/ape/notes\.txt: not a readable image"),
+        (not_utf8, r'the class name "caf\\xe9" is not printable UTF-8'),
+        (decomposed, "The given name has U\\+0301 COMBINING ACUTE ACCENT"),
+        (dangling_links, r"(?s)21 errors.*link19\.png: is a link to .*dvc pull.*and 5 more links"),
         (broken_image, r"test/zebra/1\.png: not a readable image"),
         (extra_test_class, r'test/zebr: the class "zebr" has no folder in .*train\s+HINT: Did you mean "zebra"'),
         (missing_test_class, 'test: has no folder for the class "ape"'),

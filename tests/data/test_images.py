@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, Resize
 
-from harness.data.images import fit, image_size, read_image, read_images, resize_images
+from harness.data.images import fit, image_size, raise_all, read_image, read_images, resize_images
 from harness.errors import HarnessError
 
 
@@ -116,18 +117,49 @@ def test_many_images_keep_their_order(side: int) -> None:
     count = 600 if side == 16 else 300
     images = [noise(side, side) ^ np.uint8(index % 256) for index in range(count)]
     files = [encoded(Image.fromarray(image), "BMP") for image in images]
-    found_BHWC = read_images(files, image_size_px=side, where=str)
+    found_BHWC, problems = read_images(files, image_size_px=side, where=str)
     np.testing.assert_array_equal(found_BHWC, np.stack(images))
+    assert problems == []
     files[270] = files[290] = b"broken"
-    with pytest.raises(HarnessError, match="row 270: not a readable image"):
-        read_images(files, image_size_px=side, where=lambda index: f"row {index}")
+    _, problems = read_images(files, image_size_px=side, where=lambda index: f"row {index}")
+    reason = "not a readable image (in no format that Pillow knows)"
+    assert [f"{p.where}: {p.what}" for p in problems] == [f"row {row}: {reason}" for row in (270, 290)]
+
+
+def test_all_that_is_wrong_is_raised_as_one_error() -> None:
+    raise_all([])
+    problems = [HarnessError("is broken", where=f"image {index}", hint="Replace it.") for index in range(1, 38)]
+    with pytest.raises(HarnessError, match="^image 1: is broken\n  HINT: Replace it"):
+        raise_all(problems[:1])
+    with pytest.raises(
+        HarnessError, match=r"^37 images cannot be used, the first 20: 20 errors\n  image 1: "
+    ) as caught:
+        raise_all(problems)
+    assert str(caught.value).count("is broken") == 20
+
+
+def test_warnings_of_pillow_name_the_file_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    palette = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).convert("P")
+    palette.save(tmp_path / "palette.png", transparency=bytes(range(100, 164)))
+    files = [tmp_path / "palette.png"] * 3
+    read_images(files, image_size_px=8, where=lambda index: files[index].name)
+    error = capsys.readouterr().err
+    assert error.startswith("WARNING palette.png: Palette images with Transparency")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_is_no_image(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(HarnessError, match=r"pipe\.png: is not a file"):
+        read_image(tmp_path / "pipe.png", image_size_px=8)
 
 
 def test_a_required_size_is_held(tmp_path: Path) -> None:
     files = [encoded(Image.fromarray(noise(8, height))) for height in (8, 8, 9)]
-    with pytest.raises(HarnessError, match="2: the image is 9×8 pixels where 8×8 are wanted"):
-        read_images(files, image_size_px=8, where=str, required_size_px=(8, 8))
-    assert read_images([], image_size_px=8, where=str).shape == (0, 8, 8, 3)
+    _, (problem,) = read_images(files, image_size_px=8, where=str, required_size_px=(8, 8))
+    assert "2: the image is 9×8 pixels where 8×8 are wanted" in problem.render()
+    assert read_images([], image_size_px=8, where=str)[0].shape == (0, 8, 8, 3)
 
 
 def test_resize_images_equals_fit() -> None:

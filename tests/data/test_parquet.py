@@ -85,6 +85,30 @@ def test_class_names_come_from_the_schema_or_the_folder(tmp_path: Path) -> None:
     assert load(write(tmp_path / "other", **ten)).classes[9] == "9"
 
 
+def test_the_columns_can_be_said(tmp_path: Path) -> None:
+    """As CIFAR-100 has them."""
+    for split, count in (("train", 6), ("validation", 3)):
+        images = pa.array([{"bytes": png(i), "path": ""} for i in range(count)])
+        labels = {"fine_label": [i % 3 for i in range(count)], "coarse_label": [i % 2 for i in range(count)]}
+        pq.write_table(pa.table({"img": images, **labels}), tmp_path / f"{split}-00000-of-00001.parquet")
+    located = [locate("parquet", path=tmp_path, label_column=f"{kind}_label") for kind in ("fine", "coarse")]
+    assert [len(each.load().classes) for each in located] == [3, 2]
+    assert located[0].options != located[1].options  # so that each has a converted copy of its own
+    with pytest.raises(HarnessError, match=r"has no column label\n.*coarse_label: set data\.label_column.*fine_label"):
+        load(tmp_path)
+    with pytest.raises(HarnessError, match=r"has no column pixels\n .*set data\.image_column"):
+        locate("parquet", path=tmp_path, image_column="pixels", label_column="fine_label").load()
+
+
+def test_all_unreadable_images_are_named(tmp_path: Path) -> None:
+    bad = [(png(i)[:-40], 0) for i in range(3)]
+    write(tmp_path, train=[[*bad[:2], *rows(4)], rows(2)], test=[[*rows(2), bad[2]]])
+    with pytest.raises(HarnessError, match=r"^3 images cannot be used") as caught:
+        load(tmp_path)
+    assert all(f"{place}: not a readable image" in str(caught.value) for place in ("row 0", "row 1", "row 2"))
+    assert "BytesIO" not in str(caught.value)
+
+
 def broken_png(folder: Path) -> None:
     shard = rows(5)
     shard[3] = (png(3)[:-40], 0)
@@ -174,8 +198,8 @@ def no_test_files(folder: Path) -> None:
         (no_label, r"train-00000-of-00001\.parquet, row 1: the column label is empty"),
         (no_image, r"train-00000-of-00001\.parquet, row 1: the column img is empty"),
         (no_rows, r"train-00000-of-00002\.parquet.*: holds no images"),
-        (no_image_column, 'has no column img or image\n  HINT: Did you mean "imgs"'),
-        (no_label_column, 'has no column label\n  HINT: Did you mean "labels"'),
+        (no_image_column, "has no column img or image\n  HINT: Its columns are imgs, label: .*image_column=imgs"),
+        (no_label_column, "has no column label\n  HINT: Its columns are img, labels: .*label_column=labels"),
         (text_labels, "the column label holds string, not whole numbers"),
         (number_images, "the column img holds int64, not image bytes"),
         (missing_shard, r"the file train-00001-of-00003\.parquet is missing"),
