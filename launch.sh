@@ -148,6 +148,11 @@ if [ -n "$slurm" ]; then
   run "$python" -m harness submit "$recipe" "${arguments[@]:1}" ${restarts:+--max-restarts "$restarts"}
 fi
 
+# A shell of `srun --pty` is one task, however many were asked for.
+[ "${SLURM_STEP_NUM_TASKS:-1}" = 1 ] || [ -n "${SLURM_PTY_PORT:-}" ] ||
+  fail "srun started this $SLURM_STEP_NUM_TASKS times, and each would train by itself" \
+    "srun … $python -m harness train $recipe trains with one rank per task; or ./launch.sh --slurm, without srun."
+
 # One process a GPU; on the CPU as many as asked for or as measured fastest.
 if [ -z "$gpus" ]; then
   gpus=$(usable_gpus)

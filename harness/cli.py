@@ -9,10 +9,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NoReturn, TextIO
 
 import harness
-from harness import commands, commands_look, commands_speed, commands_sweep, commands_track
+from harness import commands, commands_look, commands_speed, commands_sweep, commands_track, srun
 from harness.environment import calm_openmp
 from harness.errors import EXIT_BAD_INPUT, EXIT_DONE, HarnessError, from_disk, nearest, print_error
 
@@ -26,7 +27,7 @@ GROUPS = {
         "sweep": "train a recipe at several settings and with several seeds, and compare",
     },
     "Cluster": {
-        "submit": "hand a training to SLURM; it goes on by itself when it is preempted",
+        "submit": "hand a training to SLURM; it resumes by itself when it is preempted",
     },
     "Look": {
         "summary": "a recipe's network: layers, receptive fields, constraints",
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         calm_openmp()
         if sys.argv[1:2] and sys.argv[1] in LASTING:
             sys.stdout, sys.stderr = _Lasting.of(sys.stdout), _Lasting.of(sys.stderr)
+    srun.take_place()
     try:
         code = _run(sys.argv[1:] if argv is None else list(argv), began_at)
     except HarnessError as error:
@@ -76,6 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = 130
     except MemoryError as error:
         print_error(HarnessError(f"not enough memory: {error}", hint="Fewer or smaller images, or a smaller batch."))
+        code = EXIT_BAD_INPUT
+    except ImportError as error:
+        if (error.name or "").split(".")[0] == "harness":
+            raise
+        hint = "./scripts/setup.sh installs what is missing into .venv: start by ./launch.sh or .venv/bin/python."
+        print_error(HarnessError(str(error), where=sys.executable, hint=hint))
         code = EXIT_BAD_INPUT
     except BrokenPipeError:  # the reader of our output left, as `| head` does, and nothing else was to be done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -103,7 +111,10 @@ def _tell_launcher(code: int) -> None:
     """Launchers of several ranks return 1 whatever a rank returned; launch.sh reads the code from this file."""
     path = os.environ.get(EXIT_CODE_FILE)
     if path:
-        with open(path, "a") as file:
+        with (
+            suppress(FileNotFoundError),
+            open(path, "a") as file,
+        ):  # a launcher that no longer waits has cleared it away
             file.write(f"{code}\n")
 
 

@@ -69,7 +69,7 @@ def from_disk(error: OSError) -> HarnessError | None:
     if error.errno not in _DISK_ERRORS:
         return None
     where = str(error.filename2 or error.filename or "") or None
-    hint = "See that the disk has space and may be written to; a training then goes on by --resume auto."
+    hint = "See that the disk has space and may be written to; --resume auto then resumes a training."
     return HarnessError(f"cannot be written or read ({error.strerror})", where=where, hint=hint, exit_code=EXIT_FAILED)
 
 

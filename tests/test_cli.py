@@ -193,3 +193,28 @@ def test_an_error_of_ours_is_not_put_down_to_the_disk() -> None:
     told = from_disk(OSError(errno.ENOSPC, "No space left on device", "/x"))
     assert told is not None
     assert (told.where, told.exit_code) == ("/x", 1)
+
+
+@pytest.mark.parametrize("words", [["train", DEBUG], ["runs"]], ids=" ".join)
+def test_a_python_without_the_packages_is_no_traceback(words: list[str], tmp_path: Path) -> None:
+    """And not tried again by launchers, which start ranks anew after a 1."""
+    code = tmp_path / "code"
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "harness", *words],  # without site-packages
+        env={"PYTHONPATH": str(ROOT), "HARNESS_EXIT_CODE_FILE": str(code)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert code.read_text() == "2\n"
+    assert done.stderr.startswith(f"ERROR {sys.executable}: No module named ")
+    assert "HINT: ./scripts/setup.sh" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_exit_code_that_nobody_waits_for_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A newer start of the job has cleared the folder away."""
+    monkeypatch.setenv("HARNESS_EXIT_CODE_FILE", str(tmp_path / "gone" / "0"))
+    assert main(["recipe", "validate", DEBUG]) == 0

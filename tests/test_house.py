@@ -19,7 +19,7 @@ MAX_FUNCTION_LINES = 60
 
 # Each room and the rooms it may import. A module with its own entry is a room of its own, and who may import the
 # room around it may import it too.
-GROUND = {"environment", "errors", "files", "locks", "machine", "network", "run_directory", "signals"}
+GROUND = {"environment", "errors", "files", "locks", "machine", "network", "run_directory", "signals", "srun"}
 WORK = GROUND | {"recipe", "models", "data", "tracking", "preflight", "heartbeat", "runtime", "runs", "training"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "network": set(),
     "locks": {"errors", "run_directory"},
     "run_directory": set(),
+    "srun": set(),
     "recipe.dual_branch_args": GROUND,  # the schema of the network's settings: recipes are checked with it
     "recipe": GROUND,
     "models": GROUND | {"recipe.dual_branch_args"},

@@ -102,6 +102,16 @@ def test_mistakes_are_told_and_nothing_starts(env: dict[str, str], arguments: li
         assert word in done.stderr
 
 
+def test_several_tasks_of_srun_are_refused(env: dict[str, str]) -> None:
+    """Each would train by itself, and all end well."""
+    step = env | {"DRY_RUN": "1", "SLURM_STEP_NUM_TASKS": "2"}
+    done = launch(step, SEED)
+    assert done.returncode == 2
+    assert "srun started this 2 times" in done.stderr
+    assert f"-m harness train {SEED}" in done.stderr
+    assert launch(step | {"SLURM_PTY_PORT": "4000"}, SEED).returncode == 0
+
+
 def test_a_dry_run_needs_no_environment_and_makes_none(env: dict[str, str]) -> None:
     del env["HARNESS_SKIP_SETUP"]
     python = f"{env['HARNESS_VENV']}/bin/python"
