@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.errors import EXIT_FAILED, HarnessError
+from harness.errors import EXIT_BAD_INPUT, EXIT_FAILED, HarnessError
 from harness.launching.slurm import Job, log_path, sbatch_text
 from harness.run_directory import JOB, is_unused, new_run_directory
 
@@ -24,6 +24,21 @@ SBATCH_LIMIT_SECONDS = 120
 MAX_ARRAY = 1001  # tasks; SLURM's own default
 # All others are those of a job that we may be in ourselves; the new job gets its own.
 KEPT_SLURM_VARIABLES = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"}
+NO_ANSWER = r"contact slurm controller|timed out|munge|authentication|temporarily|standby|Communication connection"
+# What to do, by what sbatch says; the first that fits counts.
+HINTS = {
+    NO_ANSWER: "SLURM does not answer here: see `scontrol ping`, and try again or on a login node.",
+    r"configuration (source|file)": "sbatch finds no slurm.conf: set SLURM_CONF to the path of the cluster's.",
+    r"\bqos\b": "`sacctmgr show qos format=name,maxwall,maxsubmitpu,maxtrespu` lists limits; SBATCH_QOS chooses one.",
+    r"\btime\b": "--time is 90 (minutes), 4:00:00 or 1-12 (days-hours); `sinfo -o '%P %l'` lists partitions' limits.",
+    r"\baccount\b": "`sacctmgr show associations user=$USER format=account,partition,qos` lists yours for --account.",
+    r"\bgres\b": "--gpus-per-node: `sinfo -o '%P %D %G'` lists partitions with their nodes and GPUs.",
+    r"\bfeature": "`sinfo -o '%P %f'` lists the features that SBATCH_CONSTRAINT may name.",
+    r"\barray\b": "--array: `scontrol show config | grep MaxArraySize` shows how far its indices may go.",
+    r"\bpartition\b": "--partition: `sinfo -o '%P %a %l %D %c %G'` lists those that there are.",
+    r"processors|\bnode\b|memory": "Fewer --nodes, --tasks-per-node or --cpus-per-task, or another --partition: "
+    "`sinfo -o '%P %D %c %m %G'` lists nodes, CPUs, memory and GPUs.",
+}
 
 
 @dataclass(frozen=True)
@@ -96,7 +111,7 @@ def _make_folder(run: Path, undo: ExitStack) -> Path:
         raise HarnessError(
             "a job was submitted with this run directory",
             where=str(run),
-            hint=f"sbatch {folder / SCRIPT} goes on with it; else give another --run-dir.",
+            hint=f"sbatch {folder / SCRIPT} resumes it; else give another --run-dir.",
         )
     try:
         if not is_unused(run) and not (run / "recipe.yaml").exists():
@@ -155,15 +170,17 @@ def sbatch(script: Path) -> str:
             text=True,
             timeout=SBATCH_LIMIT_SECONDS,
         )
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         raise HarnessError(
             "there is no sbatch here", hint="Submit on a login node of the cluster; --dry-run shows the script."
         ) from None
     if done.returncode != 0:
         message = "\n  ".join(done.stderr.strip().splitlines()) or f"sbatch ended with {done.returncode}"
+        fitting = [words for words in HINTS if re.search(words, message, re.IGNORECASE)]
         raise HarnessError(
             f"SLURM refuses the job\n  {message}",
-            hint="`sinfo -o '%P %D %c %G %l'` lists partitions with their nodes, CPUs, GPUs and time limits.",
+            hint=HINTS[fitting[0]] if fitting else "--dry-run shows the script; `man sbatch` explains its options.",
+            exit_code=EXIT_FAILED if NO_ANSWER in fitting else EXIT_BAD_INPUT,
         )
     return done.stdout.strip().split(";")[0]
 

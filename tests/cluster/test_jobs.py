@@ -54,6 +54,9 @@ def test_what_ends_a_job_early_changes_nothing(
     first, second = task.starts()
     assert first == 0
     assert second >= 12  # no step is lost
+    assert ("SIGUSR1" in task.output()) is (disturb is signal_usr1)
+    assert ("SLURM has queued the job again" in task.output()) is (disturb is requeue)
+    assert "resume with" not in task.output()
     assert_equal(task, undisturbed)
     wandb_run_id = json.loads((task.run / "provenance.json").read_text())["wandb_run_id"]
     starts = [folder.name.rpartition("-")[2] for folder in (task.run / "wandb").glob("offline-run-*")]
@@ -195,7 +198,7 @@ def test_a_job_that_may_not_be_queued_again_says_how_to_go_on(submit: Submit, cl
     cluster.run("scontrol", "update", f"JobId={task.job_id}", "Requeue=0")
     signal_usr1(task)
     assert task.finish("FAILED")["ExitCode"] == "75:0"
-    assert f"go on by sbatch {task.run}/slurm/job.sbatch" in task.output()
+    assert f"resume with: sbatch {task.run}/slurm/job.sbatch" in task.output()
 
 
 @pytest.mark.slow
@@ -270,21 +273,21 @@ def test_train_sbatch_is_for_those_who_write_their_own(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "message", "hint"),
     [
-        (["--gpus-per-node", "3"], "Requested node configuration is not available"),
-        (["--nodes", "3"], "Node count specification invalid"),
-        (["--array", "0-1", "--partition", "nowhere"], "invalid partition specified: nowhere"),
-        (["--array", "0-1", "--time", "soon"], "Invalid --time specification"),
+        (["--gpus-per-node", "3"], "Requested node configuration is not available", "--nodes"),
+        (["--nodes", "3"], "Node count specification invalid", "--nodes"),
+        (["--array", "0-1", "--partition", "nowhere"], "invalid partition specified: nowhere", "--partition"),
+        (["--array", "0-1", "--time", "soon"], "Invalid --time specification", "4:00:00"),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_is_left(
-    work: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+    work: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str, hint: str
 ) -> None:
     assert main(["submit", "digits.yaml", *words]) == 2
     error = capsys.readouterr().err
     assert message in error
-    assert "HINT:" in error
+    assert hint in error.partition("HINT:")[2]
     assert [p.name for p in work.iterdir()] == ["digits.yaml"]
 
 
@@ -309,3 +312,23 @@ def test_ranks_on_gpus_see_all_of_their_node(work: Path, cluster: Sandbox, submi
     assert sorted(line for line in task.output().splitlines() if line.startswith("rank")) == [
         f"rank {rank}/4 local {rank % 2}/2 gpus 0,1 cpu no threads 1 127.0.0.1:20000" for rank in range(4)
     ]
+
+
+@pytest.mark.slow
+def test_srun_by_hand_starts_ranks_of_one_training(work: Path, cluster: Sandbox) -> None:
+    words = ["-m", "harness", "train", "digits.yaml", "training.steps=2"]
+    environment = cluster.environment | {n: os.environ[n] for n in ("PYTHONPATH", "CUDA_VISIBLE_DEVICES")}
+    command = ["srun", "-N2", "-n2", sys.executable, *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (run,) = (work / "runs" / "digits").iterdir()
+    assert json.loads((run / "result.json").read_text())["world_size"] == 2
+    done = subprocess.run(
+        ["srun", "-N1", "-n2", sys.executable, "-m", "harness", "eval", str(run), "--json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["step"] == 2  # told by one rank alone

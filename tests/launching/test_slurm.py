@@ -228,6 +228,41 @@ def test_what_was_there_before_stays_when_sbatch_refuses(
 
 
 @pytest.mark.parametrize(
+    ("told", "hint", "code"),
+    [
+        ("Invalid --time specification", "4:00:00", 2),
+        ("Batch job submission failed: Requested time limit is invalid (missing or exceeds some limit)", "%l", 2),
+        ("Batch job submission failed: Invalid account or account/partition combination specified", "account", 2),
+        ("Batch job submission failed: Invalid qos specification", "SBATCH_QOS", 2),
+        ("Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)", "SBATCH_QOS", 2),
+        ("Invalid generic resource (gres) specification", "--gpus-per-node", 2),
+        ("Batch job submission failed: Invalid feature specification", "SBATCH_CONSTRAINT", 2),
+        ("Batch job submission failed: More processors requested than permitted", "--nodes", 2),
+        ("Batch job submission failed: Node count specification invalid", "--nodes", 2),
+        ("Batch job submission failed: Requested node configuration is not available", "--nodes", 2),
+        ("Batch job submission failed: Invalid job array specification", "MaxArraySize", 2),
+        ("invalid partition specified: nowhere", "--partition", 2),
+        ("Batch job submission failed: User's group not permitted to use this partition", "--partition", 2),
+        ("Batch job submission failed: Requested reservation is invalid", "--dry-run", 2),
+        ("fatal: Could not establish a configuration source", "SLURM_CONF", 2),
+        ("fatal: Unable to process configuration file", "SLURM_CONF", 2),
+        ("Batch job submission failed: Unable to contact slurm controller (connect failure)", "scontrol ping", 1),
+        ("Batch job submission failed: Socket timed out on send/recv operation", "scontrol ping", 1),
+        ("Munge encode failed: Failed to access /run/munge/munge.socket.2", "scontrol ping", 1),
+    ],
+)
+def test_hints_are_of_what_sbatch_refuses(
+    sbatch: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], told: str, hint: str, code: int
+) -> None:
+    """Its words are those of SLURM 22.05; several of them need accounts or a broken cluster to hear."""
+    (tmp_path / "bin" / "sbatch").write_text(f"#!/bin/sh\necho {shlex.quote('sbatch: error: ' + told)} >&2; exit 1\n")
+    assert main(["submit", DEBUG]) == code
+    error = capsys.readouterr().err
+    assert told in error
+    assert hint in error.partition("HINT:")[2]
+
+
+@pytest.mark.parametrize(
     ("text", "expected"), [("3", ((3,), None)), ("0-2,7%2", ((0, 1, 2, 7), 2)), ("5,1", ((5, 1), None))]
 )
 def test_arrays(text: str, expected: object) -> None:
@@ -281,3 +316,27 @@ def test_what_slurm_may_have_taken_is_kept(tmp_path: Path, monkeypatch: pytest.M
             submitting.submit_script(folder / "job.sbatch", undo)
     assert told.value.exit_code == 1
     assert folder.exists()
+
+
+@pytest.mark.parametrize("python", ["nowhere/python", "bare/python"])
+def test_a_python_that_cannot_train_is_told_of_once(tmp_path: Path, python: str) -> None:
+    """Before anything is made or started: another try would not mend it."""
+    bare = tmp_path / "bare" / "python"
+    bare.parent.mkdir()
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # without site-packages
+    bare.chmod(0o755)
+    before = sorted(tmp_path.iterdir())
+    environment = os.environ | {"SLURM_JOB_ID": "7", "HARNESS_PYTHON": str(tmp_path / python)}
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "train.sbatch"), DEBUG],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert f"ERROR {tmp_path / python} " in done.stderr
+    assert "HINT: ./scripts/setup.sh" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(tmp_path.iterdir()) == before
