@@ -193,12 +193,17 @@ def to_stderr(text: str) -> None:
 
 
 def collective_limit_seconds() -> float:
-    """The time limit of collectives: `$HARNESS_COLLECTIVE_TIMEOUT_SECONDS`, else five minutes.
+    """The time limit of collectives: `$HARNESS_COLLECTIVE_TIMEOUT_SECONDS`, else five minutes."""
+    return seconds_of_environment("HARNESS_COLLECTIVE_TIMEOUT_SECONDS", 300)
+
+
+def seconds_of_environment(variable: str, default: float) -> float:
+    """A time that a variable may set.
 
     Raises:
         HarnessError: it is no number above 0.
     """
-    text = os.environ.get("HARNESS_COLLECTIVE_TIMEOUT_SECONDS", "300")
+    text = os.environ.get(variable, str(default))
     try:
         seconds = float(text)
     except ValueError:
@@ -206,7 +211,7 @@ def collective_limit_seconds() -> float:
     if not 0 < seconds <= 86_400:
         raise HarnessError(
             f'must be a number of seconds above 0 and up to 86400 (a day), it is "{text}"',
-            where="HARNESS_COLLECTIVE_TIMEOUT_SECONDS",
-            hint="Leave it out for 300.",
+            where=variable,
+            hint=f"Leave it out for {default:g}.",
         )
     return seconds

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,8 +89,11 @@ def snapshot(
     return Snapshot(step, tensors, json.loads(json.dumps(whole)))
 
 
-def write(directory: Path, saved: Snapshot) -> Path:
+def write(directory: Path, saved: Snapshot, *, before_rename: Callable[[], None] = lambda: None) -> Path:
     """Write `directory/step_N` and return it; an existing one of that step is replaced.
+
+    Args:
+        before_rename: called when all is on the disk but not in place; what it raises is raised, and nothing is left.
 
     Raises:
         HarnessError: the disk is full or not writable; what was there before is untouched.
@@ -110,6 +113,7 @@ def write(directory: Path, saved: Snapshot) -> Path:
         for name in [*files, MANIFEST]:
             _sync(temporary / name)
         _sync(temporary)
+        before_rename()
         replaced = directory / f".{final.name}{_REPLACED}"
         if final.exists():
             shutil.rmtree(replaced, ignore_errors=True)
@@ -117,6 +121,9 @@ def write(directory: Path, saved: Snapshot) -> Path:
         temporary.rename(final)
         shutil.rmtree(replaced, ignore_errors=True)
         _sync(directory)
+    except HarnessError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise HarnessError(

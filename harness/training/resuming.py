@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import EXIT_BAD_INPUT, EXIT_FAILED, TRANSIENT_DISK_ERRORS, HarnessError, nearest
-from harness.locks import holding
+from harness.locks import Hold
 from harness.recipe import Recipe, load
 from harness.recipe.loading import changed_settings, differences
 from harness.run_directory import CHECKPOINTS, is_unused, new_run_directory, run_of, runs_of
 from harness.runtime import Runtime, broadcast_text
 from harness.training import checkpoint
+from harness.training.claiming import claim
 
 NAMED = 3  # runs that are passed over, and settings that differ, before the rest is only counted
 # Schedules whose shape follows the length of the training.
@@ -27,11 +28,17 @@ _SHAPED_BY_LENGTH = ("cosine", "poly", "tanh", "wsd")
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run writes, the checkpoint it goes on from, and whether no training had begun there."""
+    """Where a run starts.
+
+    Attributes:
+        run_directory: where it writes.
+        checkpoint: that it resumes from.
+        hold: of the directory, on the first rank; None where no training had begun there: it is to be claimed.
+    """
 
     run_directory: Path
     checkpoint: Path | None
-    unused: bool = False
+    hold: Hold | None = None
 
 
 def agree_on_start(
@@ -48,11 +55,12 @@ def agree_on_start(
         HarnessError: on every rank alike: the directory is another run's, in use, or no checkpoint fits.
     """
     message: dict[str, Any] | None = None
+    hold = None
     if runtime.is_main:
         try:
             start = _choose(recipe, stack, run_directory, resume)
             message = {"directory": str(start.run_directory), "checkpoint": str(start.checkpoint or "")}
-            message["unused"] = start.unused
+            hold = start.hold
         except HarnessError as error:
             message = {"what": error.what, "where": error.where, "hint": error.hint, "exit_code": error.exit_code}
         except OSError as error:
@@ -65,18 +73,7 @@ def agree_on_start(
         where, hint, code = agreed["where"], agreed["hint"], agreed["exit_code"]
         raise HarnessError(agreed["what"], where=where, hint=hint, exit_code=code)
     checkpoint_path = Path(agreed["checkpoint"]) if agreed["checkpoint"] else None
-    return Start(Path(agreed["directory"]), checkpoint_path, agreed["unused"])
-
-
-def claim(path: Path, stack: ExitStack) -> None:
-    """Make the run directory, where it is not there, and hold it against any other process until `stack` closes.
-
-    Raises:
-        HarnessError: another process holds it, or it cannot be made.
-    """
-    hint = "Give another --run-dir."
-    taken = HarnessError("another process is training in this run directory", where=str(path), hint=hint)
-    stack.enter_context(holding(path, taken=taken, use="a run directory", hint=hint, reentrant=True))
+    return Start(Path(agreed["directory"]), checkpoint_path, hold)
 
 
 def find_checkpoint(path: Path, which: str) -> Path:
@@ -114,14 +111,13 @@ def _choose(recipe: Recipe, stack: ExitStack, given: Path | None, resume: str) -
             where=str(path),
             hint="Go on with it by --resume auto, or give another --run-dir; nothing was overwritten.",
         )
-    if not empty:
-        claim(path, stack)
+    hold = None if empty else claim(path, stack)
     if resume == "auto" and not empty:
         source = _last_good(path, recipe)
     if source is not None and (run := run_of(source)) is not None:
         _check_same_training(recipe, run)
         _tell_of_another_length(recipe, run)
-    return Start(path, source, empty)
+    return Start(path, source, hold)
 
 
 def _directory(recipe: Recipe, resume: str, source: Path | None) -> Path:

@@ -20,10 +20,11 @@ from harness.tracking.identity import identity_of
 from harness.tracking.jsonl import JsonlTracker, read
 from harness.tracking.wandb_tracker import WandbTracker, new_run_id, resolve_mode
 from harness.training import checkpoint
+from harness.training.claiming import claim
 from harness.training.loop import Cadence, fit
 from harness.training.parts import Parts, assemble, total_steps
 from harness.training.profiler import Profiler, StepProfiler, TooFewSteps, plan_steps
-from harness.training.resuming import agree_on_start, claim
+from harness.training.resuming import agree_on_start
 from harness.training.showing import extras_of
 from harness.training.startup import Startup
 from harness.training.state import Progress
@@ -71,13 +72,14 @@ def train(
                 hint="Train longer (training.epochs), or resume from an earlier checkpoint by its path.",
             )
         if runtime.is_main:
-            claim(path, stack)
-            if start.unused and not is_unused(path):
+            hold = start.hold or claim(path, stack)
+            if start.hold is None and not is_unused(path):
                 raise HarnessError(
                     "another process has begun a training in this run directory meanwhile",
                     where=str(path),
-                    hint="Give another --run-dir, or go on with it by --resume auto.",
+                    hint="Give another --run-dir, or resume that one with --resume auto.",
                 )
+            parts.writer.check_hold = hold.check
             stack.callback(parts.writer.close)  # before the directory is given free
             _describe_run(path, recipe, parts, progress, steps)
             if profile:
@@ -95,6 +97,7 @@ def _train(recipe: Recipe, parts: Parts, path: Path, progress: Progress, steps: 
         fit(parts, _cadence(recipe, parts, steps), progress)
         result = _result(recipe, parts, progress)
         if parts.runtime.is_main:
+            parts.writer.check_hold()
             write_json(path / "result.json", result)
         together = True
     except Stopped:

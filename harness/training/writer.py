@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +15,12 @@ class CheckpointWriter:
     Args:
         directory: `checkpoints/` of a run.
         keep_last: newest checkpoints kept.
+
+    Attributes:
+        check_hold: raises where the run directory is another process's by now.
     """
+
+    check_hold: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, directory: Path, *, keep_last: int) -> None:
         self._directory, self._keep_last = directory, keep_last
@@ -28,9 +34,10 @@ class CheckpointWriter:
             keep: a checkpoint that is never dropped (the best one).
 
         Raises:
-            HarnessError: the one before could not be written.
+            HarnessError: the one before could not be written, or the directory is another process's.
         """
         self.wait()
+        self.check_hold()
         self._writing = self._thread.submit(self._write, saved, keep)
 
     def wait(self) -> None:
@@ -48,5 +55,5 @@ class CheckpointWriter:
         self._thread.shutdown()
 
     def _write(self, saved: checkpoint.Snapshot, keep: Path | None) -> None:
-        checkpoint.write(self._directory, saved)
+        checkpoint.write(self._directory, saved, before_rename=self.check_hold)
         checkpoint.prune(self._directory, keep_last=self._keep_last, keep=keep)

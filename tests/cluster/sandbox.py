@@ -109,6 +109,11 @@ class Sandbox:
                 _kill(pid)
         self.run("scontrol", "update", f"nodename=node{number}", "state=down", "reason=killed")
 
+    def cut_off_node(self, number: int) -> None:
+        """SIGKILL a node's daemon alone, as when its network breaks: the processes of its jobs run on."""
+        self._end(f"node{number}", signal.SIGKILL)
+        self.run("scontrol", "update", f"nodename=node{number}", "state=down", "reason=cut off")
+
     def run(self, *command: str, check: bool = True) -> str:
         """A command of SLURM's; its output.
 

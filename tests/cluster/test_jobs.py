@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from harness.cli import main
-from tests.cluster.conftest import DIGITS, STEPS, Submit, Task, in_cluster, tasks_in
+from tests.cluster.conftest import DIGITS, JOB_LIMIT_SECONDS, STEPS, Submit, Task, in_cluster, tasks_in
 from tests.cluster.sandbox import Sandbox
 
 pytestmark = pytest.mark.slurm
@@ -134,6 +134,35 @@ def test_a_node_that_dies_costs_a_few_steps(
         assert task.finish()["Restarts"] == "1"
         assert 10 <= task.starts()[1] <= 13  # a checkpoint every five steps
         assert_equal(task, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_start_that_was_cut_off_leaves_the_run_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its node is down to SLURM, but its rank still holds the run directory."""
+    monkeypatch.setenv("HARNESS_LOCK_SECONDS", "2")
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder, Sandbox(Path(folder)) as cluster:
+        in_cluster(cluster, tmp_path, monkeypatch)
+        assert main(["submit", "digits.yaml"]) == 0
+        (task,) = tasks_in(capsys.readouterr().out, cluster)
+        task.wait_for_step(8)
+        (orphan,) = ranks_of(task)
+        orphan.suspend()
+        cluster.cut_off_node(1)
+        assert task.finish()["Restarts"] == "1"
+        assert "taken over from an earlier start of this job" in task.output()
+        assert task.steps() == list(range(1, STEPS + 1))
+        before = contents(task.run)
+        orphan.resume()
+        psutil.wait_procs([orphan], timeout=JOB_LIMIT_SECONDS)
+        assert not orphan.is_running()
+        assert contents(task.run) == before
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    files = [path for path in run.rglob("*") if path.is_file() and path.suffix != ".out"]
+    return {str(path.relative_to(run)): path.read_bytes() for path in files}
 
 
 def ranks_of(task: Task) -> list[psutil.Process]:

@@ -56,3 +56,22 @@ def test_an_error_of_the_disk_arrives_at_the_next_occasion(tmp_path: Path) -> No
         writer.submit(snapshot(2, torch.zeros(3)), keep=None)
     writer.wait()
     writer.close()
+
+
+def test_a_directory_that_another_process_took_over_is_not_written_to(tmp_path: Path) -> None:
+    """Noticed when a checkpoint is asked for, and at the latest just before it is put in place."""
+    looks = iter([False, True, True])
+
+    def check_hold() -> None:
+        if next(looks):
+            raise HarnessError("taken over")
+
+    writer = CheckpointWriter(tmp_path, keep_last=1)
+    writer.check_hold = check_hold
+    writer.submit(snapshot(1, torch.zeros(3)), keep=None)
+    with pytest.raises(HarnessError, match="taken over"):
+        writer.wait()
+    with pytest.raises(HarnessError, match="taken over"):
+        writer.submit(snapshot(2, torch.zeros(3)), keep=None)
+    writer.close()
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,212 @@
+"""Who may train in a run directory: a newer start of the same job takes it over, and the older one writes no more."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from harness.cli import main
+from harness.errors import HarnessError
+from harness.locks import Owner
+from harness.runs import is_held
+from harness.training.claiming import claim
+from tests.conftest import ROOT
+from tests.training.conftest import result
+from tests.training.test_resuming import everything
+
+WAIT_SECONDS = 1.0
+FIRST = {"SLURM_CLUSTER_NAME": "c", "SLURM_JOB_ID": "7"}
+AGAIN = FIRST | {"SLURM_RESTART_COUNT": "1"}
+RANKS_AGAIN = FIRST | {"HARNESS_ATTEMPT": "1"}
+# Holds a folder until it is told to look whether it still does.
+HOLDER = """
+import sys
+from pathlib import Path
+from harness.errors import HarnessError
+from harness.locks import Owner, take
+hold = take(Path(sys.argv[1]), Owner.this_process())
+print("held", flush=True)
+sys.stdin.readline()
+try:
+    hold.check()
+    print("still held", flush=True)
+except HarnessError as error:
+    print(error.what, error.exit_code, flush=True)
+hold.release()
+"""
+
+Hold = Callable[[dict[str, str]], "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def in_job(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
+    def enter(variables: dict[str, str]) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    for name in AGAIN.keys() | RANKS_AGAIN.keys():
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HARNESS_LOCK_SECONDS", str(WAIT_SECONDS))
+    return enter
+
+
+@pytest.fixture
+def hold(tmp_path: Path) -> Iterator[Hold]:
+    """`hold(variables)`: another process, with these variables of SLURM's, holds the folder."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(variables: dict[str, str]) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+        process = subprocess.Popen(
+            command, env=os.environ | variables, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def look(process: subprocess.Popen[str]) -> str:
+    """What the holder says when it looks whether it still holds the folder."""
+    return process.communicate("\n", timeout=60)[0].strip()
+
+
+@pytest.mark.parametrize("newer", [AGAIN, RANKS_AGAIN], ids=["job", "ranks"])
+def test_a_newer_start_of_the_job_takes_over_after_a_wait(
+    tmp_path: Path, hold: Hold, in_job: Callable[[dict[str, str]], None], newer: dict[str, str]
+) -> None:
+    orphan = hold(FIRST)
+    in_job(newer)
+    began = time.monotonic()
+    with ExitStack() as stack:
+        own = claim(tmp_path, stack)
+        assert time.monotonic() - began >= WAIT_SECONDS
+        assert Owner.of(tmp_path) == own.owner
+        told = look(orphan)
+        assert told.startswith(f"was taken over by another start (job 7, process {os.getpid()} on ")
+        assert told.endswith(" 1")
+        assert is_held(tmp_path)  # whatever the orphan gives free
+        own.check()
+    assert not is_held(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("holder", "own", "code", "at_once"),
+    [
+        (AGAIN, FIRST, 2, True),
+        (AGAIN, RANKS_AGAIN, 2, True),
+        (FIRST, FIRST, 1, False),
+        (FIRST, AGAIN | {"SLURM_JOB_ID": "8"}, 1, False),
+        (FIRST, AGAIN | {"SLURM_CLUSTER_NAME": "d"}, 1, False),
+        ({}, AGAIN, 1, False),
+        (FIRST, {}, 2, True),
+        ({}, {}, 2, True),
+    ],
+)
+def test_nobody_else_takes_over(
+    tmp_path: Path,
+    hold: Hold,
+    in_job: Callable[[dict[str, str]], None],
+    holder: dict[str, str],
+    own: dict[str, str],
+    code: int,
+    at_once: bool,
+) -> None:
+    process = hold(holder)
+    in_job(own)
+    began = time.monotonic()
+    with ExitStack() as stack, pytest.raises(HarnessError, match=f"process {process.pid} on ") as told:
+        claim(tmp_path, stack)
+    assert (time.monotonic() - began < WAIT_SECONDS) is at_once
+    assert told.value.exit_code == code
+    assert told.value.hint
+    assert look(process) == "still held"
+
+
+def test_what_is_given_free_meanwhile_is_taken(
+    tmp_path: Path,
+    hold: Hold,
+    in_job: Callable[[dict[str, str]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    process = hold({})
+    in_job(AGAIN)
+    monkeypatch.setenv("HARNESS_LOCK_SECONDS", "60")
+
+    def end_holder(seconds: float) -> None:
+        if process.poll() is None and "waiting up to 60 s" in capsys.readouterr().err:
+            process.kill()
+            process.wait()
+
+    monkeypatch.setattr("harness.training.claiming.time.sleep", end_holder)
+    with ExitStack() as stack:
+        claim(tmp_path, stack)
+    assert process.poll() is not None
+
+
+@pytest.mark.parametrize("text", ["", '{"job": "7", "start": [0]}'])
+def test_a_lock_that_names_nobody_is_not_taken_over(
+    tmp_path: Path, hold: Hold, in_job: Callable[[dict[str, str]], None], text: str
+) -> None:
+    """Of an older version, or half written."""
+    process = hold(FIRST)
+    (tmp_path / ".lock").write_text(text)
+    in_job(AGAIN)
+    with ExitStack() as stack, pytest.raises(HarnessError, match="another process is training"):
+        claim(tmp_path, stack)
+    assert look(process) == "still held"
+
+
+@pytest.mark.slow
+def test_a_start_that_was_cut_off_stops_without_writing(
+    tmp_path: Path, tiny: Path, in_job: Callable[[dict[str, str]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A real training that stands still while another start of its job takes over, and then runs on."""
+    run, every = tmp_path / "run", 60
+    settings = ["training.epochs=null", f"checkpoint.every_steps={every}", "checkpoint.every_epochs=null"]
+    settings += ["evaluation.every_epochs=10000"]
+    words = ["train", str(tiny), *settings, "--run-dir", str(run), "--resume", "auto"]
+    orphan = subprocess.Popen(
+        [sys.executable, "-m", "harness", *words, "training.steps=1000000"],
+        env=os.environ | FIRST,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while not (run / "checkpoints" / f"step_{every}").exists():
+            assert orphan.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        orphan.send_signal(signal.SIGSTOP)
+        in_job(AGAIN)
+        assert main([*words, f"training.steps={every * 2 - 1}"]) == 0
+        assert "taken over from an earlier start" in capsys.readouterr().err
+        assert result(run)["step"] == every * 2 - 1
+        before = everything(run)
+        orphan.send_signal(signal.SIGCONT)
+        told = orphan.communicate(timeout=90)[1]
+    finally:
+        orphan.kill()
+        orphan.communicate()
+    assert orphan.returncode == 1
+    assert "was taken over by another start (job 7" in told
+    assert "Traceback" not in told
+    assert everything(run) == before
