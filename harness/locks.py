@@ -1,7 +1,7 @@
 """A folder held by one process at a time, and who holds it.
 
-The holder has an flock of `.lock` and has written itself down in it. Locks of a file server may outlive the node that
-took them, so a folder can be taken over: the newcomer's own file, locked and with its name, takes the place of
+The holder has an flock of `.lock`, and signs it before it writes anything else. Locks of a file server may outlive the
+node that took them, so a folder can be taken over: the newcomer's own file, locked and signed, takes the place of
 `.lock`, and whoever held the former file finds another name there when it looks.
 """
 
@@ -53,7 +53,7 @@ class Owner:
 
     @classmethod
     def of(cls, folder: Path) -> Owner | None:
-        """Who took a folder last; None where nobody has written that down."""
+        """Who signed for a folder last; None where nobody has."""
         try:  # opening it makes a network file system look at the server
             data = json.loads((folder / LOCK).read_text())
             restarts, attempt = map(int, data["start"])
@@ -78,6 +78,16 @@ class Hold:
     handle: int
     owner: Owner
 
+    def sign(self) -> None:
+        """Write this process down as the owner.
+
+        Raises:
+            HarnessError: another process has taken the folder over.
+        """
+        if not _is_in_place(self.handle, self.folder):
+            raise self._lost(Owner.of(self.folder))
+        _write(self.handle, self.owner)
+
     def check(self) -> None:
         """See that nobody has taken the folder over.
 
@@ -89,12 +99,15 @@ class Hold:
         """
         now = Owner.of(self.folder)
         if now is not None and now.token != self.owner.token:
-            raise HarnessError(
-                f"was taken over by another start ({now}); this one stops and writes nothing more",
-                where=str(self.folder),
-                hint="Nothing to do: that start resumes the run from its last checkpoint.",
-                exit_code=EXIT_FAILED,
-            )
+            raise self._lost(now)
+
+    def _lost(self, now: Owner | None) -> HarnessError:
+        return HarnessError(
+            f"was taken over by another start ({now or 'unknown'}); this one stops and writes nothing more",
+            where=str(self.folder),
+            hint="Nothing to do: that start resumes the run from its last checkpoint.",
+            exit_code=EXIT_FAILED,
+        )
 
     def release(self) -> None:
         fcntl.flock(self.handle, fcntl.LOCK_UN)  # closing alone would leave it to processes that were forked
@@ -142,19 +155,17 @@ def usable(folder: Path, *, use: str, hint: str) -> Iterator[None]:
 
 
 def take(folder: Path, own: Owner) -> Hold | None:
-    """Hold a folder if nobody else does; `own` is written down as its owner.
+    """Hold a folder if nobody else does. Nothing is written: see `Hold.sign`.
 
     Raises:
         OSError: it cannot be locked.
     """
-    path = folder / LOCK
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(handle), path.stat()):  # not one that was replaced meanwhile
-            _write(handle, own)
+        if _is_in_place(handle, folder):
             return Hold(folder, handle, own)
-    except (BlockingIOError, FileNotFoundError):
+    except BlockingIOError:
         pass
     except OSError:
         os.close(handle)
@@ -164,7 +175,7 @@ def take(folder: Path, own: Owner) -> Hold | None:
 
 
 def take_over(folder: Path, own: Owner) -> Hold:
-    """Hold a folder whoever else does: at no time is it held by nobody.
+    """Hold a folder whoever else does, and sign for it: at no time is it held by nobody.
 
     Raises:
         OSError: the lock file cannot be replaced.
@@ -180,6 +191,14 @@ def take_over(folder: Path, own: Owner) -> Hold:
         new.unlink(missing_ok=True)
         raise
     return Hold(folder, handle, own)
+
+
+def _is_in_place(handle: int, folder: Path) -> bool:
+    """Whether an open lock file is still the folder's, and not one that was replaced or deleted."""
+    try:
+        return os.path.samestat(os.fstat(handle), (folder / LOCK).stat())
+    except FileNotFoundError:
+        return False
 
 
 def _write(handle: int, own: Owner) -> None:

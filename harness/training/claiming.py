@@ -20,7 +20,8 @@ def claim(path: Path, stack: ExitStack) -> Hold:
 
     In a job of SLURM a directory that is held is waited for, `$HARNESS_LOCK_SECONDS` or a minute. If it is held by an
     earlier start of this very job even then, it is taken over: a node that was cut off may train on, or be dead while
-    the file server keeps its lock. That start looks at the lock before it writes, see `Hold.check`.
+    the file server keeps its lock. That start looks at the lock before it writes, see `Hold.check`; what it adds to
+    metrics.jsonl until then goes into the file that the newer start has replaced.
 
     Raises:
         HarnessError: another process holds it (exit code 1 in a job, where it may pass), a newer start of this job

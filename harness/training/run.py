@@ -79,6 +79,7 @@ def train(
                     where=str(path),
                     hint="Give another --run-dir, or resume that one with --resume auto.",
                 )
+            hold.sign()
             parts.writer.check_hold = hold.check
             stack.callback(parts.writer.close)  # before the directory is given free
             _describe_run(path, recipe, parts, progress, steps)

@@ -33,6 +33,7 @@ from pathlib import Path
 from harness.errors import HarnessError
 from harness.locks import Owner, take
 hold = take(Path(sys.argv[1]), Owner.this_process())
+hold.sign()
 print("held", flush=True)
 sys.stdin.readline()
 try:
