@@ -1,7 +1,8 @@
 """Images in Parquet files, in the layout of Hugging Face copies.
 
-`train-*.parquet` and `test-*.parquet` (or `validation-`, `valid-`, `val-`), each row an image and a label. One column (`img` or `image`, or as said) holds
-{bytes, path} or plain bytes of an encoded image, one (`label`, or as said) a whole number.
+`train-*.parquet` and `test-*.parquet` (or `validation-`, `valid-`, `val-`), each row an image and a label. One column
+(`img` or `image`, or as said) holds {bytes, path} or plain bytes of an encoded image, one (`label`, or as said) a whole
+number.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ It is slow and easy to read. The other loaders are right when they give the same
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from torchvision.transforms.v2 import functional
 
 from harness.data.augment import Augmentation
 from harness.data.batches import Batch, checked_batches
+from harness.errors import EXIT_FAILED, HarnessError
 
 if TYPE_CHECKING:
     from harness.data.store import Split
@@ -99,7 +101,7 @@ class TorchLoader:
         return self._yield(loader, batches)
 
     def _yield(self, loader: DataLoader[Sample], batches: list[np.ndarray]) -> Iterator[Batch]:
-        for (images_BCHW, labels_B), ids_B in zip(loader, batches, strict=True):
+        for (images_BCHW, labels_B), ids_B in zip(_explained(loader), batches, strict=True):
             yield Batch(
                 images_BCHW.to(self._device, memory_format=torch.channels_last, non_blocking=True),
                 labels_B.to(self._device, non_blocking=True),
@@ -109,3 +111,36 @@ class TorchLoader:
     def close(self) -> None:
         """Worker processes end with their epoch's iterator; there is nothing else to release."""
         self._closed = True
+
+
+# What torch's error says where a worker process was let down by the machine: what is so, and what to do.
+_LET_DOWN = {
+    "shared memory": ("/dev/shm is full", "In a container: --shm-size=1g. Else data.workers=0, or data.loader=ffcv."),
+    "Bus error": ("/dev/shm is full", "In a container: --shm-size=1g. Else data.workers=0, or data.loader=ffcv."),
+    "Too many open files": ("too many files are open", "ulimit -n 65536, or fewer data.workers."),
+    "ancdata": ("too many files are open", "ulimit -n 65536, or fewer data.workers."),
+    "signal: Killed": (
+        "a loader's process was killed, probably for memory",
+        "Fewer data.workers, or data.loader=ffcv.",
+    ),
+    "DataLoader worker": ("a loader's process ended", "See its own message above, or try data.workers=0."),
+}
+
+
+def _explained(loader: DataLoader[Sample]) -> Iterator[list[torch.Tensor]]:
+    """The loader's batches, with errors of its processes in the user's words.
+
+    Raises:
+        HarnessError: shared memory, open files or memory ran out. Errors of our own code are passed on.
+    """
+    try:
+        yield from loader
+    except (RuntimeError, OSError) as error:
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        text = "shared memory" if full else str(error)
+        ours = "in DataLoader worker process" in text and "shared memory" not in text
+        what, hint = next((told for part, told in _LET_DOWN.items() if part in text and not ours), ("", ""))
+        if not what:
+            raise
+        last = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")
+        raise HarnessError(f"{what} ({last})", where="data.loader=torch", hint=hint, exit_code=EXIT_FAILED) from error

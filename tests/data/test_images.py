@@ -129,11 +129,9 @@ def test_many_images_keep_their_order(side: int) -> None:
 def test_all_that_is_wrong_is_raised_as_one_error() -> None:
     raise_all([])
     problems = [HarnessError("is broken", where=f"image {index}", hint="Replace it.") for index in range(1, 38)]
-    with pytest.raises(HarnessError, match="^image 1: is broken\n  HINT: Replace it"):
+    with pytest.raises(HarnessError, match=r"^image 1: is broken\n  HINT: Replace it"):
         raise_all(problems[:1])
-    with pytest.raises(
-        HarnessError, match=r"^37 images cannot be used, the first 20: 20 errors"
-    ) as caught:
+    with pytest.raises(HarnessError, match=r"^37 images cannot be used, the first 20: 20 errors") as caught:
         raise_all(problems)
     assert str(caught.value).count("is broken") == 20
 

@@ -1,6 +1,8 @@
 """How many workers a loader has where the recipe does not say."""
 
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from harness.benchmarks.loader import synthetic_split
 from harness.data import loaders
 from harness.data.torch_loader import TorchLoader
+from tests.conftest import run_limited
 
 
 @pytest.mark.parametrize(
@@ -43,6 +46,19 @@ def test_cores_that_slurm_has_shared_out_are_not_shared_out_again(
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", str(tasks))
     monkeypatch.setenv("SLURM_CPUS_ON_NODE", str(cpus * len(os.sched_getaffinity(0))))
     assert workers_of_a_loader(tmp_path) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root, to mount a small /dev/shm"
+)
+def test_a_full_shared_memory_is_an_error_with_a_hint(tiny: Path, tmp_path: Path) -> None:
+    words = f"{tiny} data.loader=torch data.workers=2 data.image_size_px=128 --run-dir {tmp_path / 'run'}"
+    script = f"mount -t tmpfs -o size=64k tmpfs /dev/shm && exec {sys.executable} -m harness train {words}"
+    done = run_limited(["unshare", "--mount", "bash", "-c", script], 120, dict(os.environ), tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert all(word in done.stderr for word in ("/dev/shm is full", "--shm-size", "data.workers=0", "data.loader=ffcv"))
 
 
 def workers_of_a_loader(tmp_path: Path) -> int:
