@@ -102,6 +102,17 @@ def _no_answer(what: str) -> HarnessError:
     )
 
 
+def answers(*, within_seconds: float) -> bool:
+    """Whether the server says anything at all, whatever it says."""
+    try:
+        urllib.request.urlopen(base_url(), timeout=within_seconds).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError, http.client.HTTPException):
+        return False
+    return True
+
+
 def read_history(entity: str, project: str, run_id: str) -> list[dict[str, Any]] | None:
     """The rows that the server has of a run, in its order; None where it does not let them be read.
 

@@ -31,6 +31,7 @@ from harness.tracking.wandb_extras import log_answers, log_checkpoints, save_mod
 
 LIMIT_VARIABLE = "HARNESS_WANDB_TIMEOUT_SECONDS"
 _LIMIT_SECONDS = 60.0
+_ANSWER_SECONDS = 10.0  # for a first sign of life: a server that is not there must not hold up a short training
 _ARTIFACTS_LIMIT_SECONDS = 150.0  # with what else the first rank ends with, below the time limit of collectives
 _MODES = {"online": "online", "offline": "offline", "disabled": "disabled", "dryrun": "offline", "run": "online"}
 UPLOADED = "uploaded.json"  # under wandb/: what was delivered whole
@@ -82,6 +83,13 @@ def limit_seconds() -> float:
     return seconds
 
 
+def _answer_seconds() -> float:
+    try:
+        return limit_seconds() if LIMIT_VARIABLE in os.environ else _ANSWER_SECONDS
+    except HarnessError:
+        return _ANSWER_SECONDS  # the start of the run will tell of it
+
+
 class WandbTracker(NullTracker):
     """A W&B run. Any trouble with the service becomes one warning, and the training goes on without it.
 
@@ -120,11 +128,14 @@ class WandbTracker(NullTracker):
         self._last_row = -1
         self.delivered = False
         self.is_whole = True  # no extra failed
+        if mode == "online" and not wandb_server.answers(within_seconds=_answer_seconds()):
+            self._warn(f"W&B: {wandb_server.base_url()} does not answer ({LIMIT_VARIABLE}=SECONDS waits longer)")
+            self._active = False
         self._guard(lambda: self._start(mode))
         if mode == "online" and not self._active:  # no network, as on many compute nodes
             self._stop_service()  # it still holds the run's id
             self._active = True
-            self._warn("W&B goes on offline; `harness track sync` uploads the run later")
+            self._warn("W&B stays offline; `harness track sync` uploads the run later")
             self._guard(lambda: self._start("offline"))
 
     def _start(self, mode: Any) -> None:
@@ -250,7 +261,8 @@ class WandbTracker(NullTracker):
             action()
         except Exception as error:  # whatever the service or its client does, the training must go on
             self._active = False
-            self._warn(f"W&B fails and is left out: {type(error).__name__}: {error}")
+            more = f" ({LIMIT_VARIABLE}=SECONDS waits longer)" if isinstance(error, TimeoutError) else ""
+            self._warn(f"W&B fails and is left out: {type(error).__name__}: {error}{more}")
 
 
 @contextmanager

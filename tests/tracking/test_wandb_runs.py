@@ -153,7 +153,7 @@ def test_a_refused_key_is_a_warning_and_sync_says_so(door: Door, stage: Stage) -
     process = stage.train(ONLINE, env=env)
     assert process.wait() == 0
     assert time.monotonic() - process.started_at < 60
-    assert "W&B goes on offline" in process.text()
+    assert "W&B stays offline" in process.text()
     assert "Traceback" not in process.text()
     assert differences(stage.run, stage.reference()) == []
     code, said = sync(stage, str(stage.run), env=env)
