@@ -20,17 +20,17 @@ FAMILY = (dual_branch.dual_branch.__name__, dual_branch.dual_branch_seed.__name_
 
 # Set by the data or by the harness; given twice they could only disagree.
 RESERVED = {
-    "num_classes": "The data's classes decide it (data.num_classes checks them).",
-    "img_size": "Set data.image_size_px.",
-    "in_chans": "Images have three channels.",
-    "pretrained": "Recipes train from scratch.",
-    "pretrained_cfg": "Recipes train from scratch.",
-    "pretrained_cfg_overlay": "Recipes train from scratch.",
-    "checkpoint_path": "Recipes train from scratch.",
-    "features_only": "Training needs a classifier.",
-    "cache_dir": "Nothing is downloaded.",
-    "device": "The launcher decides the device.",
-    "dtype": "Set training.precision.",
+    "num_classes": "the data's classes decide it, which data.num_classes checks",
+    "img_size": "data.image_size_px decides it",
+    "in_chans": "images have three channels",
+    "pretrained": "recipes train from scratch",
+    "pretrained_cfg": "recipes train from scratch",
+    "pretrained_cfg_overlay": "recipes train from scratch",
+    "checkpoint_path": "recipes train from scratch",
+    "features_only": "training needs a classifier",
+    "cache_dir": "nothing is downloaded",
+    "device": "the launcher decides it",
+    "dtype": "training.precision decides it",
 }
 
 
@@ -59,7 +59,11 @@ def build_model(name: str, *, num_classes: int, image_size_px: int, args: Mappin
         raise HarnessError(f'there is no model "{name}"', where="model.name", hint=hint)
     for key in args:
         if key in RESERVED:
-            raise HarnessError(f'"{key}" is not set in model.args', where=f"model.args.{key}", hint=RESERVED[key])
+            raise HarnessError(
+                f'"{key}" must not be set in model.args: {RESERVED[key]}',
+                where=f"model.args.{key}",
+                hint=f"Remove model.args.{key}.",
+            )
     size: dict[str, Any] = {"img_size": image_size_px} if "img_size" in _arguments(name) else {}
     model = _create(name, {**args, **size, "num_classes": num_classes, "in_chans": 3})
     _check_forward(model, name, num_classes=num_classes, image_size_px=image_size_px)

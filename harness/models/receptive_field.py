@@ -164,7 +164,7 @@ def _wiring(model: DualBranchNet) -> DualBranchNet:
     """A copy in which every gradient is positive where there is a dependence and zero where there is none."""
     wiring = copy.deepcopy(model).cpu().float().requires_grad_(False)
     for name, module in list(wiring.named_modules()):
-        if not name or next(module.children(), None) is not None or isinstance(module, nn.AvgPool2d):
+        if not name or next(module.children(), None) is not None:
             continue
         if isinstance(module, nn.Conv2d):
             height, width = module.kernel_size
@@ -172,7 +172,7 @@ def _wiring(model: DualBranchNet) -> DualBranchNet:
             nn.init.constant_(module.weight, 1 / (module.weight.shape[1] * math.sqrt(height * width)))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.MaxPool2d):
+        elif isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
             wiring.set_submodule(name, nn.AvgPool2d(module.kernel_size, module.stride, module.padding))
         elif not isinstance(module, nn.Sequential):
             wiring.set_submodule(name, nn.Identity())

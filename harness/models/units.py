@@ -9,6 +9,7 @@ from collections import OrderedDict
 
 from timm.layers import LayerNorm2d, create_act_layer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 GROUP_NORM_CHANNELS = 16  # channels a group; best in table 3 (right) of Wu & He 2018, "Group Normalization"
 
@@ -34,6 +35,17 @@ class DepthwiseConv2d(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.pointwise(self.depthwise(x_BCHW))
+
+
+class AvgPool2d(nn.AvgPool2d):
+    """Mean over the whole height and width, whatever they are: (B, C, H, W) -> (B, C, 1, 1).
+
+    `kernel_size` is the height and width expected. Of the same bits as `nn.AvgPool2d` at that size, which the seed's
+    network has and whose name its table shows; an adaptive pooling adds in another order.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.avg_pool2d(input, (input.size(2), input.size(3)))
 
 
 def branch_unit(

@@ -112,6 +112,10 @@ class DualBranchArgs(BaseModel):
         )
 
 
+class UnknownSetting(HarnessError, TypeError):
+    """What Python calls an unknown keyword argument, with the nearest valid one."""
+
+
 def parse_settings(settings: Mapping[str, Any]) -> DualBranchArgs:
     """Settings as typed ones.
 
@@ -130,7 +134,7 @@ def _explain(error: ErrorDetails) -> HarnessError:
     key = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         hint = nearest(name, DualBranchArgs.model_fields)
-        return HarnessError(f'the dual-branch network has no setting "{name}"', hint=hint)
+        return UnknownSetting(f'the dual-branch network has no setting "{name}"', hint=hint)
     message = error["msg"][0].lower() + error["msg"][1:]
     given = repr(error["input"])
     given = given if len(given) <= 60 else given[:57] + "…"
