@@ -41,7 +41,7 @@ GROUPS = {
         "dashboard": "write a W&B workspace for a recipe or a project",
     },
     "Measure": {
-        "bench": "measure the loaders beside their peers, training on several ranks, all-reduces",
+        "bench": "which loader, which precision, how fast here; in a checkout beside peers too",
         "scale": "predict step time and efficiency on many GPUs",
         "doctor": "what this machine has; --numerics checks its kernels",
     },
@@ -102,7 +102,7 @@ def _run(argv: list[str], began_at: float) -> int:
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         raise HarnessError(f'unknown command "{argv[0]}"', hint=nearest(argv[0], COMMANDS))
     arguments, unknown = _parser().parse_known_args(argv)
-    _take_overrides(arguments, unknown)
+    take_overrides(arguments, unknown)
     arguments.began_at = began_at
     return int(arguments.run(arguments))
 
@@ -176,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _take_overrides(arguments: argparse.Namespace, unknown: list[str]) -> None:
+def take_overrides(arguments: argparse.Namespace, unknown: list[str]) -> None:
     """Overrides may stand before or behind options; anything else that is left over is a mistake."""
     options = [a for a in unknown if a.startswith("-")]
     takes = hasattr(arguments, "overrides")

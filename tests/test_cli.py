@@ -33,7 +33,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [*COMMANDS, "recipe show", "data prepare", "data verify", "bench loader", "bench scaling", "bench allreduce"],
+    [*COMMANDS, "recipe show", "data prepare", "data verify", "bench loader", "bench step", "bench scaling"],
 )
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -11,15 +11,14 @@ from typing import Any
 
 import pytest
 
-from harness.benchmarks import accuracy
-from harness.benchmarks.accuracy import bench_accuracy, entries, render_accuracy, seconds_to_accuracy, told
-from harness.benchmarks.airbench import Settings
-from harness.benchmarks.contest import Contestant, Times, run_contest
+from harness.bench.contest import Contestant, Times, run_contest
 from harness.cli import main
-from harness.errors import HarnessError
 from harness.models.build import build_model
 from harness.models.inspect import constraints
 from harness.recipe import load
+from scripts.benchmarks import accuracy
+from scripts.benchmarks.accuracy import entries, render_accuracy, told
+from scripts.benchmarks.airbench import Settings
 from tests.conftest import ROOT
 
 TARGETS = ["80", "85", "90", "92", "93", "94"]
@@ -29,51 +28,41 @@ def payload(raw: int, other: int) -> dict[str, Any]:
     return {"parameters": 7, "correct": {"raw": raw, "ema": other}, "total": 1000, "evaluation_seconds": 0.5}
 
 
-def test_seconds_to_accuracy_are_those_of_the_first_epoch_that_reached_it() -> None:
-    assert seconds_to_accuracy([1.0, 2.0, 3.0, 4.0], [799, 850, 849, 931], 1000) == dict(
-        zip(TARGETS, [2.0, 2.0, 4.0, 4.0, 4.0, None], strict=True)
-    )
-
-
 def test_what_is_told_of_a_contestant() -> None:
-    times = Times([2.0, 4.0], [40, 40], [payload(800, 700), payload(810, 900)])
+    """Seconds add up over epochs, and those to an accuracy are of the first epoch that reached it."""
+    times = Times([2.0, 4.0], [40, 40], [payload(800, 799), payload(810, 900)])
     result = told(times, {"epochs": 2})
-    assert result["seconds"] == [2.0, 6.0]
-    assert result["evaluation_seconds"] == [0.5, 0.5]
+    assert (result["seconds"], result["evaluation_seconds"]) == ([2.0, 6.0], [0.5, 0.5])
     assert (result["parameters"], result["epochs"], result["test_images"]) == (7, 2, 1000)
     assert result["images_per_second_median"] == 15.0
-    assert result["correct"] == {"raw": [800, 810], "ema": [700, 900]}
+    assert result["correct"] == {"raw": [800, 810], "ema": [799, 900]}
     assert result["seconds_to_accuracy"]["raw"] == dict(zip(TARGETS, [2.0] + [None] * 5, strict=True))
     assert result["seconds_to_accuracy"]["ema"] == dict(zip(TARGETS, [6.0] * 3 + [None] * 3, strict=True))
-    whole = {
-        "contestants": {"ours": result},
-        "settings": {"threads": 2},
-        "machine": {"cpu": "some", "cpus": 2, "gpu": None, "versions": {"torch": "2.0", "ffcv": None}},
-    }
-    head, raw, ema, machine = render_accuracy(whole).splitlines()
+    whole = {"contestants": {"ours": result}, "settings": {"threads": 2}, "machine": {"cpu": "some"}}
+    head, raw, ema, *rest = render_accuracy(whole).splitlines()
     assert head.split()[-12:] == [part for target in TARGETS for part in (target, "%")]
-    assert raw.split() == ["ours,", "raw", "7", "2", "15", "6", "81.00", "%", "2", *"-----"]
-    assert ema.split() == ["ours,", "ema", "7", "2", "15", "6", "90.00", "%", *"666", *"---"]
-    assert machine == "some, 2 cores, 2 threads; torch 2.0"
+    assert raw.split() == ["ours,", "raw", "2", "15", "6", "81.00", "%", "2", *"-----"]
+    assert ema.split() == ["ours,", "ema", "2", "15", "6", "90.00", "%", *"666", *"---"]
+    assert rest == ["threads: 2", "cpu: some"]
 
 
-def test_each_has_its_own_number_of_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_each_has_its_own_number_of_epochs() -> None:
     whole, short = entries(None), entries(2)
-    assert list(whole) == ["airbench94", "harness_seed_bf16", "harness_fast"]
-    rounds = {name: entry.contestant.rounds for name, entry in whole.items()}
-    fast = whole["harness_fast"].settings
-    assert rounds == {"airbench94": 8, "harness_seed_bf16": 8, "harness_fast": fast["epochs_of_recipe"]}
-    assert fast["overrides"] == []  # the recipe as it is
-    assert whole["harness_seed_bf16"].settings["overrides"] == ["training.precision=bf16", "training.epochs=8"]
-    assert {entry.contestant.rounds for entry in short.values()} == {2}
-    assert short["airbench94"].contestant.arguments["settings"]["epochs"] == 2.0
-    assert "training.epochs=2" in short["harness_fast"].settings["overrides"]
-    assert any(each.startswith("schedule.warmup_epochs=0.") for each in short["harness_fast"].settings["overrides"])
+    fast = load("fast").training.epochs
+    assert {name: each.rounds for name, each in whole.items()} == {
+        "airbench94": 8, "harness_seed_bf16": 8, "harness_fast": fast
+    }  # fmt: skip
+    assert whole["harness_fast"].arguments["overrides"] == []  # the recipe as it is
+    assert whole["harness_seed_bf16"].arguments["overrides"] == ["training.precision=bf16", "training.epochs=8"]
+    assert {each.rounds for each in short.values()} == {2}
+    assert short["airbench94"].arguments["settings"]["epochs"] == 2.0
+    epochs, warmup = short["harness_fast"].arguments["overrides"]
+    assert epochs == "training.epochs=2"
+    assert warmup.startswith("schedule.warmup_epochs=0.")
 
 
 def test_the_fast_network_keeps_to_the_constraints() -> None:
-    model = load(ROOT / "recipes" / "fast.yaml").model
+    model = load("fast").model
     found = constraints(build_model(model.name, num_classes=10, image_size_px=32, args=model.args))
     assert [each.passed for each in found] == [True] * 3, found
 
@@ -83,22 +72,17 @@ def test_both_kinds_of_contestants_train_by_turns(capsys: pytest.CaptureFixture[
     """The whole way but for the images: CIFAR-10 takes minutes."""
     settings = asdict(Settings(epochs=1.5, batch_size=128, widths=(24, 32, 32)))
     peer = Contestant(f"{accuracy.HERE}:airbench94", {"settings": settings, "source": "digits"}, rounds=2)
-    arguments = {"recipe": str(ROOT / "recipes" / "debug.yaml"), "overrides": ["training.epochs=3", "ema.decay=0.5"]}
+    arguments = {"recipe": "debug", "overrides": ["training.epochs=3", "ema.decay=0.5"]}
     ours = Contestant(f"{accuracy.HERE}:harness", arguments, rounds=3)
-    times = run_contest({"peer": peer, "ours": ours}, rounds=1, threads=1, after_round=accuracy._tell)
+    times = run_contest({"peer": peer, "ours": ours}, rounds=1, threads=1, after_round=accuracy.tell)
     told_peer, told_ours = told(times["peer"], settings), told(times["ours"], arguments)
-    assert times["peer"] is not None
-    assert times["ours"] is not None
-    assert times["peer"].counts == [11 * 128, 6 * 128]  # 16.5 steps, rounded up, of 11 an epoch
-    assert times["ours"].counts == [256] * 3
+    counts = {name: each.counts for name, each in times.items() if each is not None}
+    assert counts == {"peer": [11 * 128, 6 * 128], "ours": [256] * 3}  # 16.5 steps, rounded up, of 11 an epoch
     assert {kind: len(each) for kind, each in told_peer["correct"].items()} == {"raw": 2, "tta": 2}
     assert {kind: len(each) for kind, each in told_ours["correct"].items()} == {"raw": 3, "ema": 3}
     assert (told_peer["test_images"], told_ours["test_images"]) == (359, 128)
-    assert sorted(told_ours["seconds"]) == told_ours["seconds"]
-    assert told_ours["seconds"][0] > 0
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["peer", "ours", "peer", "ours", "ours"]
-    assert lines[-1].startswith("ours: epoch 3, ")
 
 
 def test_without_the_real_images_nothing_is_measured(
@@ -111,31 +95,15 @@ def test_without_the_real_images_nothing_is_measured(
     assert "HINT: Set HARNESS_DATA" in error
 
 
-def test_epochs_must_be_positive() -> None:
-    with pytest.raises(HarnessError, match="epochs must be at least 1"):
-        bench_accuracy(epochs=0)
-    assert main(["bench", "accuracy", "--epochs", "0"]) == 2
-
-
-def test_a_recipe_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(HarnessError, match=r"seed\.yaml"):
-        entries(None)
-
-
 @pytest.mark.long
 @pytest.mark.cifar10
 def test_an_epoch_of_each_on_the_real_images() -> None:
     command = [sys.executable, "-m", "harness", "bench", "accuracy", "--epochs", "1", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    contestants = result["contestants"]
-    assert list(contestants) == ["airbench94", "harness_seed_bf16", "harness_fast"]
+    contestants = json.loads(done.stdout)["contestants"]
     assert all((each["epochs"], each["test_images"]) == (1, 10_000) for each in contestants.values())
     assert contestants["airbench94"]["parameters"] == 1_972_792
     assert contestants["harness_seed_bf16"]["parameters"] == 380_646
-    assert contestants["harness_fast"]["parameters"] < 1_000_000
     assert contestants["airbench94"]["correct"]["tta"][0] > 4_000
     assert contestants["harness_fast"]["correct"]["ema"][0] > 4_000
-    assert "airbench94, tta" in render_accuracy(result)

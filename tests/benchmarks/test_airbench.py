@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.benchmarks.airbench import (
+from harness.data.prepare import prepare
+from scripts.benchmarks.airbench import (
     AirbenchNet,
     Lookahead,
     Settings,
@@ -20,7 +21,6 @@ from harness.benchmarks.airbench import (
     normalised,
     whitening_filters,
 )
-from harness.data.prepare import prepare
 
 SCALE = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 

@@ -89,9 +89,9 @@ def test_without_a_place_for_a_cache_each_process_compiles(script: Path, tmp_pat
 @pytest.mark.slow
 def test_the_first_batch_of_a_later_process_needs_no_compilation(empty_cache: Path, tmp_path: Path) -> None:
     """Neither of ours nor of FFCV's: with any of it, the first batch takes seconds."""
-    from harness.benchmarks.first_batch import bench_first_batch
+    from scripts.benchmarks.first_batch import bench_first_batch
 
-    result = bench_first_batch(later=1, contestants=("harness_ffcv",))
+    result = bench_first_batch(rounds=1, loaders=("harness_ffcv",))
     first, later = result["contestants"]["harness_ffcv"]["functions_compiled"]
     assert first > 0
     assert later == 0

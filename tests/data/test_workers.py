@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.benchmarks.loader import synthetic_split
+from harness.bench.loader import synthetic_split
 from harness.data import loaders
 from harness.data.torch_loader import TorchLoader
 from tests.conftest import run_limited

@@ -1,0 +1,1 @@
+"""What this machine gives: which loader, which precision, how fast beside plain PyTorch. `harness bench` prints it."""

@@ -1,1 +1,0 @@
-"""Measurements beside peers, in one run: what `harness bench` prints."""

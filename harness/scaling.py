@@ -1,0 +1,350 @@
+"""`harness scale`: step time and efficiency on n GPUs, from the time of a step on one and the cost of the network.
+
+A step is: the passes over the micro-batches; SyncBatchNorm's messages, which every layer waits for; and the part of the
+gradient exchange that the backward pass does not hide. DistributedDataParallel exchanges a bucket of gradients as soon
+as the backward pass has filled it (Li et al. 2020, "PyTorch Distributed", VLDB 13(12), section 3.2.3).
+
+A message of m bytes takes α + β·m seconds (Hockney 1994, "The communication challenge for MPP", Parallel Computing
+20(3)); the costs of all-reduces over n ranks are those of Thakur, Rabenseifner & Gropp 2005, "Optimization of
+Collective Communication Operations in MPICH", IJHPCA 19(1), section 4, with the arithmetic of the sums as part of β.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from harness.errors import HarnessError, nearest
+from harness.models.build import build_model
+from harness.recipe import Recipe
+from harness.training.trial_step import trial_network, trial_step
+
+MEASURE_SECONDS = 3.0  # for each of the two batch sizes, and no fewer steps than
+MIN_STEPS, MAX_STEPS = 5, 100
+# A convolution's backward pass computes two products of the size of the forward pass's one, by inputs and by weights.
+BACKWARD_SHARE = 2 / 3
+# torch.distributed's kDefaultFirstBucketBytes and kDefaultBucketBytes (DistributedDataParallel, bucket_cap_mb).
+FIRST_BUCKET_BYTES, BUCKET_BYTES = 2**20, 25 * 2**20
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a message costs: latency in microseconds, bandwidth in gigabits (10⁹ bits) a second in one direction."""
+
+    alpha_us: float
+    gbps: float
+
+    def seconds(self, size_bytes: float) -> float:
+        """Of one message."""
+        return self.alpha_us * 1e-6 + size_bytes * 8e-9 / self.gbps
+
+    def __str__(self) -> str:
+        return f"alpha {self.alpha_us:g} us, {self.gbps:,.4g} Gbit/s each way"
+
+
+def ring_seconds(ranks: int, size_bytes: float, link: Link) -> float:
+    """All-reduce as reduce-scatter and all-gather around a ring, 2(n-1)·α + 2(n-1)/n·m·β: the fewest bytes."""
+    return 2 * (ranks - 1) * link.seconds(size_bytes / ranks)
+
+
+def all_reduce_seconds(ranks: int, size_bytes: float, link: Link) -> float:
+    """The fastest of ring, recursive doubling, log₂n·(α + m·β), and Rabenseifner's recursive halving, then doubling,
+    2·log₂n·α + 2(n-1)/n·m·β; 0 for one rank.
+
+    Where n is no power of two, the ranks beyond the largest one that fits hand the latter two's vector to a neighbour
+    first and get the sum from it last: two more messages.
+    """
+    steps = ranks.bit_length() - 1
+    doubling = steps * link.seconds(size_bytes)
+    halving = 2 * math.fsum(link.seconds(size_bytes / 2**step) for step in range(1, steps + 1))
+    tree = min(doubling, halving) + (0 if ranks == 2**steps else 2 * link.seconds(size_bytes))
+    return min(ring_seconds(ranks, size_bytes, link), tree)
+
+
+@dataclass(frozen=True)
+class Network:
+    """What connects the ranks."""
+
+    name: str
+    inter: Link  # between nodes
+    source: str  # of the figures
+    intra: Link | None = None  # within a node; None where all ranks are equally far
+    ranks_per_node: int = 1
+    adapter_per_rank: bool = True  # else those of a node share one adapter's bandwidth
+    all_reduce: Callable[[int, float, Link], float] = all_reduce_seconds
+    most_ranks: float = math.inf
+
+    def all_reduce_seconds(self, ranks: int, size_bytes: float) -> float:
+        """On several nodes of g ranks: the ring's two halves within each, 2(g-1)·(α + m/g·β), and between nodes each
+        rank's all-reduce of m/g bytes with its peers, all at once. Nodes are as large as the largest divisor that fits.
+        """
+        if self.intra is None:
+            return self.all_reduce(ranks, size_bytes, self.inter)
+        here = max(size for size in range(1, min(ranks, self.ranks_per_node) + 1) if ranks % size == 0)
+        if here == ranks:
+            return self.all_reduce(ranks, size_bytes, self.intra)
+        outer = self.inter if self.adapter_per_rank else replace(self.inter, gbps=self.inter.gbps / here)
+        return ring_seconds(here, size_bytes, self.intra) + self.all_reduce(ranks // here, size_bytes / here, outer)
+
+
+# Latencies a hop of NCCL's own model, for its protocol LL128 in a ring: `hwLat` in NVIDIA/nccl, src/graph/tuning.cc
+# (NVLink 1.9, PCI 2.5, network 4.0 µs). Bandwidths are line rates in one direction; real ones are some tenths lower.
+_NCCL = "latency: NCCL src/graph/tuning.cc, ring LL128; bandwidth: "
+_NVLINK3, _NVLINK4 = Link(1.9, 2400), Link(1.9, 3600)  # half of 600 and 900 GB/s (NVIDIA A100, H100 datasheets)
+_PCIE4 = Link(2.5, 252)  # 16 lanes of 16 GT/s, 128b/130b (PCI Express 4.0)
+# TCP: half of a round trip between AWS instances with enhanced networking in one placement group.
+_TCP = "latency: half of TCP's 92 to 100 us, Scalable Logic 2014; node: PCIe 4.0 x16; bandwidth: "
+NETWORKS = {
+    network.name: network
+    for network in (
+        Network("nvlink4", _NVLINK4, f"{_NCCL}NVIDIA H100 datasheet, up to 256 GPUs", most_ranks=256),
+        Network("infiniband-ndr", Link(4.0, 400), f"{_NCCL}4 lanes of 100 Gbit/s; node: DGX H100", _NVLINK4, 8),
+        Network("infiniband-hdr", Link(4.0, 200), f"{_NCCL}4 lanes of 50 Gbit/s; node: DGX A100", _NVLINK3, 8),
+        Network("ethernet-100g", Link(48.0, 100), f"{_TCP}IEEE 802.3ba", _PCIE4, 8, adapter_per_rank=False),
+        Network("ethernet-25g", Link(48.0, 25), f"{_TCP}IEEE 802.3by", _PCIE4, 8, adapter_per_rank=False),
+        Network("loopback-gloo", Link(173, 16.4), "two cores, one for each rank: docs/results.md; ring only",
+                all_reduce=ring_seconds),
+    )
+}  # fmt: skip
+
+
+def parse_network(text: str, *, gpus_per_node: int | None = None) -> Network:
+    """A network by its name, or from `alpha_us=5,gbps=100` and, if wanted, `intra=NAME` within nodes.
+
+    Raises:
+        HarnessError: an unknown name or key, a value that is no positive number, or GPUs a node without a link.
+    """
+    network = _custom(text, f"--network {text}") if "=" in text else _named(text, "--network")
+    if gpus_per_node is None or gpus_per_node == network.ranks_per_node:
+        return network
+    if gpus_per_node > 1 and network.intra is None:
+        raise HarnessError(
+            f"{network.name} has no link of its own within a node",
+            where="--gpus-per-node",
+            hint="Leave it out (all GPUs equally far), or name one: --network alpha_us=5,gbps=100,intra=nvlink4",
+        )
+    return replace(network, intra=network.intra if gpus_per_node > 1 else None, ranks_per_node=gpus_per_node)
+
+
+def _named(name: str, where: str) -> Network:
+    if name not in NETWORKS:
+        raise HarnessError(f'unknown network "{name}"', where=where, hint=nearest(name, NETWORKS))
+    return NETWORKS[name]
+
+
+def _custom(text: str, where: str) -> Network:
+    pairs = [part.partition("=")[::2] for part in text.split(",")]
+    values = dict(pairs)
+    for key in values:
+        if key not in ("alpha_us", "gbps", "intra"):
+            raise HarnessError(f'unknown key "{key}"', where=where, hint=nearest(key, ("alpha_us", "gbps", "intra")))
+    if len(values) < len(pairs) or not {"alpha_us", "gbps"} <= values.keys():
+        raise HarnessError("needs alpha_us and gbps, each once", where=where, hint="--network alpha_us=5,gbps=100")
+    try:
+        link = Link(float(values["alpha_us"]), float(values["gbps"]))
+    except ValueError:
+        link = Link(math.nan, math.nan)
+    if not (0 <= link.alpha_us <= 1e9 and 1e-6 <= link.gbps <= 1e9):  # NaN is refused, too
+        raise HarnessError(
+            "alpha_us must be a number from 0 to 1e9, gbps one from 1e-6 to 1e9",
+            where=where,
+            hint="alpha_us is the latency of a message in microseconds, gbps the bandwidth in Gbit/s each way.",
+        )
+    within = _named(values["intra"], where).inter if "intra" in values else None
+    return Network(text, link, "as given", within, 8 if within else 1)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """An optimizer step of a recipe."""
+
+    global_batch_size: int
+    accumulation_steps: int
+    fixed_seconds: float  # of a micro-batch's forward and backward pass on one device
+    seconds_per_image: float
+    bucket_bytes: Sequence[int]  # of gradients, in the order in which the backward pass fills them
+    sync_batch_norm_bytes: Sequence[int] = ()  # of each message in one micro-batch
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.global_batch_size // self.accumulation_steps
+
+    def pass_seconds(self, images: float) -> float:
+        return self.fixed_seconds + self.seconds_per_image * images
+
+
+def predict(work: Workload, network: Network, gpus: int, *, mode: str) -> dict[str, Any]:
+    """A step on so many GPUs that share the recipe's global batch ("strong") or each have it for themselves ("weak").
+
+    Returns:
+        "gpus", and "impossible" with the reason or the figures of the step: compute is the passes, exchange what of the
+        gradient exchange they do not hide, efficiency images/s over n times those of one GPU.
+    """
+    micro = work.micro_batch_size
+    if gpus > network.most_ranks:
+        return {"gpus": gpus, "impossible": f"{network.name} joins at most {network.most_ranks} GPUs"}
+    if mode == "strong" and micro % gpus:
+        return {"gpus": gpus, "impossible": f"a micro-batch of {micro} images does not divide among {gpus} GPUs"}
+
+    def all_reduce(size_bytes: float) -> float:
+        return network.all_reduce_seconds(gpus, size_bytes)
+
+    images = micro // gpus if mode == "strong" else micro
+    compute = work.accumulation_steps * work.pass_seconds(images)
+    norms = work.accumulation_steps * math.fsum(map(all_reduce, work.sync_batch_norm_bytes))
+    exposed = exposed_seconds(work.bucket_bytes, BACKWARD_SHARE * work.pass_seconds(images), all_reduce)
+    rate = gpus * images * work.accumulation_steps / (compute + norms + exposed)
+    return {
+        "gpus": gpus,
+        "images_per_gpu": images * work.accumulation_steps,
+        "step_ms": (compute + norms + exposed) * 1e3,
+        "compute_ms": compute * 1e3,
+        "sync_batch_norm_ms": norms * 1e3,
+        "exchange_ms": exposed * 1e3,
+        "exchange_total_ms": math.fsum(map(all_reduce, work.bucket_bytes)) * 1e3,
+        "images_per_second": rate,
+        "efficiency": min(1.0, rate / (gpus * micro / work.pass_seconds(micro))),  # above 1 by rounding alone
+    }
+
+
+def exposed_seconds(buckets: Sequence[int], backward_seconds: float, all_reduce: Callable[[float], float]) -> float:
+    """What of the gradient exchange is left when the backward pass has ended.
+
+    Gradients come evenly, byte by byte; a bucket's exchange begins when its last one is there and the bucket before has
+    been exchanged. A single bucket is therefore not hidden at all.
+    """
+    filled, free_at = 0, 0.0
+    for size in buckets:
+        filled += size
+        free_at = max(free_at, backward_seconds * (filled / sum(buckets))) + all_reduce(size)
+    return max(0.0, free_at - backward_seconds)
+
+
+def gradient_buckets(sizes: Sequence[int], *, first: int = FIRST_BUCKET_BYTES, cap: int = BUCKET_BYTES) -> list[int]:
+    """How DistributedDataParallel packs gradients: parameters from the last to the first, a bucket until it is full."""
+    buckets, current = list[int](), 0
+    for size in reversed(sizes):
+        current += size
+        if current >= (cap if buckets else first):
+            buckets.append(current)
+            current = 0
+    return [*buckets, current] if current else buckets
+
+
+def workload_of(recipe: Recipe, *, fixed_seconds: float, seconds_per_image: float, on_gpu: bool = False) -> Workload:
+    """The recipe's step with its network's messages, two of each synchronised normalisation of C channels: 2C + 1 sums
+    forward (count, mean, square) and 2C backward, float64 in ours on CPUs, float32 in torch's own on GPUs.
+    """
+    training, size_px, classes = recipe.training, recipe.data.image_size_px, recipe.data.num_classes or 10
+    net = build_model(recipe.model.name, num_classes=classes, image_size_px=size_px, args=recipe.model.args)
+    norms = [m.num_features for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    numbers = [number for channels in norms for number in (2 * channels + 1, 2 * channels)]
+    return Workload(
+        training.global_batch_size,
+        training.gradient_accumulation_steps,
+        fixed_seconds,
+        seconds_per_image,
+        gradient_buckets([p.numel() * p.element_size() for p in net.parameters() if p.requires_grad]),
+        [number * (4 if on_gpu else 8) for number in numbers] if training.sync_batch_norm else (),
+    )
+
+
+def measured_pass(recipe: Recipe, device: torch.device) -> tuple[float, float, str]:
+    """Fixed seconds, seconds an image, and how: medians over steps, at the recipe's micro-batch and a quarter of it."""
+    if recipe.training.precision == "fp16" and device.type == "cpu":
+        raise HarnessError("fp16 needs a GPU", where="training.precision", hint="Give --step-ms, or measure with bf16.")
+    images = recipe.training.global_batch_size // recipe.training.gradient_accumulation_steps
+    model = trial_network(recipe, device).train()
+
+    def median_seconds(count: int) -> float:
+        step, seconds = trial_step(model, recipe, images=count, device=device), [math.inf]
+        while len(seconds) < 2 + min(MAX_STEPS, max(MIN_STEPS, MEASURE_SECONDS / seconds[-1])):
+            start = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds[2:])  # after the one that warms up
+
+    large, fixed, smaller = median_seconds(images), 0.0, images // 4
+    if smaller >= 2:  # batch statistics of one image are refused
+        fixed = affine((smaller, median_seconds(smaller)), (images, large))
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    how = f"measured on {where}, median, at {images} images a pass" + (f" and at {smaller}" if smaller >= 2 else "")
+    return fixed, (large - fixed) / images, how
+
+
+def affine(small: tuple[int, float], large: tuple[int, float]) -> float:
+    """Seconds for no images, by two measurements (images, seconds): at least 0 and at most the larger one's."""
+    slope = (large[1] - small[1]) / (large[0] - small[0])
+    return min(max(0.0, large[1] - slope * large[0]), large[1])
+
+
+def scale(recipe: Recipe, gpus: Sequence[int], network: Network, *, step_ms: float | None = None) -> dict[str, Any]:
+    """Predict step time and efficiency on each number of GPUs.
+
+    `step_ms` is the compute time of an optimizer step on one device, proportional to its images; None measures it here.
+
+    Returns:
+        A dict for JSON: "strong" and "weak" (a row of `predict` for each number), "recipe", "compute", "network" and
+        "assumptions", a sentence each.
+
+    Raises:
+        HarnessError: the recipe's network is wrong, or fp16 is to be measured without a GPU.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fixed, an_image = 0.0, (step_ms or 0.0) / 1e3 / recipe.training.global_batch_size
+    how = "as given, proportional to the images"
+    if step_ms is None:
+        fixed, an_image, how = measured_pass(recipe, device)
+    work = workload_of(recipe, fixed_seconds=fixed, seconds_per_image=an_image, on_gpu=device.type == "cuda")
+    rows = {
+        mode: [predict(work, network, count, mode=mode) for count in sorted(set(gpus))] for mode in ("strong", "weak")
+    }
+    links = {name: link and asdict(link) for name, link in (("inter", network.inter), ("intra", network.intra))}
+    compute = {"step_ms": work.accumulation_steps * work.pass_seconds(work.micro_batch_size) * 1e3, "how": how}
+    compute |= {"fixed_ms_per_pass": fixed * 1e3, "ms_per_image": an_image * 1e3}
+    return rows | {
+        "recipe": {
+            "name": recipe.name,
+            "model": recipe.model.name,
+            "global_batch_size": work.global_batch_size,
+            "gradient_accumulation_steps": work.accumulation_steps,
+            "gradient_bytes": sum(work.bucket_bytes),
+            "bucket_bytes": list(work.bucket_bytes),
+            "sync_batch_norm_messages_per_step": work.accumulation_steps * len(work.sync_batch_norm_bytes),
+        },
+        "compute": compute | {"measured_on": device.type if step_ms is None else None},
+        "network": {
+            "name": network.name, **links, "gpus_per_node": network.ranks_per_node, "source": network.source
+        },
+        "assumptions": _assumptions(work, network, compute),
+    }  # fmt: skip
+
+
+def _assumptions(work: Workload, network: Network, compute: dict[str, Any]) -> list[str]:
+    adapters = "an adapter a GPU" if network.adapter_per_rank else "one adapter a node"
+    node = f"; {network.ranks_per_node} GPUs a node by {network.intra}, {adapters}" if network.intra else ""
+    norms = len(work.sync_batch_norm_bytes)
+    return [
+        f"Compute: {compute['step_ms']:.1f} ms a step on one device ({compute['how']}); a pass takes "
+        f"{compute['fixed_ms_per_pass']:.2f} ms + {compute['ms_per_image']:.4f} ms an image. Every GPU is this device, "
+        "alike and undisturbed: no stragglers, no jitter, and data is always there in time.",
+        f"Network: {network.name}: {network.inter}{node} ({network.source}). Line rates; no congestion.",
+        "All-reduce: alpha-beta model (Hockney 1994; Thakur, Rabenseifner & Gropp 2005), the fastest of ring, doubling "
+        "and halving; on several nodes reduce-scatter within, all-reduce between, all-gather within.",
+        f"Overlap: gradients come evenly over the backward pass, {BACKWARD_SHARE:.0%} of the last micro-batch's time; "
+        f"buckets ({len(work.bucket_bytes)}; DDP: 1 MiB, then 25 MiB) are exchanged when full, one after the other, at "
+        "no cost to the computation; the last one is never hidden.",
+        *(
+            [f"SyncBatchNorm: {norms} small all-reduces a micro-batch, none hidden: every layer waits."]
+            if norms
+            else []
+        ),
+    ]

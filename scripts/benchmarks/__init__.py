@@ -1,0 +1,1 @@
+"""The project beside its peers, in one run: `python -m scripts.benchmarks NAME`, or `harness bench NAME`."""
