@@ -54,11 +54,11 @@ def build_report(parser: argparse.ArgumentParser) -> None:
 def _report(arguments: argparse.Namespace) -> int:
     if arguments.port is not None and not arguments.serve:
         raise HarnessError("--port is for --serve", hint="Add --serve, or leave --port out.")
-    from harness.reporting.report import Reporter, output_of, write_report
+    from harness.report.reporter import Reporter, output_of, write_report
 
     options = {"which": arguments.checkpoint, "weights": arguments.weights}
     if arguments.serve:
-        from harness.reporting.serve import serve
+        from harness.report.serve import serve
 
         reporter = Reporter(arguments.run_path, **options)
         serve(reporter, output_of(reporter, arguments.output), port=arguments.port or 0)
@@ -91,14 +91,14 @@ def build_runs(parser: argparse.ArgumentParser) -> None:
 
 
 def _runs(arguments: argparse.Namespace) -> int:
-    from harness.reporting.listing import ORDER, list_runs, render
+    from harness.report.listing import ORDER, as_json, render
+    from harness.runs import list_runs
 
-    entries = list_runs(arguments.directory, recipe=arguments.recipe)
+    runs = list_runs(arguments.directory, recipe=arguments.recipe)
     if arguments.json:
-        runs = [entry.to_json() for entry in entries]
-        _print_json({"directory": str(arguments.directory), "order": ORDER, "runs": runs})
+        _print_json({"directory": str(arguments.directory), "order": ORDER, "runs": [as_json(run) for run in runs]})
     else:
-        print(render(entries, arguments.directory, width=_width()))
+        print(render(runs, arguments.directory, width=_width()))
     return EXIT_DONE
 
 
@@ -124,7 +124,7 @@ def build_curves(parser: argparse.ArgumentParser) -> None:
 
 
 def _curves(arguments: argparse.Namespace) -> int:
-    from harness.reporting.terminal_curves import draw_runs, has_colours, parse_what, watch
+    from harness.report.terminal import draw_runs, has_colours, parse_what, watch
 
     what = parse_what(arguments.what)
 
@@ -163,10 +163,10 @@ def build_compare(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from harness.comparing.comparison import compare
-    from harness.comparing.page import comparison_page
-    from harness.comparing.text import render
-    from harness.reporting.page import check_target
+    from harness.report.compare import compare
+    from harness.report.compare_page import comparison_page
+    from harness.report.compare_text import render
+    from harness.report.page import check_target
 
     if arguments.html:
         check_target(arguments.html)

@@ -1,16 +1,16 @@
-"""Runs as they lie on disk: finished, growing, broken off, incomplete. Nothing here writes, or imports torch.
+"""What a run on disk is: its files, its state, its best, and which runs are of one experiment. The only home of these.
 
-What cannot be read is told in `Run.problems`; the rest of the run is there all the same.
+Nothing here writes, or imports torch. What cannot be read is named in `Run.problems`; the rest is still there.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +18,13 @@ import yaml
 
 from harness.errors import HarnessError, nearest
 from harness.recipe.document import load_plain
-from harness.run_directory import CHECKPOINTS, LOCK, RUN_FILES, RUNS, run_of
+from harness.run_directory import CHECKPOINTS, JOB, LOCK, RUN_FILES, RUNS, has_checkpoints, is_unused, run_of
 from harness.tracking import jsonl
 
 METRICS, RESULT = "metrics.jsonl", "result.json"
 State = Literal["running", "finished", "stopped", "empty"]
+LARGEST = 1e15  # a larger number in a file is no figure of a training
+_BESIDE_THE_EXPERIMENT = ("seed", "name", "tracking")  # sections in which runs of one experiment may differ
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,11 @@ class Run:
 
     Attributes:
         path: of the directory.
-        state: running (a process holds it), finished (it has a result), stopped (to be gone on with), or empty.
+        state: running (a process holds it), finished (it has a result), stopped (it can be resumed), or empty.
         settings: the resolved recipe as nested mappings; not checked, since another version may have written it.
         provenance: where it came from, as `provenance.json` has it.
         result: as `result.json` has it; None before the end.
-        records: of `metrics.jsonl`, in order.
+        records: of `metrics.jsonl`, in order, each with a step and an epoch.
         problems: what of it is missing or broken, in words.
     """
 
@@ -53,7 +55,7 @@ class Run:
     settings: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     result: Mapping[str, Any] | None = None
-    records: tuple[Mapping[str, Any], ...] = ()
+    records: Sequence[Mapping[str, Any]] = ()
     problems: tuple[str, ...] = ()
 
     @property
@@ -69,27 +71,60 @@ class Run:
         """`<recipe>/<run-id>`."""
         return f"{self.recipe_name}/{self.run_id}"
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether something of it is missing or unreadable, and no training is about to write it."""
+        return bool(self.problems) and self.state != "running"
+
+    @property
+    def starts(self) -> list[Mapping[str, Any]]:
+        """Each start of the training as provenance.json has it, the latest last."""
+        starts = self.provenance.get("starts")
+        return [start for start in starts if isinstance(start, Mapping)] if isinstance(starts, list) else []
+
     def setting(self, key: str, default: Any = None) -> Any:
         """A setting of the recipe by its dotted key."""
-        at: Any = self.settings
+        found: Any = self.settings
         for part in key.split("."):
-            if not isinstance(at, Mapping) or part not in at:
+            if not isinstance(found, Mapping) or part not in found:
                 return default
-            at = at[part]
-        return at
+            found = found[part]
+        return found
+
+    @property
+    def seed(self) -> Any:
+        """As JSON has it; None where it is not known."""
+        return _as_json(self.setting("seed"))
+
+    @property
+    def experiment(self) -> dict[str, Any]:
+        """The recipe by dotted keys, without seed, name and tracking: runs in which it is equal are one experiment.
+
+        Empty where the recipe cannot be read; such a run is like no other.
+        """
+        settings = {key: value for key, value in self.settings.items() if key not in _BESIDE_THE_EXPERIMENT}
+        return dict(_by_dotted_key(settings))
 
     def curve(self, split: str, key: str, *, kind: str = "epoch") -> list[Point]:
         """Values of one key in order: `split` is train, test or test_ema, `kind` epoch or step.
 
         Values that are not finite (a diverged run has them) are left out.
         """
-        points = []
-        for record in self.records:
-            if record.get("kind") == kind and record.get("split") == split:
-                value = _number(record.get(key))
-                if value is not None and math.isfinite(value):
-                    points.append(Point(int(record["step"]), _number(record.get("epoch")) or 0.0, value))
-        return points
+        return [
+            Point(record["step"], record["epoch"], value)
+            for record in self.records
+            if record.get("kind") == kind and record.get("split") == split
+            if (value := finite(record.get(key), below=1e300)) is not None
+        ]
+
+    def last_in(self, split: str, key: str = "accuracy") -> Point | None:
+        """The latest value of a split."""
+        points = self.curve(split, key)
+        return points[-1] if points else None
+
+    def best_in(self, split: str) -> Point | None:
+        """The highest accuracy of a split, a share from 0 to 1; the first where several are equal."""
+        return max(self.curve(split, "accuracy"), key=lambda point: point.value, default=None)
 
     @property
     def judged_by(self) -> str:
@@ -98,87 +133,93 @@ class Run:
 
     @property
     def best(self) -> Point | None:
-        """The highest accuracy on the test split, a share from 0 to 1, the first where several are equal."""
-        points = self.curve(self.judged_by, "accuracy")
-        return max(points, key=lambda point: point.value, default=None)
+        """The epoch that the recipe calls the best."""
+        return self.best_in(self.judged_by)
 
-    @property
-    def last(self) -> Point | None:
-        """The latest accuracy on the test split."""
-        points = self.curve(self.judged_by, "accuracy")
-        return points[-1] if points else None
+    def recorded_accuracy(self, which: str, weights: str) -> float | None:
+        """Test accuracy of the "last" or "best" checkpoint with "raw" or "ema" weights, as the training noted it."""
+        points, best = self.curve("test_ema" if weights == "ema" else "test", "accuracy"), self.best
+        if which == "best" and best is not None:
+            points = [point for point in points if point.step == best.step]
+        return points[-1].value if points else None
 
     @property
     def epoch(self) -> float:
         """How far it is."""
-        return max((_number(record.get("epoch")) or 0.0 for record in self.records), default=0.0)
+        return max((record["epoch"] for record in self.records), default=0.0)
 
     @property
     def step(self) -> int:
         """The latest optimizer step of its records."""
-        return max((int(record["step"]) for record in self.records), default=0)
+        return max((record["step"] for record in self.records), default=0)
 
     @property
-    def length_epochs(self) -> float | None:
-        """Epochs that the training is to have; of one whose length is given in steps, where its records tell."""
-        epochs, steps, per_epoch = self.setting("training.epochs"), self.setting("training.steps"), self._epoch_steps
-        if isinstance(epochs, int | float) and abs(epochs) < 1e15:
-            return float(epochs)
-        return round(steps / per_epoch, 2) if per_epoch and isinstance(steps, int) and abs(steps) < 1e15 else None
+    def length(self) -> tuple[float | None, int | None]:
+        """Epochs and optimizer steps that it is to have; what the recipe does not give follows from the records."""
+        epochs, steps = finite(self.setting("training.epochs")), finite(self.setting("training.steps"))
+        timed = (record for record in reversed(self.records) if record["step"] > 0 and record["epoch"] > 1e-9)
+        if latest := next(timed, None):
+            steps_per_epoch = latest["step"] / latest["epoch"]
+            if epochs is None and steps is not None:
+                epochs = round(steps / steps_per_epoch, 2)
+            elif steps is None and epochs is not None:
+                steps = epochs * steps_per_epoch
+        return epochs, None if steps is None else round(steps)
 
     @property
-    def length_steps(self) -> int | None:
-        """Optimizer steps that the training is to have; of one whose length is given in epochs as `length_epochs`."""
-        epochs, steps, per_epoch = self.setting("training.epochs"), self.setting("training.steps"), self._epoch_steps
-        if isinstance(steps, int) and abs(steps) < 1e15:
-            return steps
-        known = per_epoch and isinstance(epochs, int | float) and abs(epochs) < 1e15
-        return round(epochs * per_epoch) if known else None
+    def updated_unix_seconds(self) -> float:
+        """When its latest record was written, or else its folder changed."""
+        written = finite(self.records[-1].get("time_unix_seconds")) if self.records else None
+        if written is not None:
+            return written
+        try:
+            return self.path.stat().st_mtime
+        except OSError:
+            return 0.0
 
-    @property
-    def _epoch_steps(self) -> float | None:
-        """Steps of an epoch, by the latest record that has both."""
-        for record in reversed(self.records):
-            step, epoch = float(record["step"]), float(record.get("epoch") or 0)
-            if step > 0 and epoch > step / 1e15:
-                return step / epoch
-        return None
 
-    @property
-    def updated_unix_seconds(self) -> float | None:
-        """When its latest record was written."""
-        written = _number(self.records[-1].get("time_unix_seconds")) if self.records else None
-        return written if written is not None and math.isfinite(written) else None
+def finite(value: Any, *, below: float = LARGEST) -> float | None:
+    """A number from a run's files as a float; None for anything else, NaN, infinity and what is larger than that."""
+    known = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < below
+    return float(value) if known else None
 
 
 def open_run(path: str | Path, *, steps: bool = True) -> Run:
     """Read a run by its directory or one of its checkpoints, whatever state it is in.
 
     Args:
-        path: of the directory or checkpoint.
         steps: False leaves out the records of single steps, for whoever reads hundreds of runs.
 
     Raises:
         HarnessError: there is no run.
     """
     path = Path(path)
-    inside = run_of(path) if path.exists() else None
-    path = inside if inside is not None and not _is_run(path) else path
-    if not path.exists():
-        near = [str(run) for run in find_run_directories(RUNS)]
-        raise HarnessError("there is no such run", where=str(path), hint=_hint(str(path), near))
-    if not _is_run(path):
-        below = [str(run) for run in find_run_directories(path)] if path.is_dir() else []
-        raise HarnessError("is not a run directory", where=str(path), hint=_hint(str(path), below))
-    return _read(path, steps)
+    run = path if _is_run(path) else run_of(path) if path.exists() else None
+    if run is None and not path.exists():
+        raise HarnessError("there is no such run", where=str(path), hint=_hint(path, RUNS))
+    if run is None:
+        raise HarnessError("is not a run directory", where=str(path), hint=_hint(path, path))
+    return _read(run, steps)
 
 
-def find_run_directories(root: Path) -> list[Path]:
-    """The run directories below a folder (`runs/<recipe>/<run-id>`, or the folder itself), oldest first."""
-    if _is_run(root):
-        return [root]
-    found = [path for pattern in ("*", "*/*") for path in root.glob(pattern) if _is_run(path)]
-    return sorted(found, key=lambda path: (path.name, str(path)))
+def list_runs(root: Path = RUNS, *, recipe: str | None = None) -> list[Run]:
+    """The runs below a folder (`root/<recipe>/<run-id>`, `root/<run-id>` or `root` itself), the newest last.
+
+    Records of single steps are left out. No run makes it raise: what cannot be read is in the run's problems.
+
+    Raises:
+        HarnessError: there is no such folder, or no run of that recipe.
+    """
+    if not root.is_dir() and root != RUNS:
+        raise HarnessError(
+            "there is no such folder", where=str(root), hint="Give the folder that the runs are in, such as runs."
+        )
+    runs = sorted(map(_open_anyway, _run_folders(root)), key=lambda run: (run.updated_unix_seconds, str(run.path)))
+    found = [run for run in runs if recipe is None or run.recipe_name == recipe]
+    if recipe is not None and not found:
+        hint = nearest(recipe, {run.recipe_name for run in runs})
+        raise HarnessError(f'no run of the recipe "{recipe}"', where=str(root), hint=hint)
+    return found
 
 
 def is_held(path: Path) -> bool:
@@ -197,76 +238,110 @@ def is_held(path: Path) -> bool:
 
 
 def _is_run(path: Path) -> bool:
-    return any((path / name).is_file() for name in (METRICS, RESULT)) or all(
-        (path / name).is_file() for name in RUN_FILES
-    )
+    there = {name for name in (METRICS, RESULT, *RUN_FILES) if (path / name).is_file()}
+    return bool(there & {METRICS, RESULT}) or there.issuperset(RUN_FILES)
 
 
-def _hint(wanted: str, there: list[str]) -> str:
-    if not there:
-        return "Give a folder like runs/<recipe>/<run-id>; `harness runs` lists them."
-    return nearest(wanted, there) if len(there) < 4 else f"The newest here is {there[-1]}; `harness runs` lists them."
+def _run_folders(root: Path) -> list[Path]:
+    """Every folder that is a run or was one, at most two below: what is broken beyond recognition is listed too."""
+    found: set[Path] = set()
+    for paths in ([root], root.glob("*"), root.glob("*/*")):
+        found |= {path for path in paths if found.isdisjoint(path.parents) and _looks_like_a_run(path)}
+    return sorted(found, key=lambda path: (path.name, str(path)))
+
+
+def _looks_like_a_run(path: Path) -> bool:
+    """Whether anything in a folder says that it is a run; one that cannot be looked into may be."""
+    try:
+        names = set(os.listdir(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    if names & {METRICS, RESULT, CHECKPOINTS, *RUN_FILES}:
+        return True
+    # Of one whose training has not begun; a sweep has them too, above the folders of its runs.
+    begun = {LOCK, JOB}
+    return bool(names & begun) and not any((path / name).is_dir() for name in names - begun)
+
+
+def _open_anyway(path: Path) -> Run:
+    """A run for the list, also where too little is there to open it."""
+    try:
+        return open_run(path, steps=False)
+    except OSError as error:
+        return Run(path, "empty", problems=(f"cannot be read ({error.strerror})",))
+    except HarnessError as error:
+        if is_held(path):
+            return Run(path, "running")
+        if is_unused(path):  # such as a job that waits in its queue
+            return Run(path, "empty")
+        missing = [name for name in RUN_FILES if not (path / name).is_file()]
+        why = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing" if missing else error.what
+        return Run(path, "empty", problems=(why,))
+
+
+def _hint(wanted: Path, root: Path) -> str:
+    there = [str(path) for path in _run_folders(root) if _is_run(path)]
+    if 0 < len(there) < 4:
+        return nearest(str(wanted), there)
+    what = f"The newest here is {there[-1]}" if there else "Give a folder like runs/<recipe>/<run-id>"
+    return f"{what}; `harness runs` lists them."
 
 
 def _read(path: Path, steps: bool) -> Run:
     problems: list[str] = []
-    settings = _part(path / "recipe.yaml", load_plain, problems)
-    provenance = _part(path / "provenance.json", json.loads, problems)
-    result = _part(path / RESULT, json.loads, problems) if (path / RESULT).exists() else None
-    records = tuple(_records(path / METRICS, problems, steps))
+    settings = _part(path / "recipe.yaml", lambda file: load_plain(file.read_text("utf-8")), Mapping, problems)
+    provenance = _part(path / "provenance.json", lambda file: json.loads(file.read_text("utf-8")), Mapping, problems)
+    result = None
+    if (path / RESULT).exists():
+        result = _part(path / RESULT, lambda file: json.loads(file.read_text("utf-8")), Mapping, problems)
+    lines = _part(path / METRICS, partial(jsonl.read, steps=steps), list, problems) or []
+    records = [{**line, "epoch": float(line.get("epoch", 0))} for line in lines if _is_record(line)]
+    if len(records) < len(lines):
+        problems.append(f"{METRICS} has {len(lines) - len(records)} lines that are no records")
     if is_held(path):
         state: State = "running"
     elif result:
         state = "finished"
     else:
-        state = "stopped" if records or any((path / CHECKPOINTS).glob("step_*")) else "empty"
-    return Run(path, state, settings, provenance, result or None, records, tuple(problems))
+        state = "stopped" if records or has_checkpoints(path) else "empty"
+    if state in ("running", "empty"):  # the first record is still to come
+        problems = [problem for problem in problems if problem != f"{METRICS} is missing"]
+    return Run(path, state, settings or {}, provenance or {}, result or None, records, tuple(problems))
 
 
-def _part(path: Path, parse: Callable[[str], Any], problems: list[str]) -> Mapping[str, Any]:
-    """The mapping in one of the run's files; empty, with the reason among the problems, where there is none."""
+def _part(path: Path, read: Callable[[Path], Any], kind: type, problems: list[str]) -> Any:
+    """What is in one of the run's files; None, with the reason among the problems, where it is not of that kind."""
     try:
-        data = parse(path.read_text(encoding="utf-8"))
+        if isinstance(found := read(path), kind):
+            return found
+        problem = "is broken"
     except FileNotFoundError:
-        problems.append(f"{path.name} is missing")
-        return {}
+        problem = "is missing"
     except OSError as error:
-        problems.append(f"{path.name} cannot be read ({error.strerror})")
-        return {}
+        problem = f"cannot be read ({error.strerror})"
     except (ValueError, yaml.YAMLError, RecursionError):
-        problems.append(f"{path.name} is broken")
-        return {}
-    if not isinstance(data, Mapping):
-        problems.append(f"{path.name} is broken")
-        return {}
-    return data
-
-
-def _records(path: Path, problems: list[str], steps: bool) -> list[Mapping[str, Any]]:
-    try:
-        found = jsonl.read(path, steps=steps)
-    except FileNotFoundError:
-        problems.append(f"{path.name} is missing")
-        return []
-    except (OSError, ValueError) as error:
-        problems.append(f"{path.name} cannot be read ({error})")
-        return []
-    whole: list[Mapping[str, Any]] = [record for record in found if _is_record(record)]
-    if len(whole) < len(found):
-        problems.append(f"{path.name} has {len(found) - len(whole)} lines that are no records")
-    return whole
+        problem = "is broken"
+    problems.append(f"{path.name} {problem}")
+    return None
 
 
 def _is_record(record: Any) -> bool:
     if not isinstance(record, Mapping):
         return False
-    step, epoch = record.get("step"), record.get("epoch", 0)
-    return isinstance(step, int) and abs(step) < 1e15 and isinstance(epoch, int | float) and abs(epoch) < 1e15
+    step = record.get("step")
+    return isinstance(step, int) and abs(step) < LARGEST and finite(record.get("epoch", 0)) is not None
 
 
-def _number(value: Any) -> float | None:
-    """A number of metrics.jsonl, where infinities and what is not a number are written by name."""
-    try:
-        return None if value is None or isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
+def _by_dotted_key(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, Mapping) and value:
+            yield from _by_dotted_key(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", _as_json(value)
+
+
+def _as_json(value: Any) -> Any:
+    """A value that JSON has; infinities and what is not a number are told by name."""
+    return json.loads(json.dumps(value, default=str, skipkeys=True), parse_constant=str)

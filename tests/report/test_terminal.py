@@ -1,0 +1,223 @@
+"""Curves as text: what is drawn, that it fits, that pipes get no colour codes, and runs that still grow."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from harness.cli import main
+from harness.errors import HarnessError
+from harness.report.charts import Series
+from harness.report.terminal import curves_of, draw, draw_runs, parse_what
+from harness.run_directory import LOCK
+from harness.runs import open_run
+from tests.handmade import records_of, write_run
+
+SIZE = os.terminal_size((80, 40))
+COLOUR_CODE = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def straight(name: str, values: list[float]) -> Series:
+    return Series(name, [i + 1.0 for i in range(len(values))], values)
+
+
+def test_a_curve_that_rises_goes_from_the_lower_left_to_the_upper_right() -> None:
+    text = draw("accuracy", [straight("test", [0.0, 0.5, 1.0])], size=SIZE, colours=False, as_percent=True)
+    title, *rows = text.splitlines()
+    assert title == "accuracy by epoch"
+    drawn = [row for row in rows if "│" in row or "┤" in row]
+    assert len(drawn) == 14
+    assert drawn[0].endswith("a")
+    assert "100%" in drawn[0]
+    assert drawn[-1].split("┤")[1][0] != " "
+    assert drawn[-1].split("┤")[0].strip() == "0%"
+    starts = [len(row) - len(row[7:].lstrip(" ")) for row in drawn]
+    assert starts == sorted(starts, reverse=True)
+    assert rows[-1] == "  a test: 100.00% at epoch 3"
+
+
+@pytest.mark.parametrize("columns", [20, 40, 80, 200])
+@pytest.mark.parametrize("values", [[0.5], [0.5, 0.5], [1e-7, 2e-7], [-3.0, 1e6], [float(i) for i in range(300)]])
+def test_no_line_is_wider_than_the_terminal(columns: int, values: list[float]) -> None:
+    size = os.terminal_size((columns, 24))
+    curves = [straight("a-run-with-a-long-name test", values), straight("b", values[::-1])]
+    for colours in (False, True):
+        text = draw("loss", curves, size=size, colours=colours)
+        lines = [COLOUR_CODE.sub("", line) for line in text.splitlines()]
+        legend_excepted = lines if columns >= 40 else lines[:-2]
+        assert max(map(len, legend_excepted)) <= max(columns, 26)
+        assert not COLOUR_CODE.search(text)  # plotille sees that there is no terminal; see below for one
+
+
+@pytest.mark.parametrize("values", [[-1e308, 1e308], [1e308, 1e308], [5e-324, 0.0], [1e-300, 1e300], [0.0, 0.0]])
+def test_numbers_at_the_ends_of_what_floats_hold(values: list[float]) -> None:
+    text = draw("loss", [straight("test", values)], size=SIZE, colours=False)
+    assert sum("a" in line.split("│")[-1].split("┤")[-1] for line in text.splitlines()[1:15]) >= 1
+    assert len(text.splitlines()) == 18
+
+
+def test_letters_tell_curves_apart_without_colours() -> None:
+    curves = [straight("first", [0.0, 0.0]), straight("second", [1.0, 1.0])]
+    rows = draw("loss", curves, size=SIZE, colours=False).splitlines()
+    assert set("ab") & set(rows[1]) == {"b"}
+    assert set("ab") & set(rows[14]) == {"a"}
+
+
+@pytest.mark.parametrize(("count", "colours"), [(9, True), (30, False)])
+def test_many_curves_are_told_apart(count: int, colours: bool) -> None:
+    curves = [straight(f"run {i}", [float(i), float(i)]) for i in range(count)]
+    legend = draw("loss", curves, size=SIZE, colours=colours).splitlines()[-count:]
+    marks = [line.split("run")[0] for line in legend]
+    assert len(set(marks)) == count
+    assert all(re.search(r"[a-zA-Z]", COLOUR_CODE.sub("", mark)) for mark in marks)
+
+
+def test_train_test_and_averaged_weights_of_several_runs(tmp_path: Path) -> None:
+    runs = [open_run(write_run(tmp_path / "small" / f"run-{i}", (0.3, 0.4, 0.5), ema=i == 0)) for i in range(2)]
+    one = {curve.name for curve in curves_of(runs[:1], "loss")}
+    assert one == {"train", "test", "EMA"}
+    both = [curve.name for curve in curves_of(runs, "accuracy")]
+    assert both == ["run-0 train", "run-0 test", "run-0 EMA", "run-1 train", "run-1 test"]
+    assert [curve.name for curve in curves_of(runs, "throughput")] == ["run-0", "run-1"]
+    assert curves_of(runs[:1], "lr")[0].y == pytest.approx([0.1, 0.05, 0.1 / 3])
+
+
+def test_a_run_shows_what_there_is(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "small" / "run", (), finished=False)
+    empty, goes_on = draw_runs([run], ("loss",), size=SIZE, colours=False)
+    assert "no values yet" in empty
+    assert "stopped" in empty or "empty" in empty
+    assert not goes_on
+    first_steps = records_of((0.3,))[:1]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in first_steps) + '{"kind": "st')
+    with FileLock(run / LOCK):
+        text, goes_on = draw_runs([run], ("loss",), size=SIZE, colours=False)
+    assert goes_on
+    assert "train: 1.7 at epoch 0.5" in text
+    assert "running" in text
+
+
+def test_what_is_broken_is_told_above_the_curves(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "small" / "run")
+    (run / "recipe.yaml").write_text("[")
+    text, _ = draw_runs([run], ("accuracy",), size=SIZE, colours=False)
+    assert "recipe.yaml is broken" in text
+    assert "test: 60.00% at epoch 2" in text
+
+
+def test_piped_it_is_plain_text(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "small" / "run")
+    command = [sys.executable, "-m", "harness", "curves", str(run), "--what", "loss,accuracy,lr,throughput"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert all(f"{title} by epoch" in done.stdout for title in ("loss", "accuracy", "learning rate"))
+
+
+def test_where_the_encoding_lacks_the_letters(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "small" / "run", settings={"name": "café"})
+    for command in ("curves", "runs", "compare"):
+        done = subprocess.run([sys.executable, "-m", "harness", command, str(run)], capture_output=True, timeout=60,
+                              check=False, env=os.environ | {"PYTHONIOENCODING": "ascii"})  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert b"caf?" in done.stdout or command == "runs"
+
+
+def on_a_terminal(
+    arguments: list[str], *, columns: int, until: str, then: signal.Signals | None = None, **env: str
+) -> tuple[int, str]:
+    """Run a command on a terminal of its own and return its code and what it wrote; end it when it wrote `until`."""
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "harness", *arguments], stdin=terminal, stdout=terminal, stderr=terminal,
+        env=environment | {"TERM": "xterm-256color"} | env,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit none
+    )  # fmt: skip
+    os.close(terminal)
+    written, deadline, sent = b"", time.monotonic() + 60, False
+    while time.monotonic() < deadline:
+        if select.select([controller], [], [], 0.2)[0]:
+            try:
+                piece = os.read(controller, 65536)
+            except OSError:
+                break
+            written += piece
+            if not piece:
+                break
+        if not sent and until in written.decode(errors="replace") and then is not None:
+            process.send_signal(then)
+            sent = True
+    try:
+        code = process.wait(timeout=30)
+    finally:
+        process.kill()
+        os.close(controller)
+    return code, written.decode(errors="replace")
+
+
+def test_on_a_terminal_it_has_colours_and_its_width(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "small" / "run")
+    code, text = on_a_terminal(["curves", str(run)], columns=50, until="never")
+    assert code == 0
+    assert COLOUR_CODE.search(text)
+    assert max(len(COLOUR_CODE.sub("", line)) for line in text.split("\r\n")) in range(40, 51)
+    code, text = on_a_terminal(["curves", str(run)], columns=50, until="never", NO_COLOR="1")
+    assert code == 0
+    assert not COLOUR_CODE.search(text)
+
+
+def test_watching_ends_with_the_run_and_draws_what_comes(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "small" / "run", (0.3,), finished=False)
+    command = [sys.executable, "-u", "-m", "harness", "curves", str(run), "--what", "accuracy", "--watch"]
+    lock = FileLock(run / LOCK)
+    with lock:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "test: 30.00% at epoch 1" in line:
+                break
+        with (run / "metrics.jsonl").open("a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records_of((0.3, 0.8))[3:])
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "test: 80.00% at epoch 2" in rest
+
+
+def test_watching_ends_with_ctrl_c(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "small" / "run", (0.3,), finished=False)
+    with FileLock(run / LOCK):
+        code, text = on_a_terminal(
+            ["curves", str(run), "--what", "loss", "--watch"], columns=60, until="at epoch 1", then=signal.SIGINT
+        )
+    assert code == 0
+    assert "Traceback" not in text
+    assert text.count("\x1b[H\x1b[2J") == 1  # drawn anew only when there is something new
+
+
+def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "small" / "run")
+    assert main(["curves", str(run), "--what", "losss"]) == 2
+    assert 'Did you mean "loss"?' in capsys.readouterr().err
+    assert main(["curves", str(tmp_path / "nowhere")]) == 2
+    assert "there is no such run" in capsys.readouterr().err
+    with pytest.raises(HarnessError, match="names nothing"):
+        parse_what(" , ")
+    assert parse_what("lr,loss,lr") == ["lr", "loss"]
