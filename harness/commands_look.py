@@ -54,19 +54,19 @@ def build_report(parser: argparse.ArgumentParser) -> None:
 def _report(arguments: argparse.Namespace) -> int:
     if arguments.port is not None and not arguments.serve:
         raise HarnessError("--port is for --serve", hint="Add --serve, or leave --port out.")
-    from harness.report.reporter import Reporter, output_of, write_report
+    from harness.report.reporter import Reporter
 
-    options = {"which": arguments.checkpoint, "weights": arguments.weights}
+    reporter = Reporter(
+        arguments.run_path, which=arguments.checkpoint, weights=arguments.weights, output=arguments.output
+    )
     if arguments.serve:
         from harness.report.serve import serve
 
-        reporter = Reporter(arguments.run_path, **options)
-        serve(reporter, output_of(reporter, arguments.output), port=arguments.port or 0)
+        serve(reporter, port=arguments.port or 0)
         return EXIT_DONE
-    file, problems = write_report(arguments.run_path, output=arguments.output, **options)
-    for problem in problems:
+    for problem in reporter.write():
         print(f"WARNING {problem}", file=sys.stderr)
-    print(f"{file} ({file.stat().st_size / 1e6:.2f} MB)")
+    print(f"{reporter.file} ({reporter.file.stat().st_size / 1e6:.2f} MB)")
     return EXIT_DONE
 
 

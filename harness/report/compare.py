@@ -39,13 +39,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of each group.
+    """A figure of each group: its `key` in JSON, its `title` in tables, and its `values` by the letters of the groups.
 
-    Attributes:
-        key: in JSON.
-        title: in tables.
-        kind: "share", "number", "measured" (by a clock) or "count": how it is written.
-        values: of the runs, by the letters of their groups; runs without one are left out.
+    Runs without one are left out. The `kind` says how it is written: "share", "number", "measured" (by a clock), "count".
     """
 
     key: str
@@ -64,13 +60,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a checkpoint says of the test split of N images.
-
-    Attributes:
-        images_sha256: of the test images, as the checkpoint has it.
-        labels_N: true classes, int64.
-        correct_N: whether each is classified correctly, bool.
-    """
+    """A checkpoint on N test images: their SHA-256, true classes (int64), and whether it has them right (bool)."""
 
     images_sha256: Mapping[str, str]
     labels_N: np.ndarray  # noqa: N815
@@ -112,7 +102,6 @@ class Comparison:
         groups: in the order of their first runs.
         differences: recipe key -> its value in each group.
         pairs: every other group next to the first.
-        checkpoint, weights: whose answers were compared: "last" or "best", "raw" or "ema".
         notes: sentences on what is missing or to be heeded.
     """
 

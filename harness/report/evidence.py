@@ -99,12 +99,8 @@ class Evidence:
         except NoCheckpoint:
             classes = len(self.store().manifest.classes)
         with torch.random.fork_rng(devices=[]):
-            model = build_model(
-                recipe.model.name,
-                num_classes=classes,
-                image_size_px=recipe.data.image_size_px,
-                args=recipe.model.args,
-            )
+            size = recipe.data.image_size_px
+            model = build_model(recipe.model.name, num_classes=classes, image_size_px=size, args=recipe.model.args)
         return model.eval()
 
     @_once

@@ -52,15 +52,18 @@ class Reporter:
         path: a run directory or one of its checkpoints.
         which: "last", "best" or "step_N".
         weights: "raw" or "ema".
+        output: the file; None is `report.html` in the run directory. Only another report is written over.
 
     Raises:
-        HarnessError: no run, or a checkpoint or weights that were asked for by name and are not there.
+        HarnessError: no run, a checkpoint or weights that were asked for by name and are not there, or a file that
+            cannot be written.
     """
 
-    def __init__(self, path: Path, *, which: str = "last", weights: str = "raw") -> None:
+    def __init__(self, path: Path, *, which: str = "last", weights: str = "raw", output: Path | None = None) -> None:
         if (path / checkpoint.MANIFEST).is_file():
             which = path.name
         self.run, self.which, self.weights = open_run(path), which, weights
+        self.file = output or self.run.path / FILE
         self.problems: list[str] = []  # what of the checkpoint could not be shown, in sentences
         self._run_stamp: object = None  # what was read so far was for its path and state alone
         self._checkpoint_stamp: object = None
@@ -75,6 +78,7 @@ class Reporter:
             evidence.path()
         if weights == "ema" and self._checkpoints() and evidence.saved().ema is None:
             raise HarnessError("the run has no averaged weights", where=str(self.run.path), hint="Use --weights raw.")
+        check_target(self.file)
 
     def update_run(self) -> bool:
         """Read the run again if it has grown, and make its curves; whether anything has changed."""
@@ -127,43 +131,19 @@ class Reporter:
             version=version,
         )
 
+    def write(self) -> list[str]:
+        """Write the whole report; returns, in sentences, what it could not show."""
+        self.update_run()
+        self.update_checkpoint()
+        write_text(self.file, self.html())
+        return [*self.run.problems, *self.problems]
+
     def _evidence(self) -> Evidence:
         # Nothing but the report is written into a run that trains.
         return Evidence(self.run, which=self.which, weights=self.weights, keep=self.run.state != "running")
 
     def _checkpoints(self) -> list[Path]:
         return checkpoint.list_checkpoints(self.run.path / CHECKPOINTS)
-
-
-def write_report(
-    path: Path, *, which: str = "last", weights: str = "raw", output: Path | None = None
-) -> tuple[Path, list[str]]:
-    """Write a run's report; returns its path and, in sentences, what it could not show.
-
-    Args:
-        path, which, weights: as `Reporter` takes them.
-        output: the file; None is `report.html` in the run directory. Only another report is written over.
-
-    Raises:
-        HarnessError: as `Reporter`, or the file cannot be written.
-    """
-    reporter = Reporter(path, which=which, weights=weights)
-    file = output_of(reporter, output)
-    reporter.update_run()
-    reporter.update_checkpoint()
-    write_text(file, reporter.html())
-    return file, [*reporter.run.problems, *reporter.problems]
-
-
-def output_of(reporter: Reporter, output: Path | None) -> Path:
-    """The file that a report goes to.
-
-    Raises:
-        HarnessError: there is something else already, or its folder cannot be written to.
-    """
-    file = output or reporter.run.path / FILE
-    check_target(file)
-    return file
 
 
 def _reason(error: HarnessError | OSError) -> str:

@@ -7,7 +7,6 @@ import threading
 import time
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 from harness.errors import HarnessError
@@ -18,8 +17,8 @@ HOST = "127.0.0.1"
 LOOK_SECONDS = 2.0
 
 
-def serve(reporter: Reporter, output: Path, *, port: int = 0) -> None:
-    """Show a run's page until Ctrl-C or SIGTERM, and write it to a file whenever it has changed.
+def serve(reporter: Reporter, *, port: int = 0) -> None:
+    """Show a run's page until Ctrl-C or SIGTERM, and write it to its file whenever it has changed.
 
     Curves are made again when the run's records have grown, and what needs a checkpoint when there is a new one.
 
@@ -43,7 +42,7 @@ def serve(reporter: Reporter, output: Path, *, port: int = 0) -> None:
             while True:
                 if reporter.update_checkpoint() or changed:
                     server.show(reporter)
-                    write_text(output, reporter.html())
+                    write_text(reporter.file, reporter.html())
                 time.sleep(LOOK_SECONDS)
                 changed = reporter.update_run()
         except KeyboardInterrupt:
