@@ -263,7 +263,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, help="do not choose: this many processes")
     parser.add_argument("--remembered", action="store_true", help="do not measure; use what is remembered")
     options = parser.parse_intermixed_args(arguments)
-    calm_openmp()  # for the processes that measure
+    if arguments is None:
+        calm_openmp()  # for the processes that measure
     try:
         recipe = load(options.recipe, options.overrides)
         if options.ranks is not None:

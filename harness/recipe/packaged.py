@@ -6,7 +6,7 @@ from itertools import takewhile
 from pathlib import Path
 
 # In a checkout a link to the top level's recipes/; in a wheel the files themselves.
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+RECIPES = (Path(__file__).parents[1] / "recipes").resolve()
 
 
 def names() -> list[str]:
