@@ -118,7 +118,7 @@ def build_curves(parser: argparse.ArgumentParser) -> None:
         help="of loss, accuracy, lr and throughput (default loss,accuracy)",
     )
     parser.add_argument(
-        "--watch", action="store_true", help=f"draw anew every {WATCH_SECONDS:g} seconds until the runs end or Ctrl-C"
+        "--watch", action="store_true", help=f"draw again every {WATCH_SECONDS:g} seconds until the runs end or Ctrl-C"
     )
     parser.set_defaults(run=_curves)
 

@@ -343,5 +343,5 @@ def _by_dotted_key(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[
 
 
 def _as_json(value: Any) -> Any:
-    """A value that JSON has; infinities and what is not a number are told by name."""
+    """A value that JSON has; infinities and NaN become their names."""
     return json.loads(json.dumps(value, default=str, skipkeys=True), parse_constant=str)

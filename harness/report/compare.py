@@ -33,7 +33,7 @@ class Group:
 
     @property
     def finished(self) -> list[Run]:
-        """What a training has reached so far is no answer to which recipe is better."""
+        """Runs whose accuracy says which recipe is better; what a training has reached so far does not."""
         return [run for run in self.runs if run.state == "finished"]
 
 

@@ -110,7 +110,7 @@ def test_all_letters_of_charts_can_be_read(browser: Any, tmp_path: Path, width: 
     ]
     names = ["class number 00123456", "WWWMMM Number 0123456789", "虎" * 20, "dog & “wolf”"]
     charts.append(bar_chart(names, [0.1, 0.2, 0.5, 1.0], title="T", description=""))
-    for classes in (2, 10, 16, 30):
+    for classes in (2, 10, 16, 20, 30):
         named = [names[k % len(names)] for k in range(classes)]
         words = {"title": "T", "description": "", "row_label": "true class", "column_label": "predicted class"}
         charts.append(heat_map(np.eye(classes), named, named, texts=[["1"] * classes] * classes, **words))
@@ -207,29 +207,6 @@ def test_values_under_the_pointer_are_the_runs_own(browser: Any, tmp_path: Path)
             epoch, value = text.split("\ntest: ")
             if section == "a":
                 assert float(value) == pytest.approx(losses[int(epoch) - 1], rel=1e-4)
-    watched.context.close()
-
-
-@pytest.mark.parametrize("width", [360, 1440])
-@pytest.mark.parametrize("classes", [10, 20, 30])
-def test_names_of_classes_do_not_lie_over_one_another(browser: Any, tmp_path: Path, width: int, classes: int) -> None:
-    names = [f"class {i}" for i in range(classes)]
-    drawn = heat_map(np.eye(classes), names, names, title="T", description="", row_label="r", column_label="c",
-                     texts=[[""] * classes] * classes)  # fmt: skip
-    file = tmp_path / "page.html"
-    file.write_text(page_of("T", [Section("a", "A", drawn)]))
-    watched = Watched(browser, width)
-    watched.page.goto(file.as_uri())
-    rows, columns, apart = watched.page.evaluate("""() => {
-        const texts = [...document.querySelectorAll('#a svg text:not(.label, .cell-text)')];
-        const ends = texts.filter(t => t.matches('.end'));
-        const size = of => of.map(t => parseFloat(getComputedStyle(t).fontSize));
-        return [size(ends), size(texts.filter(t => !t.matches('.end'))), ends.map(t => t.y.baseVal[0].value)];
-    }""")
-    assert len(rows) == len(columns) == classes
-    assert max(rows) <= apart[1] - apart[0]
-    cell = watched.page.evaluate("document.querySelector('#a rect.cell').width.baseVal.value")
-    assert max(columns) <= 1.05 * cell  # set aslant, letters reach less far than their size
     watched.context.close()
 
 
