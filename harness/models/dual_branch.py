@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.errors import HarnessError
-from harness.models.units import AvgPool2d, branch_unit, conv_stem
+from harness.models.units import AvgPool2d, branch, conv_stem, transition
 from harness.recipe.dual_branch_args import DualBranchArgs, parse_settings
 
 __all__ = ["DualBranchArgs", "DualBranchNet"]
@@ -90,17 +90,16 @@ class DualBranchNet(nn.Module):
         self.feature_info: list[dict[str, Any]] = []  # what timm tells of each block's features
         channels = self.in_chans if args.stem is None else args.stem
         after: tuple[int | None, ...] = (*args.transition_widths, None)
-        for block, (widths, dilations, next_width) in enumerate(
-            zip(args.widths, args.unit_dilations(), after, strict=True)
-        ):
-            style["dropout"] = args.dropout
-            self.depthwise_branches.append(_branch(channels, widths, (1,) * len(widths), **style))
-            self.dilated_branches.append(_branch(channels, widths, dilations, **style))
+        plan = zip(args.widths, args.unit_dilations(), after, strict=True)
+        style["dropout"] = args.dropout
+        for block, (widths, dilations, next_width) in enumerate(plan):
+            self.depthwise_branches.append(branch(channels, widths, (1,) * len(widths), **style))
+            self.dilated_branches.append(branch(channels, widths, dilations, **style))
             channels = widths[-1] * (2 if args.merge == "concat" else 1)
             # The merged branches are no module's output: they are what the transition is given.
             place = {"module": f"transitions.{block}", "hook_type": "forward_pre"}
             self.feature_info.append({"num_chs": channels, "reduction": 2**block, **place})
-            self.transitions.append(_transition(channels, next_width))
+            self.transitions.append(transition(channels, next_width))
             channels = next_width or channels
         self.num_features = channels
         self.head_hidden_size = args.head_width
@@ -124,14 +123,14 @@ class DualBranchNet(nn.Module):
         features: list[Tensor] = []
         x = self.stem(x)
         blocks = zip(self.depthwise_branches, self.dilated_branches, self.transitions)  # noqa: B905 - for TorchScript
-        for block, (depthwise, dilated, transition) in enumerate(blocks):
+        for block, (depthwise, dilated, between) in enumerate(blocks):
             if block <= last:
                 if self.grad_checkpointing and not torch.jit.is_scripting():
                     one, other = checkpoint(depthwise, x), checkpoint(dilated, x)
                 else:
                     one, other = depthwise(x), dilated(x)
                 features.append(one + other if self.merge == "sum" else torch.cat((one, other), dim=1))
-                x = transition(features[-1])
+                x = between(features[-1])
         return features
 
     def forward_intermediates(
@@ -170,7 +169,7 @@ class DualBranchNet(nn.Module):
             del parts[last + 1 :]
         pruned = last < len(self.feature_info) - 1
         if pruned:
-            self.transitions[-1] = _transition(0, None)
+            self.transitions[-1] = transition(0, None)
             self.num_features = self.feature_info[last]["num_chs"]
         if prune_head or pruned:
             self.head.hidden = nn.Identity()
@@ -232,22 +231,6 @@ class DualBranchNet(nn.Module):
         return set()
 
 
-def _branch(channels: int, widths: tuple[int, ...], dilations: tuple[int, ...], **style: Any) -> nn.Sequential:
-    units = []
-    for width, dilation in zip(widths, dilations, strict=True):
-        units.append(branch_unit(channels, width, dilation=dilation, **style))
-        channels = width
-    return nn.Sequential(*units)
-
-
-def _transition(channels: int, next_width: int | None) -> nn.Sequential:
-    """Half the height and width, other channels; nothing after the last block."""
-    if next_width is None:
-        return nn.Sequential()
-    conv = nn.Conv2d(channels, next_width, kernel_size=1)
-    return nn.Sequential(OrderedDict[str, nn.Module](pool=nn.MaxPool2d(kernel_size=2, stride=2), conv=conv))
-
-
 def _count(name: str, value: int, *, at_least: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
         raise HarnessError(
@@ -259,9 +242,8 @@ def _count(name: str, value: int, *, at_least: int) -> int:
 
 def _pooling(global_pool: str) -> str:
     if global_pool not in ("avg", ""):
-        raise HarnessError(
-            f'the dual-branch network has no global_pool "{global_pool}"', hint='It has avg, and "" for none.'
-        )
+        what = f'the dual-branch network has no global_pool "{global_pool}"'
+        raise HarnessError(what, hint='It has avg, and "" for none.')
     return global_pool
 
 
@@ -329,10 +311,9 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> DualBranchNet:
         features.setdefault("out_indices", tuple(range(len(parse_settings(given).widths))))
         features["feature_cls"] = kwargs.pop("feature_cls", features["feature_cls"])
         if features["feature_cls"] in ("list", "dict", "fx"):  # they take a module's output, and a merge is none
-            raise HarnessError(
-                f'{variant} has no features by feature_cls "{features["feature_cls"]}"', hint="It has getter and hook."
-            )
-    model: DualBranchNet = build_model_with_cfg(
+            what = f'{variant} has no features by feature_cls "{features["feature_cls"]}"'
+            raise HarnessError(what, hint="It has getter and hook.")
+    return build_model_with_cfg(
         DualBranchNet,
         variant,
         pretrained,
@@ -341,7 +322,6 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> DualBranchNet:
         feature_cfg=features,
         **kwargs,
     )
-    return model
 
 
 @register_model

@@ -1,4 +1,4 @@
-"""Units of a branch: depthwise separable convolution, normalisation, activation, dropout.
+"""What a dual-branch network is made of: branches of units, stem, transitions, pooling.
 
 Legend of shape letters: B images, C channels, H height and W width in pixels.
 """
@@ -6,6 +6,7 @@ Legend of shape letters: B images, C channels, H height and W width in pixels.
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 from timm.layers import LayerNorm2d, create_act_layer
 from torch import Tensor, nn
@@ -65,6 +66,26 @@ def branch_unit(
     layers = OrderedDict[str, nn.Module](conv=conv, **_norm_and_activation(out_channels, norm, activation))
     layers["drop"] = nn.Dropout(dropout)
     return nn.Sequential(layers)
+
+
+def branch(channels: int, widths: tuple[int, ...], dilations: tuple[int, ...], **style: Any) -> nn.Sequential:
+    """Units one after the other, see `branch_unit` for `style`: (B, channels, H, W) -> (B, widths[-1], H, W)."""
+    units = []
+    for width, dilation in zip(widths, dilations, strict=True):
+        units.append(branch_unit(channels, width, dilation=dilation, **style))
+        channels = width
+    return nn.Sequential(*units)
+
+
+def transition(channels: int, next_width: int | None) -> nn.Sequential:
+    """Half the height and width, other channels: (B, channels, H, W) -> (B, next_width, H / 2, W / 2).
+
+    Nothing after the last block, where `next_width` is None.
+    """
+    if next_width is None:
+        return nn.Sequential()
+    conv = nn.Conv2d(channels, next_width, kernel_size=1)
+    return nn.Sequential(OrderedDict[str, nn.Module](pool=nn.MaxPool2d(kernel_size=2, stride=2), conv=conv))
 
 
 def conv_stem(in_channels: int, out_channels: int, *, norm: str, activation: str) -> nn.Sequential:
