@@ -41,7 +41,8 @@ class Group:
 class Figure:
     """A figure of each group: its `key` in JSON, its `title` in tables, and its `values` by the letters of the groups.
 
-    Runs without one are left out. The `kind` says how it is written: "share", "number", "measured" (by a clock), "count".
+    Runs without one are left out. The `kind` says how it is written: "share", "number", "measured" (by a clock) or
+    "count".
     """
 
     key: str
