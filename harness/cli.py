@@ -14,7 +14,7 @@ from typing import NoReturn, TextIO
 
 import harness
 from harness import commands, commands_look, commands_speed, commands_sweep, commands_track, srun
-from harness.environment import calm_openmp
+from harness.environment import calm_openmp, refuse_arithmetic
 from harness.errors import EXIT_BAD_INPUT, EXIT_DONE, HarnessError, from_disk, nearest, print_error
 
 # Groups of `harness --help`, each command with its line.
@@ -54,6 +54,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     for name, text in group.items()
 }
 LASTING = ("train", "sweep", "submit", "data", "track", "bench")  # do more than print: nobody need read on
+COMPUTING = ("train", "eval", "predict", "lr-find", "bench", "summary", "doctor")
 EXIT_CODE_FILE = "HARNESS_EXIT_CODE_FILE"
 
 
@@ -101,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str], began_at: float) -> int:
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         raise HarnessError(f'unknown command "{argv[0]}"', hint=nearest(argv[0], COMMANDS))
+    if argv and argv[0] in COMPUTING and not {"-h", "--help"} & set(argv):
+        refuse_arithmetic()  # before timm is imported, which ends in a traceback where a variable is no number
     arguments, unknown = _parser().parse_known_args(argv)
     take_overrides(arguments, unknown)
     arguments.began_at = began_at

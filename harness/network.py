@@ -24,10 +24,10 @@ def choose_interface(environment: MutableMapping[str, str] = os.environ) -> None
     Nothing is changed where it is set already, where there are no ranks to reach, or where the way is not known.
     """
     head = environment.get("MASTER_ADDR")
-    ranks = int(environment.get("WORLD_SIZE", "1"))
+    ranks = int(environment.get("WORLD_SIZE") or 1)
     if not head or ranks == 1 or environment.get(GLOO_VARIABLE):
         return
-    here = int(environment.get("LOCAL_WORLD_SIZE", ranks))
+    here = int(environment.get("LOCAL_WORLD_SIZE") or ranks)
     name = interface_towards(head, several_machines=ranks > here)
     if name is not None:
         environment[GLOO_VARIABLE] = name

@@ -26,6 +26,8 @@ HARMLESS = {  # what `accelerate launch` sets, and variables that say where and 
     "ACCELERATE_USE_CPU": "yes",
     "TIMM_FUSED_ATTN": "1",
     "NVIDIA_TF32_OVERRIDE": "",
+    "WORLD_SIZE": "",
+    "LOCAL_WORLD_SIZE": "",
 }
 
 
@@ -123,6 +125,13 @@ def test_openmp_waits_quietly_in_every_command(set_by_user: dict[str, str], foun
     plain = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     done = run_limited([sys.executable, "-c", code, "recipe", "schema"], 60, plain | set_by_user, ROOT)
     assert done.stdout.splitlines()[-1] == f"{found} False", done.stderr
+
+
+def test_a_variable_that_timm_cannot_read_is_no_traceback() -> None:
+    environment = os.environ | {"TIMM_FUSED_ATTN": "yes"}
+    done = run_limited([sys.executable, "-m", "harness", "summary", "seed"], 60, environment, ROOT)
+    assert done.returncode == 2
+    assert done.stderr.startswith("ERROR TIMM_FUSED_ATTN=yes changes the arithmetic")
 
 
 def test_help_needs_no_docstrings() -> None:

@@ -94,7 +94,7 @@ def _wrong_classes(
 ) -> Iterator[HarnessError]:
     for name in classes:
         if not name.isprintable() or not _is_utf8(name):
-            shown = os.fsencode(name).decode("utf-8", "backslashreplace")
+            shown = repr(os.fsencode(name))[2:-1]
             hint = "Class names are printed and written to files: rename it, for example by convmv."
             yield HarnessError(f'the class name "{shown}" is not printable UTF-8', where=str(train), hint=hint)
     for name in sorted(set(test_classes) - set(classes)):
@@ -143,7 +143,7 @@ class _Walk:
         for entry in os.scandir(folder):
             if _is_hidden(entry.name):
                 self.left_out["hidden"] += 1
-            elif not entry.is_dir():
+            elif not os.path.isdir(entry.path):
                 self._other(entry, "next to the class folders")
         return tuple(
             (path, label)
@@ -159,12 +159,13 @@ class _Walk:
             return
         for entry in os.scandir(folder):
             suffix = os.path.splitext(entry.name)[1].lower()
+            is_file = os.path.isfile(entry.path)  # False, too, for links that go round
             if _is_hidden(entry.name):
                 self.left_out["hidden"] += 1
-            elif entry.is_dir():
+            elif os.path.isdir(entry.path):
                 yield from self._images(folder / entry.name, (*above, real))
-            elif suffix not in self._suffixes or not entry.is_file():
-                self._other(entry, suffix or "without a suffix" if entry.is_file() else "no regular file")
+            elif suffix not in self._suffixes or not is_file:
+                self._other(entry, suffix or "without a suffix" if is_file else "no regular file")
             else:
                 yield folder / entry.name
 

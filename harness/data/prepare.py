@@ -202,7 +202,7 @@ def _tell_of_waiting(path: Path) -> None:
     """The ranks of a training on one node convert once; of those that wait, the first alone says so."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    alone = (os.environ.get("WORLD_SIZE") or "1") == "1"
     who = "another process" if alone else "another rank of this training, or another process,"
     _log.warning("%s is converting this data; waiting for it (lock %s)", who, path)
 

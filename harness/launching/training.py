@@ -60,7 +60,7 @@ def choose_ranks(recipe_path: Path, overrides: Sequence[str], wanted: int | None
     Raises:
         HarnessError: more ranks than GPUs, or this process is itself one of several ranks.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if (os.environ.get("WORLD_SIZE") or "1") != "1":
         raise HarnessError(
             "was started with several ranks, and starts ranks itself",
             hint="Start it once, without accelerate launch, torchrun or srun: harness sweep SWEEP.yaml --ranks N.",

@@ -91,7 +91,7 @@ def read(path: Path) -> Document:
     where = str(path)
     try:
         if is_pipe(path):
-            if os.environ.get("WORLD_SIZE", "1") != "1":
+            if (os.environ.get("WORLD_SIZE") or "1") != "1":
                 raise HarnessError("several ranks cannot read one pipe", where=where, hint="Write it to a file first.")
         elif path.exists() and not path.is_file() and not path.is_dir():  # reading a device might never end
             raise HarnessError("is not a file", where=where, hint="Recipes are UTF-8 YAML files.")

@@ -198,7 +198,7 @@ def _steps(parts: Parts) -> Generator[Any, None, None]:
 
 
 def _check(min_lr: float, max_lr: float, steps: int) -> None:
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if (os.environ.get("WORLD_SIZE") or "1") != "1":
         raise HarnessError(
             "the range test takes one process: the recipe's global batch means the same on any number of ranks",
             hint="Start it without accelerate launch, torchrun or srun: harness lr-find RECIPE.",
