@@ -99,7 +99,7 @@ def _start(*, precision: str, seed: int, recipe_sha256: str, ignored: Mapping[st
     place = preflight.Place.of_environment()
     network.choose_interface()
     heartbeat = _meet(place, use_cpu=use_cpu, recipe_sha256=recipe_sha256) if place.world_size > 1 else None
-    with _without_local_rank(alone=place.world_size == 1):
+    with _without_ranks(alone=place.world_size == 1):
         accelerator = Accelerator(mixed_precision=precision, cpu=use_cpu)
     if accelerator.num_processes != place.world_size:
         raise HarnessError(
@@ -114,14 +114,17 @@ def _start(*, precision: str, seed: int, recipe_sha256: str, ignored: Mapping[st
 
 
 @contextmanager
-def _without_local_rank(*, alone: bool) -> Iterator[None]:
-    """A process that is alone needs no process group; Accelerate would make one where LOCAL_RANK is set."""
-    before = os.environ.pop("LOCAL_RANK", None) if alone else None
+def _without_ranks(*, alone: bool) -> Iterator[None]:
+    """A process that is alone needs no process group; Accelerate would make one where LOCAL_RANK is set, and fails on
+    variables that are set to nothing."""
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE") if alone else ()
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:
-        if before is not None:
-            os.environ["LOCAL_RANK"] = before
+        for name in names:  # Accelerate sets some itself
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 def _meet(place: preflight.Place, *, use_cpu: bool, recipe_sha256: str) -> Heartbeat:
