@@ -20,7 +20,7 @@ FAMILY = (dual_branch.dual_branch.__name__, dual_branch.dual_branch_seed.__name_
 
 # Set by the data or by the harness; given twice they could only disagree.
 RESERVED = {
-    "num_classes": "the data's classes decide it, which data.num_classes checks",
+    "num_classes": "the data's classes decide it, and data.num_classes checks them",
     "img_size": "data.image_size_px decides it",
     "in_chans": "images have three channels",
     "pretrained": "recipes train from scratch",
@@ -59,11 +59,8 @@ def build_model(name: str, *, num_classes: int, image_size_px: int, args: Mappin
         raise HarnessError(f'there is no model "{name}"', where="model.name", hint=hint)
     for key in args:
         if key in RESERVED:
-            raise HarnessError(
-                f'"{key}" must not be set in model.args: {RESERVED[key]}',
-                where=f"model.args.{key}",
-                hint=f"Remove model.args.{key}.",
-            )
+            what = f"{key} must not be set in model.args: {RESERVED[key]}"
+            raise HarnessError(what, where=f"model.args.{key}", hint="Remove it.")
     size: dict[str, Any] = {"img_size": image_size_px} if "img_size" in _arguments(name) else {}
     model = _create(name, {**args, **size, "num_classes": num_classes, "in_chans": 3})
     _check_forward(model, name, num_classes=num_classes, image_size_px=image_size_px)

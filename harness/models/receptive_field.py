@@ -172,7 +172,7 @@ def _wiring(model: DualBranchNet) -> DualBranchNet:
             nn.init.constant_(module.weight, 1 / (module.weight.shape[1] * math.sqrt(height * width)))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
+        elif isinstance(module, nn.MaxPool2d | nn.AvgPool2d):  # one that takes any size has its kernel again
             wiring.set_submodule(name, nn.AvgPool2d(module.kernel_size, module.stride, module.padding))
         elif not isinstance(module, nn.Sequential):
             wiring.set_submodule(name, nn.Identity())

@@ -1,4 +1,4 @@
-"""What a dual-branch network is made of: branches of units, stem, transitions, pooling.
+"""Parts of the dual-branch network: units of a branch, what joins the branches, transitions, pooling.
 
 Legend of shape letters: B images, C channels, H height and W width in pixels.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from timm.layers import LayerNorm2d, create_act_layer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 GROUP_NORM_CHANNELS = 16  # channels a group; best in table 3 (right) of Wu & He 2018, "Group Normalization"
 
@@ -38,15 +39,29 @@ class DepthwiseConv2d(nn.Module):
         return self.pointwise(self.depthwise(x_BCHW))
 
 
-class AvgPool2d(nn.AvgPool2d):
-    """Mean over the whole height and width, whatever they are: (B, C, H, W) -> (B, C, 1, 1).
+class Merge(nn.Sequential):
+    """Both branches of a block in one: (B, C, H, W) twice -> (B, C, H, W) by sum, (B, 2 C, H, W) by concat.
 
-    `kernel_size` is the height and width expected. Of the same bits as `nn.AvgPool2d` at that size, which the seed's
-    network has and whose name its table shows; an adaptive pooling adds in another order.
+    A module, which timm's feature extractors look for; an empty Sequential, which has no row in the summary.
+    """
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, one_BCHW: Tensor, other_BCHW: Tensor) -> Tensor:  # type: ignore[override]
+        return one_BCHW + other_BCHW if self.how == "sum" else torch.cat((one_BCHW, other_BCHW), dim=1)
+
+
+class AvgPool2d(nn.AvgPool2d):
+    """Average over all pixels, whatever the size: (B, C, H, W) -> (B, C, 1, 1).
+
+    The sums are `nn.AvgPool2d`'s to the bit, which those of an adaptive pooling are not. `kernel_size` is the usual
+    height and width, for the receptive field; the class's name is its row in the summary.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.avg_pool2d(input, (input.size(2), input.size(3)))
+        return F.avg_pool2d(input, input.shape[-2:])
 
 
 def branch_unit(
@@ -69,7 +84,7 @@ def branch_unit(
 
 
 def branch(channels: int, widths: tuple[int, ...], dilations: tuple[int, ...], **style: Any) -> nn.Sequential:
-    """Units one after the other, see `branch_unit` for `style`: (B, channels, H, W) -> (B, widths[-1], H, W)."""
+    """Units one after another: (B, channels, H, W) -> (B, widths[-1], H, W). `style` is as in `branch_unit`."""
     units = []
     for width, dilation in zip(widths, dilations, strict=True):
         units.append(branch_unit(channels, width, dilation=dilation, **style))
@@ -78,10 +93,7 @@ def branch(channels: int, widths: tuple[int, ...], dilations: tuple[int, ...], *
 
 
 def transition(channels: int, next_width: int | None) -> nn.Sequential:
-    """Half the height and width, other channels: (B, channels, H, W) -> (B, next_width, H / 2, W / 2).
-
-    Nothing after the last block, where `next_width` is None.
-    """
+    """Half the height and width, other channels; nothing after the last block."""
     if next_width is None:
         return nn.Sequential()
     conv = nn.Conv2d(channels, next_width, kernel_size=1)

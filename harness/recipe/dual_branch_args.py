@@ -113,15 +113,19 @@ class DualBranchArgs(BaseModel):
 
 
 class UnknownSetting(HarnessError, TypeError):
-    """What Python calls an unknown keyword argument, with the nearest valid one."""
+    """A setting that there is not; timm's callers expect Python's own type for an unknown argument."""
 
 
 def parse_settings(settings: Mapping[str, Any]) -> DualBranchArgs:
     """Settings as typed ones.
 
     Raises:
-        HarnessError: all that is wrong with them, in one message.
+        HarnessError: an unknown name (an UnknownSetting), or all that is wrong with the values, in one message.
     """
+    for name in settings:
+        if name not in DualBranchArgs.model_fields:
+            hint = nearest(name, DualBranchArgs.model_fields)
+            raise UnknownSetting(f'the dual-branch network has no setting "{name}"', hint=hint)
     try:
         return DualBranchArgs.model_validate(dict(settings))
     except ValidationError as error:
@@ -132,9 +136,6 @@ def parse_settings(settings: Mapping[str, Any]) -> DualBranchArgs:
 def _explain(error: ErrorDetails) -> HarnessError:
     name = str(error["loc"][0])
     key = ".".join(map(str, error["loc"]))
-    if error["type"] == "extra_forbidden":
-        hint = nearest(name, DualBranchArgs.model_fields)
-        return UnknownSetting(f'the dual-branch network has no setting "{name}"', hint=hint)
     message = error["msg"][0].lower() + error["msg"][1:]
     given = repr(error["input"])
     given = given if len(given) <= 60 else given[:57] + "…"

@@ -101,8 +101,8 @@ def _refuse_unknown(name: str, optimizer_class: Any, args: Mapping[str, Any]) ->
     layer_decay."""
     own = {"lr", "momentum", "weight_decay", *(get_optimizer_info(name).defaults or {}).keys() & {"nesterov"}}
     for key in [key for key in args if key in own]:
-        what = f'"{key}" must not be set in optimizer.args: it is a setting of its own'
-        raise HarnessError(what, where=f"optimizer.args.{key}", hint=f"Set optimizer.{key} instead.")
+        what = f"{key} must not be set in optimizer.args: optimizer.{key} decides it"
+        raise HarnessError(what, where=f"optimizer.args.{key}", hint=f"Set optimizer.{key}.")
     parameters = inspect.signature(optimizer_class.__init__).parameters
     known = [k for k in parameters if k not in ("self", "params", *own)]
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):

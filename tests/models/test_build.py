@@ -74,7 +74,7 @@ def test_wrong_names_and_arguments_are_explained(name: str, args: dict[str, Any]
 
 @pytest.mark.parametrize("key", sorted(RESERVED))
 def test_what_the_data_or_the_launcher_decides_is_no_argument(key: str) -> None:
-    with pytest.raises(HarnessError, match=rf'"{key}" must not be set in model\.args: \w'):
+    with pytest.raises(HarnessError, match=rf"^model\.args\.{key}: {key} must not be set in model\.args: \w+"):
         build("resnet18", **{key: None})
 
 
