@@ -47,9 +47,9 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _sweep_here(plan: Any, arguments: argparse.Namespace) -> int:
-    from harness.sweeps.cluster import queued_runs
     from harness.sweeps.progress import statuses
-    from harness.sweeps.running import run_here, training_words
+    from harness.sweeps.run import run_here, training_words
+    from harness.sweeps.slurm import queued_runs
     from harness.sweeps.table import plan_json, render_plan
 
     ranks = _ranks(plan, arguments)
@@ -81,8 +81,8 @@ def command_of(arguments: argparse.Namespace) -> str:
 
 def _sweep_on_cluster(plan: Any, arguments: argparse.Namespace) -> int:
     from harness.launching.submitting import request_of
-    from harness.sweeps.cluster import log_of, submit_sweep
     from harness.sweeps.plan import check_ranks
+    from harness.sweeps.slurm import log_of, submit_sweep
 
     request = request_of(arguments)
     check_ranks(plan, request["nodes"] * request["tasks_per_node"])
@@ -106,7 +106,7 @@ def _sweep_on_cluster(plan: Any, arguments: argparse.Namespace) -> int:
 
 def _sweep_by_server(plan: Any, arguments: argparse.Namespace) -> int:
     from harness.recipe.document import dump
-    from harness.sweeps.agents import configuration, create, run_agent
+    from harness.sweeps.wandb import configuration, create, run_agent
 
     if arguments.wandb_agent:
         return run_agent(plan, arguments.wandb_agent)
@@ -136,8 +136,8 @@ def _ranks(plan: Any, arguments: argparse.Namespace) -> Any:
 
 
 def _print_table(plan: Any, arguments: argparse.Namespace) -> int:
-    from harness.sweeps.cluster import queued_runs
     from harness.sweeps.progress import statuses
+    from harness.sweeps.slurm import queued_runs
     from harness.sweeps.table import render_table, table_json
 
     found = statuses(plan, queued_runs(plan))

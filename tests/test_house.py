@@ -281,7 +281,7 @@ def test_the_sandbox_is_executable() -> None:
         "harness.launching.ranks",
         "harness.launching.submitting",
         "harness.sweeps.plan",
-        "harness.sweeps.running",
+        "harness.sweeps.run",
     ],
 )
 def test_what_runs_before_training_does_not_import_torch(module: str) -> None:

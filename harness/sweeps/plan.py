@@ -10,8 +10,8 @@ from harness.errors import HarnessError, ManyErrors
 from harness.recipe import Recipe, load
 from harness.recipe.loading import changed_settings, fingerprint, load_variants
 from harness.run_directory import runs_of
-from harness.sweeps.document import SweepFile, read_sweep
 from harness.sweeps.points import Point, override_text, points_of
+from harness.sweeps.spec import SweepFile, read_sweep
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from harness.errors import HarnessError, ManyErrors
 from harness.recipe import Recipe
 from harness.recipe.document import parse_value
 from harness.recipe.dual_branch_args import DualBranchArgs
-from harness.sweeps.document import Parameter, Sweep, SweepFile
+from harness.sweeps.spec import Parameter, Sweep, SweepFile
 
 ID_LETTERS = 10
 TRIES_PER_POINT = 100  # until a point that was drawn before gives way to another one

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.runs import Run
-from harness.sweeps.document import Metric
 from harness.sweeps.plan import Plan
 from harness.sweeps.points import Point
 from harness.sweeps.progress import Status, count_states
+from harness.sweeps.spec import Metric
 
 
 @dataclass(frozen=True)

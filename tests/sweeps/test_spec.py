@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from harness.cli import main
 from harness.errors import HarnessError, ManyErrors
 from harness.recipe.document import parse_value
-from harness.sweeps.document import Parameter
 from harness.sweeps.plan import Plan, check_ranks, check_unchanged, plan_sweep
 from harness.sweeps.points import override_text, points_of, whole_numbers
+from harness.sweeps.spec import Parameter
 
 GRID = """recipe: tiny.yaml
 method: grid

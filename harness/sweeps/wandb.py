@@ -14,10 +14,10 @@ from typing import Any
 from harness.errors import HarnessError, ManyErrors
 from harness.launching.training import Ranks, loader_override
 from harness.recipe.document import parse_value
-from harness.sweeps.document import Metric, Parameter
 from harness.sweeps.plan import Plan
 from harness.sweeps.points import override_text, whole_numbers
-from harness.sweeps.running import Trainer
+from harness.sweeps.run import Trainer
+from harness.sweeps.spec import Metric, Parameter
 
 VALUES_OF_POINT = "${args_no_hyphens}"  # the agent puts `key=value …` in its place
 

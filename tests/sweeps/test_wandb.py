@@ -13,8 +13,8 @@ import yaml
 from harness.cli import main
 from harness.launching.training import Ranks
 from harness.recipe import load
-from harness.sweeps.agents import configuration
 from harness.sweeps.plan import plan_sweep
+from harness.sweeps.wandb import configuration
 from harness.tracking.rows import values_of
 from harness.tracking.wandb_tracker import new_run_id
 from tests.conftest import ROOT, run_limited

@@ -25,7 +25,7 @@ from harness.run_directory import is_unused
 from harness.sweeps.plan import Plan, Trial, plan_sweep
 from harness.sweeps.points import Point
 from harness.sweeps.progress import read_exit_code, status_of, statuses, write_exit_code
-from harness.sweeps.running import Trainer, held, run_here
+from harness.sweeps.run import Trainer, held, run_here
 from harness.sweeps.table import rows_of
 from tests.conftest import ROOT, kill_tree, run_limited
 
@@ -220,7 +220,7 @@ def test_the_command_that_goes_on_is_the_one_that_was_given() -> None:
 def test_a_training_does_not_outlive_the_sweep_that_is_killed(tmp_path: Path) -> None:
     """It is told to stop, as by a scheduler, and has its time to write a checkpoint."""
     code = (
-        "import sys; from harness.sweeps.running import Trainer\n"
+        "import sys; from harness.sweeps.run import Trainer\n"
         "with Trainer(quiet=False) as trainer: trainer.train([sys.executable, '-c', *sys.argv[1:]], {})"
     )
     sweep = subprocess.Popen([sys.executable, "-c", code, STUBBORN, str(tmp_path)], cwd=ROOT)

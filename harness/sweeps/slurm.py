@@ -21,7 +21,7 @@ from harness.recipe.loading import resolved_yaml
 from harness.run_directory import JOB
 from harness.sweeps.plan import Plan, Trial
 from harness.sweeps.progress import statuses
-from harness.sweeps.running import held
+from harness.sweeps.run import held
 
 SUBMITTED = "submitted.json"
 SQUEUE_LIMIT_SECONDS = 60
