@@ -32,134 +32,116 @@ def build_sweep(parser: argparse.ArgumentParser) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    from harness.sweeps.plan import check_unchanged, plan_sweep
+    from harness.sweeps.run import check_unchanged
+    from harness.sweeps.spec import load_sweep
 
     _refuse_lost_options(arguments)
-    plan = plan_sweep(arguments.sweep)
-    check_unchanged(plan)
+    sweep = load_sweep(arguments.sweep)
+    check_unchanged(sweep)
     if arguments.table:
-        return _print_table(plan, arguments)
-    if arguments.slurm:
-        return _sweep_on_cluster(plan, arguments)
-    if arguments.wandb or arguments.wandb_agent:
-        return _sweep_by_server(plan, arguments)
-    return _sweep_here(plan, arguments)
-
-
-def _sweep_here(plan: Any, arguments: argparse.Namespace) -> int:
-    from harness.sweeps.progress import statuses
-    from harness.sweeps.run import run_here, training_words
-    from harness.sweeps.slurm import queued_runs
-    from harness.sweeps.table import plan_json, render_plan
-
-    ranks = _ranks(plan, arguments)
-    queued = sorted(queued_runs(plan))
-    if arguments.dry_run:
-        found = statuses(plan, queued)
-        command = ranks.command(training_words(plan.trials[0], plan.file.recipe_path))
-        _print(plan_json(found) if arguments.json else f"{render_plan(found)}\n{shlex.join(command)}")
+        _print_table(sweep, arguments)
         return EXIT_DONE
-    code = run_here(
-        plan,
-        ranks,
-        retry_failed=arguments.retry_failed,
-        quiet=arguments.json,
-        again=command_of(arguments),
-        queued=queued,
-    )
-    _print_table(plan, arguments)
+    if arguments.slurm:
+        return _sweep_on_cluster(sweep, arguments)
+    if arguments.wandb or arguments.wandb_agent:
+        return _sweep_by_server(sweep, arguments)
+    return _sweep_here(sweep, arguments)
+
+
+def _sweep_here(sweep: Any, arguments: argparse.Namespace) -> int:
+    from harness.sweeps.run import run_here, statuses, training_words
+    from harness.sweeps.slurm import queued_runs
+    from harness.sweeps.table import plan_of, render_plan
+
+    ranks = _ranks(sweep, arguments)
+    queued = queued_runs(sweep)
+    if arguments.dry_run:
+        plan = plan_of(statuses(sweep, queued))
+        command = shlex.join(ranks.command(training_words(sweep, sweep.runs[0])))
+        _print(plan if arguments.json else f"{render_plan(plan)}\n{command}")
+        return EXIT_DONE
+    words = ["harness", "sweep", str(arguments.sweep)]
+    words += ["--ranks", str(arguments.ranks)] if arguments.ranks is not None else []
+    words += ["--retry-failed"] if arguments.retry_failed else []
+    words += ["--json"] if arguments.json else []
+    retry, again = arguments.retry_failed, shlex.join(words)
+    code = run_here(sweep, ranks, retry_failed=retry, quiet=arguments.json, again=again, queued=queued)
+    _print_table(sweep, arguments)
     return code
 
 
-def command_of(arguments: argparse.Namespace) -> str:
-    """The command as it was given."""
-    words = ["harness", "sweep", str(arguments.sweep)]
-    words += ["--ranks", str(arguments.ranks)] if arguments.ranks is not None else []
-    words += [f"--{name}" for name in ("retry-failed", "json") if getattr(arguments, name.replace("-", "_"))]
-    return shlex.join(words)
-
-
-def _sweep_on_cluster(plan: Any, arguments: argparse.Namespace) -> int:
+def _sweep_on_cluster(sweep: Any, arguments: argparse.Namespace) -> int:
     from harness.launching.submitting import request_of
-    from harness.sweeps.plan import check_ranks
-    from harness.sweeps.slurm import log_of, submit_sweep
+    from harness.sweeps.run import check_ranks
+    from harness.sweeps.slurm import submit
 
     request = request_of(arguments)
-    check_ranks(plan, request["nodes"] * request["tasks_per_node"])
-    done = submit_sweep(plan, request=request, retry_failed=arguments.retry_failed, dry_run=arguments.dry_run)
-    if done.job_id is None and arguments.json:
-        _print({"job": None, "runs": [{"run_directory": str(t.directory.absolute())} for t in done.trials]})
-        return EXIT_DONE
-    if done.job_id is None:
-        print(done.text if done.trials else "no run is due: all are finished, failed, running or queued", end="")
-        print(end="" if done.trials else "\n")
-        return EXIT_DONE
-    logs = [(str(t.directory.absolute()), str(log_of(plan, done.job_id, i))) for i, t in enumerate(done.trials)]
+    check_ranks(sweep, request["nodes"] * request["tasks_per_node"])
+    retry, dry_run = arguments.retry_failed, arguments.dry_run
+    script, job_id, tasks = submit(sweep, request=request, retry_failed=retry, dry_run=dry_run)
     if arguments.json:
-        _print({"job": done.job_id, "runs": [{"run_directory": run, "log": log} for run, log in logs]})
+        _print({"job": job_id, "runs": tasks})
+    elif job_id is None:
+        print(script or "no run is due: all are finished, failed, running or queued\n", end="")
     else:
-        print(f"job {done.job_id}")
-        for run_directory, log in logs:
-            print(f"run directory {run_directory}\nlog {log}")
+        print(f"job {job_id}", *(f"run directory {t['run_directory']}\nlog {t['log']}" for t in tasks), sep="\n")
     return EXIT_DONE
 
 
-def _sweep_by_server(plan: Any, arguments: argparse.Namespace) -> int:
+def _sweep_by_server(sweep: Any, arguments: argparse.Namespace) -> int:
     from harness.recipe.document import dump
-    from harness.sweeps.wandb import configuration, create, run_agent
+    from harness.sweeps.wandb import configuration, run_agent
+    from harness.tracking.wandb_sweep import create_sweep
 
     if arguments.wandb_agent:
-        return run_agent(plan, arguments.wandb_agent)
-    ranks = _ranks(plan, arguments)
+        return run_agent(sweep, arguments.wandb_agent)
+    found = configuration(sweep, _ranks(sweep, arguments))
     if arguments.dry_run:
-        found = configuration(plan, ranks)
         _print(found if arguments.json else dump(found).rstrip())
         return EXIT_DONE
-    sweep_id = create(plan, ranks)
+    tracking = sweep.runs[0].recipe.tracking
+    sweep_id = create_sweep(found, project=tracking.project, entity=tracking.entity)
     agent = f"harness sweep {shlex.quote(str(arguments.sweep))} --wandb-agent {sweep_id}"
     _print({"id": sweep_id, "agent": agent} if arguments.json else f"{sweep_id}\n{agent}")
     return EXIT_DONE
 
 
-def _ranks(plan: Any, arguments: argparse.Namespace) -> Any:
+def _ranks(sweep: Any, arguments: argparse.Namespace) -> Any:
     """The ranks of every training, the same for all so that their figures can be compared."""
     from harness.launching.training import choose_ranks
-    from harness.sweeps.plan import check_ranks
+    from harness.sweeps.run import check_ranks
 
-    first = plan.trials[0]
-    measure = not arguments.dry_run
-    ranks = choose_ranks(plan.file.recipe_path, first.overrides, arguments.ranks, measure=measure)
-    check_ranks(plan, ranks.count)
+    overrides, measure = sweep.runs[0].overrides, not arguments.dry_run
+    ranks = choose_ranks(sweep.recipe_path, overrides, arguments.ranks, measure=measure)
+    check_ranks(sweep, ranks.count)
     if ranks.note:
         print(f"sweep: {ranks.note}", file=sys.stderr)
     return ranks
 
 
-def _print_table(plan: Any, arguments: argparse.Namespace) -> int:
-    from harness.sweeps.progress import statuses
+def _print_table(sweep: Any, arguments: argparse.Namespace) -> None:
+    from harness.sweeps.run import statuses
     from harness.sweeps.slurm import queued_runs
-    from harness.sweeps.table import render_table, table_json
+    from harness.sweeps.table import render_table, table_of
 
-    found = statuses(plan, queued_runs(plan))
-    _print(table_json(plan, found) if arguments.json else render_table(plan, found))
-    return EXIT_DONE
+    table = table_of(sweep, statuses(sweep, queued_runs(sweep)))
+    _print(table if arguments.json else render_table(table))
 
 
 def _refuse_lost_options(arguments: argparse.Namespace) -> None:
     """Options that would do nothing are mistakes."""
-    cluster = argparse.ArgumentParser(add_help=False)
     from harness.launching.submitting import add_options
 
+    cluster = argparse.ArgumentParser(add_help=False)
     add_options(cluster, array_of_seeds=False)
     usual = vars(cluster.parse_args([]))
-    given = [f"--{n.replace('_', '-')}" for n, v in usual.items() if getattr(arguments, n) != v]
-    given = ["--time" if name == "--time-limit" else name for name in given]
+    given = [name.replace("_", "-") for name, value in usual.items() if getattr(arguments, name) != value]
     if given and not arguments.slurm:
-        raise HarnessError(f"{', '.join(given)}: only with --slurm", hint="Add --slurm, or leave it out.")
+        options = ", ".join(f"--{name}" for name in given).replace("--time-limit", "--time")
+        raise HarnessError(f"{options}: only with --slurm", hint="Add --slurm, or leave it out.")
     if arguments.slurm and arguments.ranks is not None:
         raise HarnessError("--ranks is for this machine alone", hint="With --slurm: --nodes N --tasks-per-node R.")
-    own = {"--ranks": arguments.ranks is not None, "--dry-run": arguments.dry_run, "--json": arguments.json}
-    lost = [name for name, is_given in own.items() if is_given]
+    lost = [f"--{name}" for name in ("ranks", "dry-run", "json") if getattr(arguments, name.replace("-", "_"))]
     if arguments.wandb_agent and lost:
         raise HarnessError(
             f"{', '.join(lost)}: not with --wandb-agent, which trains as the server's sweep says",

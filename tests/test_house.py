@@ -280,7 +280,7 @@ def test_the_sandbox_is_executable() -> None:
         "harness.launching.local",
         "harness.launching.ranks",
         "harness.launching.submitting",
-        "harness.sweeps.plan",
+        "harness.sweeps.spec",
         "harness.sweeps.run",
     ],
 )

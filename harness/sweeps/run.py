@@ -1,4 +1,4 @@
-"""The runs of a sweep on this machine, one after another, each on all its ranks."""
+"""The runs of a sweep: how far each is, and training those that are due on this machine."""
 
 from __future__ import annotations
 
@@ -6,79 +6,191 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from types import FrameType
+from typing import Literal, get_args
 
 from harness import signals
-from harness.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, HarnessError
+from harness.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DIVERGED,
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_REQUEUE,
+    HarnessError,
+    ManyErrors,
+)
+from harness.files import write_text
 from harness.launching.ranks import CODE_FILE_VARIABLE
 from harness.launching.training import Ranks, loader_override
 from harness.locks import holding
-from harness.sweeps.plan import Plan, Trial
-from harness.sweeps.progress import count_states, status_of, statuses, write_exit_code
+from harness.recipe import load
+from harness.recipe.loading import changed_settings
+from harness.run_directory import EXIT_CODE, is_unused
+from harness.runs import Run, is_held, open_run
+from harness.sweeps.spec import Sweep, SweepRun, label
+
+FAILURES = {EXIT_FAILED: "broke off", EXIT_BAD_INPUT: "bad input", EXIT_DIVERGED: "diverged"}
+State = Literal["finished", "running", "queued", "stopped", "failed", "new"]
 
 
-def held(plan: Plan) -> AbstractContextManager[None]:
-    """Hold the sweep's folder: two at once would train the same runs.
+@dataclass(frozen=True)
+class Status:
+    """How far a run is, as the disk shows it.
+
+    Attributes:
+        state: new (not begun), queued (in a SLURM job), running (a process holds it), stopped (it has a checkpoint to
+            resume from), failed (with `exit_code`), or finished.
+        on_disk: None before its first record.
+    """
+
+    run: SweepRun
+    state: State
+    exit_code: int | None = None
+    on_disk: Run | None = None
+
+    @property
+    def in_words(self) -> str:
+        return in_words(self.state, self.exit_code)
+
+    def is_due(self, *, retry_failed: bool) -> bool:
+        """Whether it is to be trained now."""
+        return self.state in ("new", "stopped") or (self.state == "failed" and retry_failed)
+
+
+def statuses(sweep: Sweep, queued: Collection[str] = ()) -> list[Status]:
+    """The status of each run, in their order; `queued` names those that SLURM has."""
+    return [status_of(run, queued) for run in sweep.runs]
+
+
+def status_of(run: SweepRun, queued: Collection[str] = ()) -> Status:
+    path, on_disk, exit_code = run.directory, None, None
+    with suppress(HarnessError):  # it is no run yet
+        on_disk = None if is_unused(path) else open_run(path)
+    with suppress(OSError, ValueError):
+        exit_code = int((path / EXIT_CODE).read_text())
+    if is_held(path):
+        return Status(run, "running", on_disk=on_disk)
+    if on_disk is not None and on_disk.state == "finished":
+        return Status(run, "finished", on_disk=on_disk)
+    if run.name in queued:
+        return Status(run, "queued", on_disk=on_disk)
+    if exit_code in FAILURES:
+        return Status(run, "failed", exit_code, on_disk)
+    return Status(run, "new" if on_disk is None else "stopped", on_disk=on_disk)
+
+
+def in_words(state: str, exit_code: int | None) -> str:
+    """A state, and how a run failed."""
+    return f"failed: {FAILURES[exit_code]} (exit code {exit_code})" if exit_code is not None else state
+
+
+def count_states(states: Iterable[str]) -> str:
+    """Such as "2 finished, 1 failed"."""
+    numbers = Counter(states)
+    return ", ".join(f"{numbers[state]} {state}" for state in get_args(State) if numbers[state])
+
+
+def check_ranks(sweep: Sweep, ranks: int) -> None:
+    """Raise a HarnessError where a run's batch cannot be shared out among the ranks."""
+    sizes = dict.fromkeys(
+        f"{batch}" + (f" in {steps} micro-batches" if steps > 1 else "")
+        for training in (run.recipe.training for run in sweep.runs)
+        for batch, steps in [(training.global_batch_size, training.gradient_accumulation_steps)]
+        if batch % (steps * ranks)
+    )
+    if sizes:
+        raise HarnessError(
+            f"training.global_batch_size cannot be shared out among {ranks} ranks: {', '.join(sizes)}",
+            where=str(sweep.path),
+            hint="Choose multiples, or another number of ranks.",
+        )
+
+
+def check_unchanged(sweep: Sweep) -> None:
+    """Raise a HarnessError where a run on disk has other settings: the sweep's recipe may have been edited since."""
+    errors: dict[str, HarnessError] = {}
+    for run in sweep.runs:
+        file = run.directory / "recipe.yaml"
+        changed = changed_settings(load(file), run.recipe, other_length=False) if file.exists() else {}
+        if changed:
+            listed = "; ".join(f"{key}: {old!r} → {new!r}" for key, (old, new) in changed.items())
+            what = f"{run.name} was trained with other settings: {listed}"
+            hint = "Give the sweep another name, or undo the change in the recipe; nothing was overwritten."
+            errors.setdefault(listed, HarnessError(what, where=str(run.directory), hint=hint))
+    if errors:
+        raise ManyErrors(str(sweep.folder), list(errors.values()))
+
+
+def held(sweep: Sweep) -> AbstractContextManager[None]:
+    """Hold the sweep's folder: two processes at once would train the same runs.
 
     Raises:
         HarnessError: another process holds it, or it cannot be made.
     """
     taken = HarnessError(
         "another process runs this sweep",
-        where=str(plan.folder),
+        where=str(sweep.folder),
         hint="Wait for it (harness sweep SWEEP.yaml --table shows how far it is), or give the sweep another name.",
     )
     hint = "Start in a folder that can be written to."
-    return holding(plan.folder, taken=taken, use="the sweep's folder", hint=hint)
+    return holding(sweep.folder, taken=taken, use="the sweep's folder", hint=hint)
 
 
-def training_words(trial: Trial, recipe_path: Path) -> list[str]:
-    """The words behind `harness` that train a run, or go on with it; the same on every rank."""
-    loader = loader_override(trial.recipe)
-    place = ["--run-dir", str(trial.directory), "--resume", "auto"]
-    return ["train", str(recipe_path), *trial.overrides, *loader, *place]
+def training_words(sweep: Sweep, run: SweepRun) -> list[str]:
+    """The words after `harness` that train a run or resume it, the same on every rank."""
+    words = ["train", str(sweep.recipe_path), *run.overrides, *loader_override(run.recipe)]
+    return [*words, "--run-dir", str(run.directory), "--resume", "auto"]
 
 
 def run_here(
-    plan: Plan, ranks: Ranks, *, retry_failed: bool, quiet: bool, again: str, queued: Sequence[str] = ()
+    sweep: Sweep, ranks: Ranks, *, retry_failed: bool, quiet: bool, again: str, queued: Collection[str] = ()
 ) -> int:
-    """Train all runs that are due, in order.
+    """Train all runs that are due, one after another, each on all ranks.
 
-    A stop signal is handed on to the training under way, which ends with a checkpoint; the sweep ends behind it.
+    A stop signal is passed on to the current training, which ends with a checkpoint; then the sweep ends.
 
     Args:
-        retry_failed: train those again that failed, from their last checkpoint.
-        quiet: what trainings print goes to stderr, so that stdout is free for the table.
-        again: the command that goes on with the sweep, to be told when it is stopped.
-        queued: names of runs that a scheduler has, which are left to it.
+        retry_failed: train failed runs again, from their last checkpoint.
+        quiet: trainings print on stderr, so that stdout is free for the table.
+        again: the command that resumes the sweep, printed when a signal stops it.
+        queued: names of runs that are left to SLURM.
 
     Returns:
         0 where all are finished; 1 where some failed or are someone else's; 75 where a signal stopped the sweep.
     """
-    with held(plan), Trainer(quiet=quiet) as trainer:
-        for number, trial in enumerate(plan.trials, start=1):
-            status = status_of(trial, queued=trial.name in queued)
-            title = f"{number}/{len(plan.trials)} {trial.name} ({trial.point.label()})"
+    with held(sweep), Trainer(quiet=quiet) as trainer:
+        for number, run in enumerate(sweep.runs, start=1):
+            status = status_of(run, queued)
+            title = f"{number}/{len(sweep.runs)} {run.name} ({label(run.values)})"
             if not status.is_due(retry_failed=retry_failed):
-                _say(f"{title}: {status.words()}")
+                _say(f"{title}: {status.in_words}")
                 continue
-            _say(f"{title}: {'goes on' if status.state == 'stopped' else 'starts'}")
-            code = trainer.train(ranks.command(training_words(trial, plan.file.recipe_path)), ranks.variables())
-            if status_of(trial).state == "finished":  # whatever signal met its processes as they wound down
+            _say(f"{title}: {'resumes' if status.state == 'stopped' else 'starts'}")
+            code = trainer.train(ranks.command(training_words(sweep, run)), ranks.variables())
+            if status_of(run).state == "finished":  # whatever signal reached its processes as they ended
                 code = EXIT_DONE
-            write_exit_code(trial.directory, code)
+            run.directory.mkdir(parents=True, exist_ok=True)  # a training that met bad input made none
+            write_text(run.directory / EXIT_CODE, f"{code}\n")
             if trainer.stopping:
-                return _tell_stop(plan, trial, code, again)
+                how = {EXIT_DONE: "which is finished", EXIT_REQUEUE: "with a checkpoint"}.get(code, f"exit code {code}")
+                _say(f"stopped at {run.name}, {how}; {count_states(s.state for s in statuses(sweep))}")
+                _say(f"the same command resumes: {again}")
+                return EXIT_REQUEUE
             if code != EXIT_DONE:
-                _say(f"{trial.name}: {status_of(trial).words()}")
-    return _tell_end(plan, retry_failed=retry_failed, queued=queued)
+                _say(f"{run.name}: {status_of(run).in_words}")
+    states = [status.state for status in statuses(sweep, queued)]
+    if "failed" in states and not retry_failed:
+        _say("--retry-failed trains failed runs again, from their last checkpoint")
+    _say(count_states(states))
+    return EXIT_DONE if set(states) == {"finished"} else EXIT_FAILED
 
 
 class Trainer:
-    """Runs trainings, and hands stop signals on to the one under way."""
+    """Runs trainings, and passes stop signals on to the current one."""
 
     def __init__(self, *, quiet: bool) -> None:
         self.stopping = False
@@ -86,7 +198,7 @@ class Trainer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Trainer:
-        self._before = {number: signal.signal(number, self._hand_on) for number in signals.STOP_SIGNALS}
+        self._before = {number: signal.signal(number, self._pass_on) for number in signals.STOP_SIGNALS}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -94,15 +206,15 @@ class Trainer:
             signal.signal(number, handler)
 
     def train(self, command: Sequence[str], variables: dict[str, str]) -> int:
-        """Run a command; its exit code, 128 + n where signal n ended it.
+        """Run a command with more environment variables; its exit code, 128 + n where signal n ended it.
 
         The training has a session of its own, so that Ctrl-C reaches it through us alone and not twice.
         """
-        environment = {n: v for n, v in os.environ.items() if n != CODE_FILE_VARIABLE} | variables
+        environment = {name: value for name, value in os.environ.items() if name != CODE_FILE_VARIABLE}
         sys.stdout.flush()
         self._process = subprocess.Popen(
             command,
-            env=environment,
+            env=environment | variables,
             stdout=self._output,
             start_new_session=True,
             preexec_fn=signals.end_with_parent,
@@ -113,28 +225,10 @@ class Trainer:
         self._process = None
         return code if code >= 0 else 128 - code
 
-    def _hand_on(self, number: int, frame: FrameType | None) -> None:
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self.stopping = True
         if self._process is not None:
             self._process.send_signal(number)
-
-
-def _tell_stop(plan: Plan, trial: Trial, code: int, again: str) -> int:
-    how = {EXIT_DONE: "which is finished", EXIT_REQUEUE: "with a checkpoint"}.get(code, f"exit code {code}")
-    _say(f"stopped at {trial.name}, {how}; {count_states(statuses(plan))}")
-    _say(f"the same command goes on: {again}")
-    return EXIT_REQUEUE
-
-
-def _tell_end(plan: Plan, *, retry_failed: bool, queued: Sequence[str]) -> int:
-    found = statuses(plan, queued)
-    failed = [status for status in found if status.state == "failed"]
-    for status in failed:
-        _say(f"{status.trial.name}: {status.words()}")
-    if failed and not retry_failed:
-        _say("--retry-failed trains those that failed again, from their last checkpoint")
-    _say(count_states(found))
-    return EXIT_DONE if all(status.state == "finished" for status in found) else EXIT_FAILED
 
 
 def _say(text: str) -> None:

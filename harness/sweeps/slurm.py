@@ -1,4 +1,4 @@
-"""The runs of a sweep as an array of SLURM: each task is a run that stops, queues itself again and goes on alone."""
+"""The runs of a sweep as a SLURM array, whose tasks stop, queue again and resume by themselves."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,116 +18,107 @@ from harness.launching.slurm import Job, sbatch_text
 from harness.launching.submitting import MAX_ARRAY, RECIPE, SCRIPT, submit_script
 from harness.recipe.loading import resolved_yaml
 from harness.run_directory import JOB
-from harness.sweeps.plan import Plan, Trial
-from harness.sweeps.progress import statuses
-from harness.sweeps.run import held
+from harness.sweeps.run import held, statuses
+from harness.sweeps.spec import Sweep, SweepRun
 
 SUBMITTED = "submitted.json"
 SQUEUE_LIMIT_SECONDS = 60
 
 
-@dataclass(frozen=True)
-class Submitted:
-    """An array and its runs, in the order of its tasks; `job_id` is None in a dry run and where nothing was due."""
-
-    text: str
-    trials: tuple[Trial, ...]
-    job_id: str | None
-
-
-def submit_sweep(plan: Plan, *, request: Mapping[str, Any], retry_failed: bool, dry_run: bool = False) -> Submitted:
-    """Submit all runs that are due and that no job has yet.
+def submit(
+    sweep: Sweep, *, request: Mapping[str, Any], retry_failed: bool, dry_run: bool
+) -> tuple[str, str | None, list[dict[str, str]]]:
+    """Submit all runs that are due and in no job yet.
 
     Args:
         request: fields of `Job` about what a task asks for.
-        retry_failed: those too that failed.
-        dry_run: only make the text; nothing is written.
+        retry_failed: failed runs too.
+        dry_run: write and submit nothing.
+
+    Returns:
+        The batch script, "" where no run is due; the job's id, None where none was submitted; the `run_directory` of
+        each task and, once it is submitted, its `log`.
 
     Raises:
         HarnessError: too many runs, another process runs this sweep, or sbatch is missing or refuses the job; nothing
             is left of it then.
     """
-    with ExitStack() as stack:
-        if not dry_run:
-            stack.enter_context(held(plan))
-        found = statuses(plan, queued_runs(plan, must_answer=not dry_run))
-        trials = tuple(status.trial for status in found if status.is_due(retry_failed=retry_failed))
-        if len(trials) > MAX_ARRAY:
-            raise HarnessError(
-                f"{len(trials):,} runs are more than the {MAX_ARRAY:,} tasks of an array",
-                where=str(plan.file.path),
-                hint="Fewer values, points or seeds, in several sweeps.",
-            )
-        text = sbatch_text(_job(plan, trials, request)) if trials else ""
-        if dry_run or not trials:
-            return Submitted(text, trials, None)
-        return Submitted(text, trials, _submit(plan, trials, text))
+    with nullcontext() if dry_run else held(sweep):
+        found = statuses(sweep, queued_runs(sweep, must_answer=not dry_run))
+        runs = [status.run for status in found if status.is_due(retry_failed=retry_failed)]
+        if len(runs) > MAX_ARRAY:
+            what = f"{len(runs):,} runs are more than the {MAX_ARRAY:,} tasks of an array"
+            hint = "Fewer values, points or seeds, in several sweeps."
+            raise HarnessError(what, where=str(sweep.path), hint=hint)
+        tasks = [{"run_directory": str(run.directory.absolute())} for run in runs]
+        if not runs:
+            return "", None, tasks
+        folder = sweep.folder.absolute()
+        job = Job(
+            name=sweep.spec.name,
+            recipe=str(sweep.recipe_path.absolute()),
+            run_directory=str(folder),
+            python=sys.executable,
+            runs=tuple(task["run_directory"] for task in tasks),
+            again=f"harness sweep {shlex.quote(str(sweep.path.absolute()))} --slurm, in {Path.cwd()}",
+            **request,
+        )
+        script = sbatch_text(job)
+        if dry_run:
+            return script, None, tasks
+        job_id = _submit(sweep, runs, script)
+    for index, task in enumerate(tasks):
+        task["log"] = str(folder / JOB / f"{job_id}_{index}.out")
+    return script, job_id, tasks
 
 
-def queued_runs(plan: Plan, *, must_answer: bool = False) -> set[str]:
-    """Names of the runs that jobs of this sweep still have, waiting or running, as squeue tells.
+def queued_runs(sweep: Sweep, *, must_answer: bool = False) -> set[str]:
+    """Names of the runs that this sweep's jobs still have, waiting or running.
 
     Args:
-        must_answer: it is an error where squeue cannot tell; else none is taken to be queued then.
+        must_answer: a squeue that cannot tell is an error; else no run counts as queued then.
     """
     names: set[str] = set()
-    for entry in _submissions(_submitted_file(plan)):
-        runs, job_id = entry.get("runs"), str(entry.get("job_id"))
-        if isinstance(runs, list):
-            tasks = _tasks_of(job_id, must_answer=must_answer)
-            names |= {str(runs[index]) for index in tasks if index < len(runs)}
+    for job in _submitted(sweep):
+        tasks = _tasks_of(job["job_id"], must_answer=must_answer)
+        names |= {name for index, name in enumerate(job["runs"]) if index in tasks}
     return names
 
 
-def log_of(plan: Plan, job_id: str, index: int) -> Path:
-    """Where SLURM writes what a task of the array prints."""
-    return plan.folder.absolute() / JOB / f"{job_id}_{index}.out"
-
-
-def _job(plan: Plan, trials: Sequence[Trial], request: Mapping[str, Any]) -> Job:
-    again = f"harness sweep {shlex.quote(str(plan.file.path.absolute()))} --slurm, in {Path.cwd()}"
-    return Job(
-        name=plan.name,
-        recipe=str(plan.file.recipe_path.absolute()),
-        run_directory=str(plan.folder.absolute()),
-        python=sys.executable,
-        runs=tuple(str(trial.directory.absolute()) for trial in trials),
-        again=again,
-        **request,
-    )
-
-
-def _submit(plan: Plan, trials: Sequence[Trial], text: str) -> str:
-    """Freeze the recipes, write the script and submit it; what was made is taken back where SLURM refuses."""
+def _submit(sweep: Sweep, runs: Sequence[SweepRun], script: str) -> str:
+    """Freeze the recipes, write the script and submit it; what was made is removed where SLURM refuses."""
+    folder = sweep.folder / JOB
     with ExitStack() as undo:
-        for trial in trials:
-            folder = trial.directory / JOB
-            _make(folder, undo)
-            if not (folder / RECIPE).exists():
-                undo.callback((folder / RECIPE).unlink, missing_ok=True)
-            write_text(folder / RECIPE, resolved_yaml(trial.recipe))
-        _make(plan.folder / JOB, undo)
-        script = plan.folder / JOB / SCRIPT
-        write_text(script, text)
-        job_id = submit_script(script, undo)
-    file = _submitted_file(plan)
-    write_json(file, [*_submissions(file), {"job_id": job_id, "runs": [trial.name for trial in trials]}])
+        for run in runs:
+            _make(run.directory / JOB, undo)
+            write_text(run.directory / JOB / RECIPE, resolved_yaml(run.recipe))
+        _make(folder, undo)
+        write_text(folder / SCRIPT, script)
+        job_id = submit_script(folder / SCRIPT, undo)
+    write_json(folder / SUBMITTED, [*_submitted(sweep), {"job_id": job_id, "runs": [run.name for run in runs]}])
     return job_id
 
 
 def _make(folder: Path, undo: ExitStack) -> None:
-    """Make a folder; `undo` removes what was not there before."""
-    for missing in [path for path in (folder, *folder.parents) if not path.exists()][::-1]:
-        missing.mkdir()
-        undo.callback(shutil.rmtree, missing, ignore_errors=True)
+    """Make a folder and those above it; `undo` removes what was not there before."""
+    if not folder.exists():
+        _make(folder.parent, undo)
+        folder.mkdir()
+        undo.callback(shutil.rmtree, folder, ignore_errors=True)
 
 
-def _submitted_file(plan: Plan) -> Path:
-    return plan.folder / JOB / SUBMITTED
+def _submitted(sweep: Sweep) -> list[dict[str, Any]]:
+    """The jobs submitted so far, each with its `job_id` and the names of its `runs` in the order of its tasks."""
+    file = sweep.folder / JOB / SUBMITTED
+    try:
+        return json.loads(file.read_text()) if file.exists() else []
+    except ValueError:
+        hint = "Remove it when squeue shows no job of this sweep any more."
+        raise HarnessError("is broken", where=str(file), hint=hint) from None
 
 
-def _tasks_of(job_id: str, *, must_answer: bool) -> list[int]:
-    """Indices of an array's tasks that SLURM has not ended; none where it does not know the job any more."""
+def _tasks_of(job_id: str, *, must_answer: bool) -> set[int]:
+    """Indices of an array's tasks that have not ended; none where SLURM no longer knows the job."""
     command = ["squeue", "--noheader", "--array", "--format=%K", f"--jobs={job_id}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SQUEUE_LIMIT_SECONDS)
@@ -136,20 +126,11 @@ def _tasks_of(job_id: str, *, must_answer: bool) -> list[int]:
     except (OSError, subprocess.TimeoutExpired) as error:
         known, why = False, str(error)
     if known:
-        return [int(word) for word in done.stdout.split() if word.isdecimal()]
+        return {int(word) for word in done.stdout.split() if word.isdecimal()}
     if must_answer and "Invalid job id" not in why:
         raise HarnessError(
             f"squeue does not tell which runs job {job_id} still has: {why}",
             hint="Try again when SLURM answers; submitted now, runs might be trained twice.",
             exit_code=EXIT_FAILED,
         )
-    return []
-
-
-def _submissions(path: Path) -> list[dict[str, object]]:
-    """The arrays that were submitted so far; none where the file is missing or broken."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return []
-    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+    return set()

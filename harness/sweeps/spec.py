@@ -1,24 +1,35 @@
-"""The file of a sweep: which settings are tried, how often, and what is compared."""
+"""The file of a sweep: what it may say, the points that it makes, and the checked recipe of every run."""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError
 
 from harness.errors import HarnessError, ManyErrors
+from harness.recipe import Recipe
 from harness.recipe import document as yaml_document
-from harness.recipe.document import Document, KeyPath
+from harness.recipe.document import Document, KeyPath, parse_value
+from harness.recipe.dual_branch_args import DualBranchArgs
 from harness.recipe.explaining import at, explain
+from harness.recipe.loading import fingerprint, load_variants
 from harness.recipe.packaged import locate
-from harness.recipe.schema import PositiveInt, Recipe, Section
+from harness.recipe.schema import PositiveInt, Section
+from harness.run_directory import runs_of
 
 MAX_RUNS = 10_000
-SCHEMA_HINT = "A parameter is {values: [0.1, 0.2]} or, with method random, {min: 1e-5, max: 1e-3, scale: log}."
+ID_LETTERS = 10
+TRIES_PER_POINT = 100  # draws, since a point may be drawn that there is already
+SIGNIFICANT_DIGITS = 6
+PARAMETER_HINT = "A parameter is {values: [0.1, 0.2]} or, with method random, {min: 1e-5, max: 1e-3, scale: log}."
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -42,7 +53,7 @@ class Metric(Section):
     goal: Literal["maximize", "minimize"] = Field("maximize", description="whether much or little of it is good")
 
 
-class Sweep(Section):
+class Spec(Section):
     """The root of the file."""
 
     name: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$")] = Field(
@@ -69,111 +80,270 @@ class Sweep(Section):
 
 
 @dataclass(frozen=True)
-class SweepFile:
-    """A sweep, the file that it was read from, and the line of each key in it."""
+class SweepRun:
+    """A point trained with one seed.
+
+    Attributes:
+        point: the point's id, a digest of its settings: the same for the same ones, whatever else the file holds.
+        values: of the sweep's parameters.
+        overrides: all that sets this recipe apart from the sweep's, the seed included.
+        directory: `runs/<sweep>/<point>-seed_<seed>`.
+    """
+
+    point: str
+    values: Mapping[str, Any]
+    overrides: tuple[str, ...]
+    recipe: Recipe
+    directory: Path
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep's file, and its runs in the order of training: all seeds of a point, then the next point."""
 
     path: Path
-    sweep: Sweep
+    spec: Spec
     document: Document
+    runs: tuple[SweepRun, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        return runs_of(self.spec.name)
 
     @property
     def recipe_path(self) -> Path:
-        return locate(self.sweep.recipe, self.path.parent)
+        return locate(self.spec.recipe, self.path.parent)
 
-    def place_of(self, path: KeyPath) -> str:
-        """`file:line` of the deepest part of a key that is written in the file."""
-        found = at(self.document, str(self.path), path, "", None).where
-        return found or str(self.path)
+    def error(self, key: KeyPath, what: str, hint: str) -> HarnessError:
+        """An error at the line of a key, or of the deepest part of it that is written in the file."""
+        return at(self.document, str(self.path), key, what, hint)
 
 
-def read_sweep(path: Path) -> SweepFile:
-    """Read the file of a sweep.
+def load_sweep(path: str | Path) -> Sweep:
+    """Read a sweep and check the recipe of every run.
 
     Raises:
-        HarnessError: all that is wrong with it, each with file:line and a hint; the recipe is not looked at yet.
+        HarnessError: all that is wrong with the sweep's file, or else with the recipes, each different error once.
     """
+    sweep = _read(Path(path))
+    spec = sweep.spec
+    if not sweep.recipe_path.exists():
+        hint = f"The path is relative to {sweep.path.parent}."
+        raise sweep.error(("recipe",), f'there is no recipe "{spec.recipe}"', hint)
+    points = points_of(spec)
+    if len(points) < (spec.points or 0):
+        what = f"points: {spec.points} are asked for, and no more than {len(points)} different ones were found"
+        raise sweep.error(("points",), what, "Fewer points, more values, or method: grid.")
+    seeds = [[f"seed={seed}"] for seed in spec.seeds] if spec.seeds else [[]]
+    variants = [
+        (point, (*(override_text(key, value) for key, value in {**spec.overrides, **values}.items()), *seed))
+        for point, values in points.items()
+        for seed in seeds
+    ]
+    found = load_variants(sweep.recipe_path, [overrides for _, overrides in variants])
+    recipes = [recipe for recipe in found if isinstance(recipe, Recipe)]
+    errors = _errors_of_recipes(sweep, (e for many in found if isinstance(many, ManyErrors) for e in many.errors))
+    if spec.metric.split == "test_ema" and any(recipe.ema.decay is None for recipe in recipes):
+        what = "metric.split: test_ema is of averaged weights, and some of the runs have none"
+        errors.append(sweep.error(("metric", "split"), what, "split: test, or overrides: {ema.decay: 0.999}."))
+    if any(recipe.name == spec.name for recipe in recipes):
+        what = (
+            f"name: \"{spec.name}\" is the recipe's too, so `harness train --resume auto` would resume the sweep's runs"
+        )
+        errors.append(sweep.error(("name",), what, f"name: {spec.name}-sweep"))
+    if errors:
+        raise ManyErrors(str(path), errors)
+    runs: dict[str, SweepRun] = {}
+    for (point, overrides), recipe in zip(variants, recipes, strict=True):
+        directory = sweep.folder / f"{point}-seed_{recipe.seed}"
+        run = SweepRun(point, points[point], overrides, recipe, directory)
+        twin = runs.setdefault(fingerprint(recipe), run)
+        if twin is not run:
+            what = f"two points are the same training: {label(twin.values)} and {label(run.values)}"
+            raise sweep.error(("parameters",), what, "Write each value once.")
+    return replace(sweep, runs=tuple(runs.values()))
+
+
+def points_of(spec: Spec) -> dict[str, dict[str, Any]]:
+    """The values of each point by its id, in order: the last parameter of a grid changes fastest.
+
+    Random points are fewer than asked for where no more different ones were found.
+    """
+    parameters = spec.parameters
+    if spec.method == "grid":
+        rows = itertools.product(*(parameter.values or () for parameter in parameters.values()))
+        drawn: Iterator[dict[str, Any]] = (dict(zip(parameters, row, strict=True)) for row in rows)
+    else:
+        drawn = (
+            {key: _draw(spec.sampling_seed, key, number, parameter) for key, parameter in parameters.items()}
+            for number in range((spec.points or 0) * TRIES_PER_POINT)
+        )
+    points: dict[str, dict[str, Any]] = {}
+    for values in drawn:
+        text = json.dumps({**spec.overrides, **values}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        points.setdefault(hashlib.sha256(text.encode()).hexdigest()[:ID_LETTERS], values)
+        if len(points) == spec.points:
+            break
+    return points
+
+
+def label(values: Mapping[str, Any]) -> str:
+    """The values of a point on one line."""
+    return " ".join(override_text(key, value) for key, value in values.items())
+
+
+def override_text(key: str, value: Any) -> str:
+    """`key=value` as a recipe's override, on the command line too.
+
+    >>> override_text("optimizer.lr", 1e-05), override_text("model.name", "resnet18"), override_text("a", "1")
+    ('optimizer.lr=1e-05', 'model.name=resnet18', 'a="1"')
+    """
+    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_./-]*", value) is not None
+    if plain and parse_value(value, key) == value:
+        return f"{key}={value}"
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"
+
+
+def ends(key: str, parameter: Parameter) -> tuple[float, float]:
+    """The first and last value of a range, both `int` where the setting takes whole numbers only.
+
+    The schema tells, of recipes and of a dual-branch network's `model.args`; elsewhere, whether both ends are whole.
+    """
+    low, high = parameter.min, parameter.max
+    assert low is not None
+    assert high is not None
+    schema: Any = Recipe
+    parts = key.split(".")
+    if parts[:2] == ["model", "args"]:
+        schema, parts = DualBranchArgs, parts[2:]
+    for part in parts:
+        field = getattr(schema, "model_fields", {}).get(part)
+        if field is None:
+            whole = low.is_integer() and high.is_integer()
+            break
+        schema = field.annotation
+    else:
+        types = _types_of(schema)
+        whole = int in types and float not in types
+    return (math.ceil(low), math.floor(high)) if whole else (low, high)
+
+
+def _types_of(annotation: Any) -> list[Any]:
+    """The types that an annotation is made of."""
+    return [leaf for part in get_args(annotation) for leaf in _types_of(part)] or [annotation]
+
+
+def _draw(sampling_seed: int, key: str, number: int, parameter: Parameter) -> Any:
+    """A value of point `number`: a hash, so that more points, or another parameter, leave it as it is."""
+    digest = hashlib.sha256(f"{sampling_seed}\n{key}\n{number}".encode()).digest()
+    share = (int.from_bytes(digest[:8], "big") >> 11) / 2**53  # in [0, 1), 53 random bits
+    if parameter.values is not None:
+        return parameter.values[int(share * len(parameter.values))]
+    low, high = ends(key, parameter)
+    whole = isinstance(low, int)
+    edge = 0.5 if whole else 0.0  # so that the first and the last whole number are as likely as the others
+    if parameter.scale == "log":
+        first, last = math.log(low - edge), math.log(high + edge)
+        value = math.exp(first + share * (last - first))
+    else:
+        value = low - edge + share * (high - low + 2 * edge)
+    value = round(value) if whole else float(f"{value:.{SIGNIFICANT_DIGITS}g}")
+    return min(max(value, low), high)
+
+
+def _read(path: Path) -> Sweep:
+    """The file without its runs; the recipe is not looked at yet."""
     document = yaml_document.read(path)
     keys = document.data.keys()
     if keys & {"base", *Recipe.model_fields} - {"name"} and not keys & {"recipe", "method", "parameters"}:
         raise HarnessError("this is a recipe, not a sweep", where=str(path), hint=f"harness train {path}")
     document.data.setdefault("name", path.stem)
-    where = str(path)
-    sweep: Sweep | None = None
+    errors = document.errors
     try:
-        sweep = Sweep.model_validate(document.data)
+        sweep = Sweep(path, Spec.model_validate(document.data), document)
+        errors += [sweep.error(*broken) for broken in _broken_rules(sweep.spec)]
     except ValidationError as error:
-        document.errors += [
-            explain(e, document, where, Sweep, (), otherwise=SCHEMA_HINT) for e in error.errors(include_url=False)
-        ]
-    if sweep is not None:
-        document.errors += [at(document, where, key, what, hint) for key, what, hint in _broken_rules(sweep)]
-    if document.errors or sweep is None:
-        raise ManyErrors(where, document.errors)
-    return SweepFile(path, sweep, document)
+        found = error.errors(include_url=False)
+        errors += [explain(e, document, str(path), Spec, (), otherwise=PARAMETER_HINT) for e in found]
+    if errors:
+        raise ManyErrors(str(path), errors)
+    return sweep
 
 
 Broken = tuple[KeyPath, str, str]
 
 
-def _broken_rules(sweep: Sweep) -> Iterator[Broken]:
+def _broken_rules(spec: Spec) -> Iterator[Broken]:
     """Each broken rule between keys as (key, what is wrong, hint)."""
-    if sweep.method == "grid" and sweep.points is not None:
+    if spec.method == "grid" and spec.points is not None:
         yield ("points",), "points: a grid has all combinations of its values", "Leave points out, or method: random."
-    if sweep.method == "random" and sweep.points is None:
+    if spec.method == "random" and spec.points is None:
         yield ("method",), "method: random needs a number of points", "points: 20"
-    if sweep.seeds is not None and len(set(sweep.seeds)) < len(sweep.seeds):
+    if spec.seeds is not None and len(set(spec.seeds)) < len(spec.seeds):
         yield ("seeds",), "seeds: one is given twice", "Each seed once, for example seeds: [0, 1, 2]."
-    if sweep.metric.key == "loss" and sweep.metric.goal == "maximize":
+    if spec.metric.key == "loss" and spec.metric.goal == "maximize":
         yield ("metric",), "metric.goal: a loss is good when it is small", "goal: minimize"
-    for key, parameter in sweep.parameters.items():
-        yield from _broken_parameter(("parameters", key), parameter, sweep)
-    yield from _broken_keys(sweep)
-    count = _count_runs(sweep)
+    for key, parameter in spec.parameters.items():
+        for part, what, hint in _broken_parameter(key, parameter, spec.method):
+            yield ("parameters", key, *part), f"parameters.{key}: {what}", hint
+    for section, keys in (("overrides", spec.overrides), ("parameters", spec.parameters)):
+        if "seed" in keys:
+            yield (section, "seed"), f"{section}.seed: seeds have their own place", "seeds: [0, 1, 2]"
+        if "name" in keys:
+            yield (section, "name"), f"{section}.name: the sweep's name names the runs", "name: …, above."
+    for key in spec.overrides.keys() & spec.parameters.keys():
+        yield ("overrides", key), f"overrides.{key}: is one of the parameters too", "Keep one of them."
+    points = spec.points or math.prod(len(parameter.values or ()) for parameter in spec.parameters.values())
+    count = points * len(spec.seeds or (0,))
     if count > MAX_RUNS:
         yield ("parameters",), f"{count:,} runs are more than {MAX_RUNS:,}", "Fewer values, points or seeds."
 
 
-def _broken_parameter(path: KeyPath, parameter: Parameter, sweep: Sweep) -> Iterator[Broken]:
-    name, low, high = ".".join(map(str, path)), parameter.min, parameter.max
+def _broken_parameter(key: str, parameter: Parameter, method: str) -> Iterator[Broken]:
+    """The same, below the parameter."""
+    low, high = parameter.min, parameter.max
     if parameter.values is not None:
         if low is not None or high is not None or "scale" in parameter.model_fields_set:
-            yield path, f"{name}: has values and a range", "Give values alone, or min and max."
+            yield (), "has values and a range", "Give values alone, or min and max."
         for index, value in enumerate(parameter.values):
             if value in parameter.values[:index]:
-                yield (*path, "values"), f"{name}: {value!r} is given twice", "Each value once."
-            if not _is_plain(value):
-                yield (*path, "values"), f"{name}: {value!r} is no finite number", "Give a finite one."
+                yield ("values",), f"{value!r} is given twice", "Each value once."
+            try:
+                json.dumps(value, allow_nan=False)
+            except ValueError:
+                yield ("values",), f"{value!r} is no finite number", "Give a finite one."
     elif low is None or high is None:
-        yield path, f"{name}: needs values, or both min and max", SCHEMA_HINT
-    elif sweep.method == "grid":
-        yield path, f"{name}: a grid needs values, not a range", "Give values: [...], or method: random."
+        yield (), "needs values, or both min and max", PARAMETER_HINT
+    elif method == "grid":
+        yield (), "a grid needs values, not a range", "Give values: [...], or method: random."
     elif low >= high:
-        yield path, f"{name}: min {low:g} must be below max {high:g}", "Exchange them, or give values."
+        yield (), f"min {low:g} must be below max {high:g}", "Exchange them, or give values."
     elif parameter.scale == "log" and low <= 0:
-        yield path, f"{name}: a logarithmic range must begin above 0, not at {low:g}", "For example min: 1e-5."
+        yield (), f"a logarithmic range must begin above 0, not at {low:g}", "For example min: 1e-5."
+    else:
+        first, last = ends(key, parameter)
+        if first > last:
+            what = f"takes whole numbers, and there is none from {low:g} to {high:g}"
+            yield (), what, "For example {min: 4, max: 16}."
 
 
-def _broken_keys(sweep: Sweep) -> Iterator[Broken]:
-    for part, keys in (("overrides", sweep.overrides), ("parameters", sweep.parameters)):
-        if "seed" in keys:
-            yield (part, "seed"), f"{part}.seed: seeds have their own place", "seeds: [0, 1, 2]"
-        if "name" in keys:
-            yield (part, "name"), f"{part}.name: the sweep's name names the runs", "name: …, above."
-    for key in sweep.overrides.keys() & sweep.parameters.keys():
-        yield ("overrides", key), f"overrides.{key}: is one of the parameters too", "Keep one of them."
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value from the file has no number that is infinite or none."""
-    if isinstance(value, Mapping):
-        return all(map(_is_plain, value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return not isinstance(value, float) or math.isfinite(value)
-
-
-def _count_runs(sweep: Sweep) -> int:
-    points = sweep.points or 0
-    if sweep.method == "grid":
-        points = math.prod(len(parameter.values or ()) for parameter in sweep.parameters.values())
-    return points * len(sweep.seeds or (0,))
+def _errors_of_recipes(sweep: Sweep, found: Iterable[HarnessError]) -> list[HarnessError]:
+    """What is wrong with recipes, at the lines of the sweep's file; what several runs have in common is said once."""
+    spec = sweep.spec
+    keys: dict[str, KeyPath] = {override_text(key, value): ("overrides", key) for key, value in spec.overrides.items()}
+    for key, parameter in spec.parameters.items():
+        values = enumerate(parameter.values or ())
+        keys |= {override_text(key, value): ("parameters", key, "values", index) for index, value in values}
+    errors: dict[str, HarnessError] = {}
+    for error in found:
+        where = error.where
+        override = re.fullmatch(r'override "((.*?)=.*)"', where or "", re.DOTALL)
+        if override:
+            where = sweep.error(keys.get(override[1], ("parameters", override[2])), "", "").where
+        told = HarnessError(error.what, where=where, hint=error.hint or "See the recipe.")
+        errors.setdefault(told.render(), told)
+    return list(errors.values())

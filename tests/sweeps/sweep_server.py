@@ -1,4 +1,4 @@
-"""A W&B server with sweeps: openwandb, which has none, behind a small one that answers what agents ask.
+"""A W&B server with sweeps: openwandb, which has none, with a small one in front that answers what agents ask.
 
 The client, its agent and all that concerns runs are real; the four operations on sweeps are answered here, and the
 points are those that a test gives.
@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 SWEEP_ID = "swp12345"
+OF_A_CONNECTION = ("content-length", "transfer-encoding", "connection", "date", "server", "host", "accept-encoding")
 
 
 class SweepServer(ThreadingHTTPServer):
@@ -31,14 +32,9 @@ class SweepServer(ThreadingHTTPServer):
 
     def __init__(self, behind: int, points: Sequence[dict[str, Any]]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.behind, self.points = behind, list(points)
-        self.configuration: dict[str, Any] | None = None
-        self.given: list[str] = []
-        self.ended: list[str] = []
-
-    @property
-    def port(self) -> int:
-        return int(self.server_address[1])
+        self.port, self.behind, self.points = int(self.server_address[1]), behind, list(points)
+        self.configuration: dict[str, Any] = {}
+        self.run_ids: list[str] = []
 
     def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any] | None:
         """The data of an operation on sweeps; None for any other one."""
@@ -52,58 +48,40 @@ class SweepServer(ThreadingHTTPServer):
         if "CreateAgent" in query:
             return {"createAgent": {"agent": {"id": "4"}}}
         if "agentHeartbeat" in query:
-            running = json.loads(variables["runState"])
-            return {"agentHeartbeat": {"agent": {"id": "4"}, "commands": json.dumps(self._commands(running))}}
+            commands = [] if json.loads(variables["runState"]) else [self._next()]
+            return {"agentHeartbeat": {"agent": {"id": "4"}, "commands": json.dumps(commands)}}
         return None
 
-    def _commands(self, running: dict[str, Any]) -> list[dict[str, Any]]:
-        if running:
-            return []
-        if len(self.given) == len(self.points):
-            return [{"type": "exit"}]
-        point = self.points[len(self.given)]
-        self.given.append(f"run{len(self.given):05d}")
-        arguments = {key: {"value": value} for key, value in point.items()}
-        return [{"type": "run", "run_id": self.given[-1], "program": None, "args": arguments}]
+    def _next(self) -> dict[str, Any]:
+        number = len(self.run_ids)
+        if number == len(self.points):
+            return {"type": "exit"}
+        self.run_ids.append(f"run{number:05d}")
+        arguments = {key: {"value": value} for key, value in self.points[number].items()}
+        return {"type": "run", "run_id": self.run_ids[-1], "program": None, "args": arguments}
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: SweepServer
 
-    def do_POST(self) -> None:
+    def _answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        found = None
-        if self.path.endswith("/graphql"):
-            with contextlib.suppress(ValueError):
-                request = json.loads(body)
-                found = self.server.answer(request["query"], request.get("variables") or {})
-        if found is None:
-            self._hand_on(body)
-        else:
-            self._send(200, {"Content-Type": "application/json"}, json.dumps({"data": found}).encode())
+        with contextlib.suppress(ValueError):
+            request = json.loads(body) if self.path.endswith("/graphql") else {"query": ""}
+            found = self.server.answer(request["query"], request.get("variables") or {})
+            if found is not None:
+                return self._send(200, [("Content-Type", "application/json")], json.dumps({"data": found}).encode())
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.server.behind, timeout=60)) as behind:
+            behind.request(self.command, self.path, body=body, headers=dict(_kept(self.headers.items())))
+            answer = behind.getresponse()
+            return self._send(answer.status, answer.getheaders(), answer.read())
 
-    def do_GET(self) -> None:
-        self._hand_on(b"")
+    do_GET = do_POST = do_PUT = _answer  # noqa: N815 - the names that http.server calls
 
-    def do_PUT(self) -> None:
-        self._hand_on(self.rfile.read(int(self.headers.get("Content-Length", 0))))
-
-    def _hand_on(self, body: bytes) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self.server.behind, timeout=60)
-        try:
-            headers = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "accept-encoding")}
-            connection.request(self.command, self.path, body=body, headers=headers)
-            answer = connection.getresponse()
-            self._send(answer.status, dict(answer.getheaders()), answer.read())
-        finally:
-            connection.close()
-
-    def _send(self, status: int, headers: dict[str, str], body: bytes) -> None:
+    def _send(self, status: int, headers: Sequence[tuple[str, str]], body: bytes) -> None:
         self.send_response(status)
-        for name, value in headers.items():
-            if name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server"):
-                self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
+        for name, value in [*_kept(headers), ("Content-Length", str(len(body)))]:
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
 
@@ -111,9 +89,12 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
+def _kept(headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(name, value) for name, value in headers if name.lower() not in OF_A_CONNECTION]
+
+
 @contextlib.contextmanager
 def sweep_server(behind: int, points: Sequence[dict[str, Any]]) -> Iterator[SweepServer]:
-    """A server that is gone behind the block."""
     server = SweepServer(behind, points)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ import yaml
 from harness.cli import main
 from harness.launching.training import Ranks
 from harness.recipe import load
-from harness.sweeps.plan import plan_sweep
+from harness.recipe.packaged import RECIPES
+from harness.sweeps.spec import load_sweep
 from harness.sweeps.wandb import configuration
 from harness.tracking.rows import values_of
 from harness.tracking.wandb_tracker import new_run_id
@@ -32,28 +34,21 @@ overrides: {training.epochs: 1, tracking.wandb: auto}
 parameters:
   optimizer.lr: {min: 0.01, max: 0.1}
   optimizer.weight_decay: {min: 1e-5, max: 1e-3, scale: log}
-  checkpoint.keep_last: {min: 8, max: 16}
+  checkpoint.keep_last: {min: 7.5, max: 16.5}
+  tracking.log_every_steps: {min: 1.2, max: 50, scale: log}
   data.flip: {values: [none, random]}
-  data.crop_padding_px: {values: [1, 2]}
 """
+COMMAND = [sys.executable, "-m", "harness", "sweep", "sweep.yaml"]
 TWO = Ranks(2, 1, gpu=False)
-
-
-@pytest.fixture
-def sweep(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tiny.with_name("sweep.yaml")
-    path.write_text(SWEEP)
-    monkeypatch.chdir(tiny.parent)
-    return path
 
 
 def test_the_configuration_says_the_same_as_the_file(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    found = configuration(plan_sweep("sweep.yaml"), TWO)
+    found = configuration(load_sweep("sweep.yaml"), TWO)
     assert found.pop("command") == [
         *("${env}", "ACCELERATE_USE_CPU=true", "OMP_NUM_THREADS=1"),
         *(sys.executable, "-m", "harness.launching.ranks", "accelerate", "launch"),
-        *("--config_file", str(ROOT / "recipes" / "launch" / "cpu.yaml"), "--num_processes", "2", "-m", "harness"),
+        *("--config_file", str(RECIPES / "launch" / "cpu.yaml"), "--num_processes", "2", "-m", "harness"),
         *("train", str(sweep.with_name("tiny.yaml")), "training.epochs=1", "tracking.wandb=auto"),
         "${args_no_hyphens}",
     ]
@@ -66,8 +61,8 @@ def test_the_configuration_says_the_same_as_the_file(sweep: Path, monkeypatch: p
             "optimizer.lr": {"distribution": "uniform", "min": 0.01, "max": 0.1},
             "optimizer.weight_decay": {"distribution": "log_uniform_values", "min": 1e-5, "max": 1e-3},
             "checkpoint.keep_last": {"distribution": "int_uniform", "min": 8, "max": 16},
+            "tracking.log_every_steps": {"distribution": "q_log_uniform_values", "q": 1, "min": 2, "max": 50},
             "data.flip": {"values": ["none", "random"]},
-            "data.crop_padding_px": {"values": [1, 2]},
             "seed": {"values": [4, 5]},
         },
     }
@@ -75,13 +70,11 @@ def test_the_configuration_says_the_same_as_the_file(sweep: Path, monkeypatch: p
 
 def test_what_is_optimised_has_the_name_that_trainings_log(sweep: Path) -> None:
     """Of the training, `train/loss` is that of a log step."""
-    text = SWEEP.replace("checkpoint.keep_last: {min: 8, max: 16}", "checkpoint.keep_last: {min: 7.5, max: 16.5}")
-    sweep.write_text(f"{text}metric: {{split: train, key: loss, goal: minimize}}\n")
-    found = configuration(plan_sweep("sweep.yaml"), TWO)
+    sweep.write_text(f"{SWEEP}metric: {{split: train, key: loss, goal: minimize}}\n")
+    found = configuration(load_sweep("sweep.yaml"), TWO)
+    assert found["metric"] == {"name": "train/epoch_loss", "goal": "minimize"}
     record = {"kind": "epoch", "split": "train", "step": 4, "epoch": 1, "loss": 0.5}
     assert found["metric"]["name"] in values_of(record)
-    assert found["metric"] == {"name": "train/epoch_loss", "goal": "minimize"}
-    assert found["parameters"]["checkpoint.keep_last"] == {"distribution": "int_uniform", "min": 8, "max": 16}
 
 
 def test_what_the_agent_writes_reads_back(sweep: Path) -> None:
@@ -119,55 +112,48 @@ def test_a_training_has_the_id_that_the_agent_gave_it(monkeypatch: pytest.Monkey
     assert new_run_id() == "abc"
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_an_agent_trains_its_points_on_two_ranks(sweep: Path, tmp_path: Path) -> None:
-    """`--wandb` creates the sweep, `--wandb-agent` trains what W&B's own agent is given."""
-    point = {"optimizer.lr": 0.0625, "checkpoint.keep_last": 9, "data.flip": "random", "seed": 5}
-    log = tmp_path / "server.log"
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[WandbServer]:
     try:
-        behind = WandbServer(tmp_path / "server", log)
+        server = WandbServer(tmp_path / "server", tmp_path / "server.log")
     except NotHere as reason:
         pytest.skip(str(reason))
-    try:
-        with sweep_server(behind.port, [point]) as server:
-            environment = os.environ | to_server(server.port)
-            environment |= {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-            command = [sys.executable, "-m", "harness", "sweep", "sweep.yaml"]
-            made = run_limited([*command, "--wandb", "--ranks", "2", "--json"], LIMIT_SECONDS, environment, tmp_path)
-            assert made.returncode == 0, made.stderr
-            assert json.loads(made.stdout)["id"] == SWEEP_ID
-            assert server.configuration is not None
-            assert server.configuration["parameters"]["seed"] == {"values": [4, 5]}
-            done = run_limited([*command, "--wandb-agent", SWEEP_ID], LIMIT_SECONDS, environment, tmp_path)
-            (run_id,) = server.given
-        held = behind.holds()
-    finally:
-        behind.kill()
+    yield server
+    server.kill()
+
+
+def environment(port: int) -> dict[str, str]:
+    own = {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | to_server(port) | own
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_an_agent_trains_its_points_on_two_ranks(sweep: Path, tmp_path: Path, server: WandbServer) -> None:
+    """`--wandb` creates the sweep, `--wandb-agent` trains what W&B's own agent is given."""
+    point = {"optimizer.lr": 0.0625, "checkpoint.keep_last": 9, "data.flip": "random", "seed": 5}
+    with sweep_server(server.port, [point]) as front:
+        words, variables = ["--wandb", "--ranks", "2", "--json"], environment(front.port)
+        made = run_limited([*COMMAND, *words], LIMIT_SECONDS, variables, tmp_path)
+        assert made.returncode == 0, made.stderr
+        assert json.loads(made.stdout)["id"] == SWEEP_ID
+        assert front.configuration["parameters"]["seed"] == {"values": [4, 5]}
+        done = run_limited([*COMMAND, "--wandb-agent", SWEEP_ID], LIMIT_SECONDS, variables, tmp_path)
+    assert server.holds() > 0
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "runs" / "tiny").iterdir()
     result = json.loads((run / "result.json").read_text())
     assert (result["world_size"], result["seed"]) == (2, 5)
     settings = yaml.safe_load((run / "recipe.yaml").read_text())  # which the ranks compared before the first step
-    assert settings["optimizer"]["lr"] == 0.0625
-    assert settings["checkpoint"]["keep_last"] == 9
-    assert json.loads((run / "provenance.json").read_text())["wandb_run_id"] == run_id
+    assert (settings["optimizer"]["lr"], settings["checkpoint"]["keep_last"]) == (0.0625, 9)
+    assert front.run_ids == [json.loads((run / "provenance.json").read_text())["wandb_run_id"]]
     assert "W&B fails" not in done.stderr + done.stdout
-    assert held > 0
 
 
 @pytest.mark.slow
-def test_a_server_without_sweeps_is_an_error_of_a_line(sweep: Path, tmp_path: Path) -> None:
-    try:
-        server = WandbServer(tmp_path / "server", tmp_path / "server.log")
-    except NotHere as reason:
-        pytest.skip(str(reason))
-    try:
-        command = [sys.executable, "-m", "harness", "sweep", "sweep.yaml", "--wandb", "--ranks", "1"]
-        environment = os.environ | to_server(server.port) | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-        done = run_limited(command, LIMIT_SECONDS, environment, tmp_path)
-    finally:
-        server.kill()
+def test_a_server_without_sweeps_is_an_error_of_a_line(sweep: Path, tmp_path: Path, server: WandbServer) -> None:
+    command = [*COMMAND, "--wandb", "--ranks", "1"]
+    done = run_limited(command, LIMIT_SECONDS, environment(server.port), tmp_path)
     assert done.returncode == 1
     assert "ERROR W&B does not take the sweep" in done.stderr
     assert "HINT:" in done.stderr
