@@ -19,13 +19,13 @@ def build_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sweep", metavar="SWEEP", type=Path, help="a YAML file: recipe, parameters, seeds, metric")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--local", action="store_true", help="train here, one run after another (default)")
-    how.add_argument("--slurm", action="store_true", help="submit an array of SLURM, a task a run")
+    how.add_argument("--slurm", action="store_true", help="submit a SLURM array, one task per run")
     how.add_argument("--wandb", action="store_true", help="create the sweep on the W&B server and print its id")
     how.add_argument("--wandb-agent", metavar="ID", help="train here what the W&B server's sweep draws")
     how.add_argument("--table", action="store_true", help="print the table of what is finished so far, and stop")
     parser.add_argument("--ranks", type=_count, metavar="N", help="processes of each training (default: as launch.sh)")
-    parser.add_argument("--retry-failed", action="store_true", help="train those again that failed")
-    parser.add_argument("--dry-run", action="store_true", help="check all, print what would be done, write nothing")
+    parser.add_argument("--retry-failed", action="store_true", help="train failed runs again")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and print what would be done")
     _add_json_option(parser)
     add_options(parser.add_argument_group("with --slurm"), array_of_seeds=False)
     parser.set_defaults(run=_sweep)
@@ -51,21 +51,16 @@ def _sweep(arguments: argparse.Namespace) -> int:
 def _sweep_here(sweep: Any, arguments: argparse.Namespace) -> int:
     from harness.sweeps.run import run_here, statuses, training_words
     from harness.sweeps.slurm import queued_runs
-    from harness.sweeps.table import plan_of, render_plan
+    from harness.sweeps.table import plan_json, render_plan
 
     ranks = _ranks(sweep, arguments)
     queued = queued_runs(sweep)
     if arguments.dry_run:
-        plan = plan_of(statuses(sweep, queued))
+        found = statuses(sweep, queued)
         command = shlex.join(ranks.command(training_words(sweep, sweep.runs[0])))
-        _print(plan if arguments.json else f"{render_plan(plan)}\n{command}")
+        _print(plan_json(found) if arguments.json else f"{render_plan(found)}\n{command}")
         return EXIT_DONE
-    words = ["harness", "sweep", str(arguments.sweep)]
-    words += ["--ranks", str(arguments.ranks)] if arguments.ranks is not None else []
-    words += ["--retry-failed"] if arguments.retry_failed else []
-    words += ["--json"] if arguments.json else []
-    retry, again = arguments.retry_failed, shlex.join(words)
-    code = run_here(sweep, ranks, retry_failed=retry, quiet=arguments.json, again=again, queued=queued)
+    code = run_here(sweep, ranks, retry_failed=arguments.retry_failed, quiet=arguments.json, queued=queued)
     _print_table(sweep, arguments)
     return code
 
@@ -122,9 +117,9 @@ def _ranks(sweep: Any, arguments: argparse.Namespace) -> Any:
 def _print_table(sweep: Any, arguments: argparse.Namespace) -> None:
     from harness.sweeps.run import statuses
     from harness.sweeps.slurm import queued_runs
-    from harness.sweeps.table import render_table, table_of
+    from harness.sweeps.table import render_table, table_json
 
-    table = table_of(sweep, statuses(sweep, queued_runs(sweep)))
+    table = table_json(sweep, statuses(sweep, queued_runs(sweep)))
     _print(table if arguments.json else render_table(table))
 
 
@@ -140,7 +135,7 @@ def _refuse_lost_options(arguments: argparse.Namespace) -> None:
         options = ", ".join(f"--{name}" for name in given).replace("--time-limit", "--time")
         raise HarnessError(f"{options}: only with --slurm", hint="Add --slurm, or leave it out.")
     if arguments.slurm and arguments.ranks is not None:
-        raise HarnessError("--ranks is for this machine alone", hint="With --slurm: --nodes N --tasks-per-node R.")
+        raise HarnessError("--ranks is for this machine only", hint="With --slurm: --nodes N --tasks-per-node R.")
     lost = [f"--{name}" for name in ("ranks", "dry-run", "json") if getattr(arguments, name.replace("-", "_"))]
     if arguments.wandb_agent and lost:
         raise HarnessError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,15 +15,7 @@ from types import FrameType
 from typing import Literal, get_args
 
 from harness import signals
-from harness.errors import (
-    EXIT_BAD_INPUT,
-    EXIT_DIVERGED,
-    EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_REQUEUE,
-    HarnessError,
-    ManyErrors,
-)
+from harness.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, HarnessError
 from harness.files import write_text
 from harness.launching.ranks import CODE_FILE_VARIABLE
 from harness.launching.training import Ranks, loader_override
@@ -96,12 +89,11 @@ def count_states(states: Iterable[str]) -> str:
 
 def check_ranks(sweep: Sweep, ranks: int) -> None:
     """Raise a HarnessError where a run's batch cannot be shared out among the ranks."""
-    sizes = dict.fromkeys(
-        f"{batch}" + (f" in {steps} micro-batches" if steps > 1 else "")
-        for training in (run.recipe.training for run in sweep.runs)
-        for batch, steps in [(training.global_batch_size, training.gradient_accumulation_steps)]
-        if batch % (steps * ranks)
-    )
+    sizes: dict[str, None] = {}
+    for training in (run.recipe.training for run in sweep.runs):
+        batch, steps = training.global_batch_size, training.gradient_accumulation_steps
+        if batch % (steps * ranks):
+            sizes[f"{batch}" + (f" in {steps} micro-batches" if steps > 1 else "")] = None
     if sizes:
         raise HarnessError(
             f"training.global_batch_size cannot be shared out among {ranks} ranks: {', '.join(sizes)}",
@@ -112,17 +104,14 @@ def check_ranks(sweep: Sweep, ranks: int) -> None:
 
 def check_unchanged(sweep: Sweep) -> None:
     """Raise a HarnessError where a run on disk has other settings: the sweep's recipe may have been edited since."""
-    errors: dict[str, HarnessError] = {}
     for run in sweep.runs:
         file = run.directory / "recipe.yaml"
         changed = changed_settings(load(file), run.recipe, other_length=False) if file.exists() else {}
         if changed:
             listed = "; ".join(f"{key}: {old!r} → {new!r}" for key, (old, new) in changed.items())
-            what = f"{run.name} was trained with other settings: {listed}"
+            what = f"was trained with other settings: {listed}"
             hint = "Give the sweep another name, or undo the change in the recipe; nothing was overwritten."
-            errors.setdefault(listed, HarnessError(what, where=str(run.directory), hint=hint))
-    if errors:
-        raise ManyErrors(str(sweep.folder), list(errors.values()))
+            raise HarnessError(what, where=str(run.directory), hint=hint)
 
 
 def held(sweep: Sweep) -> AbstractContextManager[None]:
@@ -146,9 +135,7 @@ def training_words(sweep: Sweep, run: SweepRun) -> list[str]:
     return [*words, "--run-dir", str(run.directory), "--resume", "auto"]
 
 
-def run_here(
-    sweep: Sweep, ranks: Ranks, *, retry_failed: bool, quiet: bool, again: str, queued: Collection[str] = ()
-) -> int:
+def run_here(sweep: Sweep, ranks: Ranks, *, retry_failed: bool, quiet: bool, queued: Collection[str] = ()) -> int:
     """Train all runs that are due, one after another, each on all ranks.
 
     A stop signal is passed on to the current training, which ends with a checkpoint; then the sweep ends.
@@ -156,7 +143,6 @@ def run_here(
     Args:
         retry_failed: train failed runs again, from their last checkpoint.
         quiet: trainings print on stderr, so that stdout is free for the table.
-        again: the command that resumes the sweep, printed when a signal stops it.
         queued: names of runs that are left to SLURM.
 
     Returns:
@@ -178,7 +164,7 @@ def run_here(
             if trainer.stopping:
                 how = {EXIT_DONE: "which is finished", EXIT_REQUEUE: "with a checkpoint"}.get(code, f"exit code {code}")
                 _say(f"stopped at {run.name}, {how}; {count_states(s.state for s in statuses(sweep))}")
-                _say(f"the same command resumes: {again}")
+                _say(f"the same command resumes: {shlex.join(['harness', *sys.argv[1:]])}")
                 return EXIT_REQUEUE
             if code != EXIT_DONE:
                 _say(f"{run.name}: {status_of(run).in_words}")

@@ -76,7 +76,7 @@ def queued_runs(sweep: Sweep, *, must_answer: bool = False) -> set[str]:
     """Names of the runs that this sweep's jobs still have, waiting or running.
 
     Args:
-        must_answer: a squeue that cannot tell is an error; else no run counts as queued then.
+        must_answer: no answer from squeue is an error; else it means that no run is queued.
     """
     names: set[str] = set()
     for job in _submitted(sweep):
@@ -129,7 +129,7 @@ def _tasks_of(job_id: str, *, must_answer: bool) -> set[int]:
         return {int(word) for word in done.stdout.split() if word.isdecimal()}
     if must_answer and "Invalid job id" not in why:
         raise HarnessError(
-            f"squeue does not tell which runs job {job_id} still has: {why}",
+            f"squeue does not say which runs job {job_id} still has: {why}",
             hint="Try again when SLURM answers; submitted now, runs might be trained twice.",
             exit_code=EXIT_FAILED,
         )

@@ -27,7 +27,7 @@ from harness.run_directory import runs_of
 
 MAX_RUNS = 10_000
 ID_LETTERS = 10
-TRIES_PER_POINT = 100  # draws, since a point may be drawn that there is already
+TRIES_PER_POINT = 100  # draws: some repeat an earlier point
 SIGNIFICANT_DIGITS = 6
 PARAMETER_HINT = "A parameter is {values: [0.1, 0.2]} or, with method random, {min: 1e-5, max: 1e-3, scale: log}."
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -41,16 +41,18 @@ class Parameter(Section):
     )
     min: float | None = Field(None, description="smallest value of a range (method random)")
     max: float | None = Field(None, description="largest value of a range (method random)")
-    scale: Literal["linear", "log"] = Field("linear", description="what is even in a range: values or their logarithms")
+    scale: Literal["linear", "log"] = Field(
+        "linear", description="what is drawn evenly from a range: values or their logarithms"
+    )
 
 
 class Metric(Section):
     """What the table compares: the figure of a run's epochs."""
 
-    split: Literal["test", "test_ema", "train"] = Field("test", description="split that it is of")
+    split: Literal["test", "test_ema", "train"] = Field("test", description="split of the data")
     key: Literal["accuracy", "loss"] = Field("accuracy", description="which figure")
     at: Literal["last", "best"] = Field("last", description="that of the last epoch, or the best of all")
-    goal: Literal["maximize", "minimize"] = Field("maximize", description="whether much or little of it is good")
+    goal: Literal["maximize", "minimize"] = Field("maximize", description="whether higher or lower is better")
 
 
 class Spec(Section):
@@ -84,7 +86,7 @@ class SweepRun:
     """A point trained with one seed.
 
     Attributes:
-        point: the point's id, a digest of its settings: the same for the same ones, whatever else the file holds.
+        point: the point's id, a digest of its settings, whatever else the file holds.
         values: of the sweep's parameters.
         overrides: all that sets this recipe apart from the sweep's, the seed included.
         directory: `runs/<sweep>/<point>-seed_<seed>`.
@@ -136,7 +138,7 @@ def load_sweep(path: str | Path) -> Sweep:
         raise sweep.error(("recipe",), f'there is no recipe "{spec.recipe}"', hint)
     points = points_of(spec)
     if len(points) < (spec.points or 0):
-        what = f"points: {spec.points} are asked for, and no more than {len(points)} different ones were found"
+        what = f"points: {spec.points} asked for, but only {len(points)} different ones found"
         raise sweep.error(("points",), what, "Fewer points, more values, or method: grid.")
     seeds = [[f"seed={seed}"] for seed in spec.seeds] if spec.seeds else [[]]
     variants = [
@@ -151,9 +153,7 @@ def load_sweep(path: str | Path) -> Sweep:
         what = "metric.split: test_ema is of averaged weights, and some of the runs have none"
         errors.append(sweep.error(("metric", "split"), what, "split: test, or overrides: {ema.decay: 0.999}."))
     if any(recipe.name == spec.name for recipe in recipes):
-        what = (
-            f"name: \"{spec.name}\" is the recipe's too, so `harness train --resume auto` would resume the sweep's runs"
-        )
+        what = f"name: \"{spec.name}\" is the recipe's too: `harness train --resume auto` would resume the sweep's runs"
         errors.append(sweep.error(("name",), what, f"name: {spec.name}-sweep"))
     if errors:
         raise ManyErrors(str(path), errors)
@@ -211,7 +211,7 @@ def override_text(key: str, value: Any) -> str:
 def ends(key: str, parameter: Parameter) -> tuple[float, float]:
     """The first and last value of a range, both `int` where the setting takes whole numbers only.
 
-    The schema tells, of recipes and of a dual-branch network's `model.args`; elsewhere, whether both ends are whole.
+    The schema of recipes, and of a dual-branch network's `model.args`, decides; where it is silent, whole ends do.
     """
     low, high = parameter.min, parameter.max
     assert low is not None
@@ -286,7 +286,7 @@ def _broken_rules(spec: Spec) -> Iterator[Broken]:
     if spec.seeds is not None and len(set(spec.seeds)) < len(spec.seeds):
         yield ("seeds",), "seeds: one is given twice", "Each seed once, for example seeds: [0, 1, 2]."
     if spec.metric.key == "loss" and spec.metric.goal == "maximize":
-        yield ("metric",), "metric.goal: a loss is good when it is small", "goal: minimize"
+        yield ("metric",), "metric.goal: a lower loss is better", "goal: minimize"
     for key, parameter in spec.parameters.items():
         for part, what, hint in _broken_parameter(key, parameter, spec.method):
             yield ("parameters", key, *part), f"parameters.{key}: {what}", hint
@@ -304,7 +304,7 @@ def _broken_rules(spec: Spec) -> Iterator[Broken]:
 
 
 def _broken_parameter(key: str, parameter: Parameter, method: str) -> Iterator[Broken]:
-    """The same, below the parameter."""
+    """Those within a parameter, whose key is left out."""
     low, high = parameter.min, parameter.max
     if parameter.values is not None:
         if low is not None or high is not None or "scale" in parameter.model_fields_set:
@@ -321,7 +321,7 @@ def _broken_parameter(key: str, parameter: Parameter, method: str) -> Iterator[B
     elif method == "grid":
         yield (), "a grid needs values, not a range", "Give values: [...], or method: random."
     elif low >= high:
-        yield (), f"min {low:g} must be below max {high:g}", "Exchange them, or give values."
+        yield (), f"min {low:g} must be below max {high:g}", "Swap them, or give values."
     elif parameter.scale == "log" and low <= 0:
         yield (), f"a logarithmic range must begin above 0, not at {low:g}", "For example min: 1e-5."
     else:
@@ -332,7 +332,7 @@ def _broken_parameter(key: str, parameter: Parameter, method: str) -> Iterator[B
 
 
 def _errors_of_recipes(sweep: Sweep, found: Iterable[HarnessError]) -> list[HarnessError]:
-    """What is wrong with recipes, at the lines of the sweep's file; what several runs have in common is said once."""
+    """What is wrong with recipes, at the lines of the sweep's file; each once, however many runs it is in."""
     spec = sweep.spec
     keys: dict[str, KeyPath] = {override_text(key, value): ("overrides", key) for key, value in spec.overrides.items()}
     for key, parameter in spec.parameters.items():
@@ -344,6 +344,6 @@ def _errors_of_recipes(sweep: Sweep, found: Iterable[HarnessError]) -> list[Harn
         override = re.fullmatch(r'override "((.*?)=.*)"', where or "", re.DOTALL)
         if override:
             where = sweep.error(keys.get(override[1], ("parameters", override[2])), "", "").where
-        told = HarnessError(error.what, where=where, hint=error.hint or "See the recipe.")
-        errors.setdefault(told.render(), told)
+        placed = HarnessError(error.what, where=where, hint=error.hint or "See the recipe.")
+        errors.setdefault(placed.render(), placed)
     return list(errors.values())

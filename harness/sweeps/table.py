@@ -1,18 +1,17 @@
-"""What came of a sweep, by point and by run; first as `--json` prints it, then for people."""
+"""What came of a sweep and what it will train, for programs and for people."""
 
 from __future__ import annotations
 
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from harness.sweeps.run import Status, count_states, in_words
 from harness.sweeps.spec import Metric, Sweep, label
 
 
-def table_of(sweep: Sweep, found: Sequence[Status]) -> dict[str, Any]:
+def table_json(sweep: Sweep, found: Sequence[Status]) -> dict[str, Any]:
     """The points, the best first: those with a figure for each seed before the others, equal ones in their order.
 
     `mean` and `std` are over the seeds that have a `value`, that of the sweep's metric once a run is finished; `std`
@@ -63,7 +62,7 @@ def render_table(table: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "* the best"] if points[0]["best"] else lines)
 
 
-def plan_of(found: Sequence[Status]) -> list[dict[str, Any]]:
+def plan_json(found: Sequence[Status]) -> list[dict[str, Any]]:
     """The runs in the order in which they are trained, and how far each is."""
     return [
         {
@@ -79,13 +78,12 @@ def plan_of(found: Sequence[Status]) -> list[dict[str, Any]]:
     ]
 
 
-def render_plan(plan: Sequence[Mapping[str, Any]]) -> str:
+def render_plan(found: Sequence[Status]) -> str:
     """A line for each run."""
-    lines = []
-    for number, run in enumerate(plan, 1):
-        name, state = Path(run["run_directory"]).name, in_words(run["state"], run["exit_code"])
-        lines.append(f"{number:>4}  {name}  {label(run['parameters'])}  {state}")
-    return "\n".join(lines)
+    return "\n".join(
+        f"{number:>4}  {status.run.name}  {label(status.run.values)}  {status.in_words}"
+        for number, status in enumerate(found, start=1)
+    )
 
 
 def _row(status: Status, metric: Metric) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def test_random_points_differ(sweep: Path) -> None:
     text = "recipe: tiny.yaml\nmethod: random\npoints: 2\nparameters: {data.flip: {values: [none, random]}}\n"
     assert {run.values["data.flip"] for run in load(sweep, text).runs} == {"none", "random"}
     (error,) = errors_of(sweep, text.replace("points: 2", "points: 3"))
-    assert "sweep.yaml:3: points: 3 are asked for, and no more than 2 different ones were found" in error
+    assert "sweep.yaml:3: points: 3 asked for, but only 2 different ones found" in error
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ LR = "{values: [0.1, 0.2]}"
         ("overrides: {", "overrides: {name: x, ", ["overrides.name: the sweep's name names the runs"]),
         ("overrides: {", "overrides: {optimizer.lr: 3, ", ["optimizer.lr: is one of the parameters too"]),
         ("epochs: 1", "epochs: -1", ["sweep.yaml:4: training.epochs: must be ≥ 0"]),
-        ("method: grid", "method: grid\nmetric: {key: loss}", ["metric.goal: a loss is good when it is small"]),
+        ("method: grid", "method: grid\nmetric: {key: loss}", ["metric.goal: a lower loss is better"]),
         ("method: grid", "method: grid\nmetric: {split: test_ema}", ["sweep.yaml:3: metric.split: test_ema"]),
         ("method: grid", "method: grid\nname: tiny", ['sweep.yaml:3: name: "tiny" is the recipe\'s', "tiny-sweep"]),
         ("recipe: tiny.yaml", "recipe: tini.yaml", ['sweep.yaml:1: there is no recipe "tini.yaml"']),
