@@ -8,9 +8,9 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import NoReturn, TextIO
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
 import harness
 from harness import commands, commands_look, commands_speed, commands_sweep, commands_track, srun
@@ -66,11 +66,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         began_at -= time.process_time()  # what Python worked before; the process may be as old as a shell that waited
         calm_openmp()
-        if sys.argv[1:2] and sys.argv[1] in LASTING:
-            sys.stdout, sys.stderr = _Lasting.of(sys.stdout), _Lasting.of(sys.stderr)
     srun.take_place()
+    words = sys.argv[1:] if argv is None else list(argv)
+    with _carrying_on(words if argv is None else ()):
+        code = _exit_code(words, began_at)
+    _tell_launcher(code)
+    return code
+
+
+def _exit_code(argv: list[str], began_at: float) -> int:
+    """Run a command; every error of a user's, or of a machine's, becomes a message and a code."""
     try:
-        code = _run(sys.argv[1:] if argv is None else list(argv), began_at)
+        code = _run(argv, began_at)
     except HarnessError as error:
         print_error(error)
         code = error.exit_code
@@ -95,7 +102,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print_error(told)
         code = told.exit_code
-    _tell_launcher(code)
     return code
 
 
@@ -121,14 +127,28 @@ def _tell_launcher(code: int) -> None:
             file.write(f"{code}\n")
 
 
-class _Lasting(io.TextIOWrapper):
-    """stdout or stderr of a command that carries on when its reader leaves, as `| head` does."""
+@contextmanager
+def _carrying_on(argv: Sequence[str]) -> Iterator[None]:
+    """Let a command that does more than print carry on when the reader of its output leaves, as `| head` does."""
+    if argv[:1] and argv[0] in LASTING and isinstance(sys.stdout, io.TextIOWrapper):
+        before, streams = (sys.stdout, sys.stderr), [_Lasting(s) for s in (sys.stdout, sys.stderr)]
+        sys.stdout, sys.stderr = streams
+        try:
+            yield
+        finally:
+            for stream in streams:
+                stream.flush()
+                stream.detach()  # else the buffer is closed with it
+            sys.stdout, sys.stderr = before
+    else:
+        yield
 
-    @classmethod
-    def of(cls, stream: TextIO) -> TextIO:
-        if not isinstance(stream, io.TextIOWrapper):
-            return stream
-        return cls(stream.buffer, stream.encoding, stream.errors, line_buffering=stream.line_buffering)
+
+class _Lasting(io.TextIOWrapper):
+    """stdout or stderr, without its reader if need be."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream.buffer, stream.encoding, stream.errors, line_buffering=stream.line_buffering)
 
     def write(self, text: str) -> int:
         try:

@@ -97,7 +97,7 @@ def refuse_arithmetic() -> None:
     errors = [
         HarnessError(
             f"{name}={os.environ[name]} asks for {what}, and the harness trains by DDP alone",
-            hint=f"unset {name}, or choose another distributed type by `accelerate config`.",
+            hint=f"Unset {name}, or choose another distributed type by `accelerate config`.",
         )
         for name, what in _DISTRIBUTED.items()
         if os.environ.get(name, "").lower() not in _NEUTRAL
@@ -105,7 +105,7 @@ def refuse_arithmetic() -> None:
     errors += [
         HarnessError(
             f"{name}={os.environ[name]} changes the arithmetic, which the recipe decides",
-            hint=f"unset {name}; see training.precision and training.compile.",
+            hint=f"Unset {name}; see training.precision and training.compile.",
         )
         for name, harmless in _ARITHMETIC.items()
         if os.environ.get(name, "") and os.environ[name].lower() not in harmless

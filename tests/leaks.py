@@ -16,6 +16,7 @@ import psutil
 LIBRARY_VARIABLES = {
     "PYTEST_CURRENT_TEST",
     "KMP_INIT_AT_FORK",  # OpenMP
+    "GOMP_SPINCOUNT",  # the command's own, for the life of its process
     "KMP_DUPLICATE_LIB_OK",
     "QT_QPA_PLATFORM_PLUGIN_PATH",  # opencv, which ffcv imports
     "QT_QPA_FONTDIR",

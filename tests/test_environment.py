@@ -83,7 +83,7 @@ def test_what_the_launcher_sets_is_no_matter(
 @pytest.mark.parametrize(
     ("variables", "told"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, ["asks for DeepSpeed", "unset ACCELERATE_USE_DEEPSPEED"]),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, ["asks for DeepSpeed", "Unset ACCELERATE_USE_DEEPSPEED"]),
         ({"ACCELERATE_USE_FSDP": "1", "TIMM_FUSED_ATTN": "0"}, ["environment: 2 errors", "FSDP", "TIMM_FUSED_ATTN=0"]),
         ({"NVIDIA_TF32_OVERRIDE": "1"}, ["changes the arithmetic"]),
         ({"ONEDNN_DEFAULT_FPMATH_MODE": "BF16"}, ["changes the arithmetic"]),
@@ -158,7 +158,8 @@ def test_a_reader_that_leaves_changes_neither_training_nor_code(redirection: str
 def test_a_closed_terminal_stops_a_training_with_a_checkpoint(nohup: bool, tiny: Path, tmp_path: Path) -> None:
     master, terminal = pty.openpty()
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "harness", "train", str(tiny), "training.epochs=60", "--run-dir", str(run)]
+    length = "training.epochs=60" if nohup else "training.epochs=1000000"
+    command = [sys.executable, "-m", "harness", "train", str(tiny), length, "--run-dir", str(run)]
     if nohup:
         command = ["nohup", *command]
     process = subprocess.Popen(

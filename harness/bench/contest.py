@@ -179,7 +179,8 @@ class _Process:
             message = (self._errors.read().strip() or "it said nothing").splitlines()
             start = max(number for number, line in enumerate(message) if not line.startswith(" "))  # then its hint
             reason = "\n".join(message[start:])
-            raise HarnessError(f'the contestant "{self._name}" failed: {reason}', exit_code=EXIT_FAILED)
+            what = f'the contestant "{self._name}" failed: {reason}'
+            raise HarnessError(what, hint="Its own message says why; try it again alone.", exit_code=EXIT_FAILED)
         answer: dict[str, Any] = json.loads(line)
         return answer
 

@@ -57,6 +57,7 @@ def nan_in_a_batch(stage: Stage, index: int) -> Outcome:
 def huge_learning_rate(stage: Stage, index: int) -> Outcome:
     lr = f"optimizer.lr=1.0e+{stage.rng.randrange(15, 36)}"
     overrides = (lr, "model.args.norm=none", "training.clip_grad_norm=null", "schedule.warmup_steps=0")
+    overrides += ("optimizer.weight_decay=0",)  # with such a rate any other is refused
     process = stage.train(*overrides)
     code = process.wait()
     wrong = _named(stage, process.text(), code, None)
