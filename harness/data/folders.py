@@ -81,9 +81,8 @@ def list_images(root: Path) -> FolderListing:
     listing = FolderListing(root, classes, walk.split(train, classes), walk.split(test, classes), walk.left_out)
     errors += walk.dangling[:_NAMED]
     if len(walk.dangling) > _NAMED:
-        errors.append(
-            HarnessError(f"and {len(walk.dangling) - _NAMED:,} more links that lead nowhere", where=str(root))
-        )
+        more = f"and {len(walk.dangling) - _NAMED:,} more links that lead nowhere"
+        errors.append(HarnessError(more, where=str(root), hint="`find -L . -type l` lists all of them."))
     if errors:
         raise errors[0] if len(errors) == 1 else ManyErrors(str(root), errors)
     return _not_empty(listing, train, test)
