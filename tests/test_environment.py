@@ -163,7 +163,13 @@ def test_a_closed_terminal_stops_a_training_with_a_checkpoint(nohup: bool, tiny:
     if nohup:
         command = ["nohup", *command]
     process = subprocess.Popen(
-        command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True, cwd=tmp_path
+        command,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup themselves
     )
     os.close(terminal)
     while not (run / "metrics.jsonl").exists() and process.poll() is None:
@@ -174,6 +180,10 @@ def test_a_closed_terminal_stops_a_training_with_a_checkpoint(nohup: bool, tiny:
         time.sleep(0.01)
     os.close(master)
     process.send_signal(signal.SIGHUP)  # as the kernel does for the leader of the terminal's session
-    assert process.wait(timeout=120) == (0 if nohup else 75)
+    try:
+        assert process.wait(timeout=120) == (0 if nohup else 75)
+    finally:
+        process.kill()
+        process.wait()
     assert (run / "result.json").exists() == nohup
     assert list((run / "checkpoints").glob("step_*"))
