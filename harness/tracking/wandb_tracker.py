@@ -74,9 +74,9 @@ def limit_seconds() -> float:
         seconds = float(text) if text else _LIMIT_SECONDS
     except ValueError:
         seconds = 0.0
-    if not 0 < seconds < float("inf"):
+    if not 0 < seconds <= 3600:  # more are milliseconds
         raise HarnessError(
-            f'must be a number of seconds above 0, not "{text}"',
+            f'must be a number of seconds above 0 and up to 3600, not "{text}"',
             where=LIMIT_VARIABLE,
             hint="Unset it for a minute, or give a number such as 20.",
         )

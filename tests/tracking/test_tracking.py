@@ -246,12 +246,13 @@ def test_trouble_is_one_warning(tmp_path: Path) -> None:
     assert "W&B fails and is left out" in warnings[0]
 
 
-def test_a_time_limit_that_is_none_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HARNESS_WANDB_TIMEOUT_SECONDS", "soon")
+@pytest.mark.parametrize("text", ["soon", "60000"])
+def test_a_time_limit_that_is_none_is_one_warning(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARNESS_WANDB_TIMEOUT_SECONDS", text)
     warnings: list[str] = []
     wandb_tracker(tmp_path, warnings).finish(None)
     assert len(warnings) == 1
-    assert 'HARNESS_WANDB_TIMEOUT_SECONDS: must be a number of seconds above 0, not "soon"' in warnings[0]
+    assert "HARNESS_WANDB_TIMEOUT_SECONDS: must be a number of seconds above 0 and up to 3600, not" in warnings[0]
 
 
 def test_what_goes_wrong_beside_the_curves_is_one_warning_each(tmp_path: Path) -> None:
