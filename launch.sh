@@ -149,7 +149,7 @@ if [ -n "$slurm" ]; then
 fi
 
 # A shell of `srun --pty` is one task, however many were asked for.
-[ "${SLURM_STEP_NUM_TASKS:-1}" = 1 ] || [ -n "${SLURM_PTY_PORT:-}" ] ||
+[ "${SLURM_STEP_NUM_TASKS:-1}" = 1 ] || { [ -n "${SLURM_PTY_PORT:-}" ] && [ -t 0 ]; } ||
   fail "srun started this $SLURM_STEP_NUM_TASKS times, and each would train by itself" \
     "srun … $python -m harness train $recipe trains with one rank per task; or ./launch.sh --slurm, without srun."
 

@@ -94,6 +94,8 @@ def _exit_code(argv: list[str], began_at: float) -> int:
         print_error(HarnessError(str(error), where=sys.executable, hint=hint))
         code = EXIT_BAD_INPUT
     except BrokenPipeError:  # the reader of our output left, as `| head` does, and nothing else was to be done
+        if argv[:1] and argv[0] in LASTING:  # whose output cannot break: this is another pipe
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_DONE
     except OSError as error:

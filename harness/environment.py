@@ -41,15 +41,22 @@ _ARITHMETIC = {
     "DNNL_DEFAULT_FPMATH_MODE": ("strict",),
     "TORCHDYNAMO_DISABLE": ("0",),  # training.compile would be ignored
     "TORCH_COMPILE_DISABLE": ("0",),
+    "TORCH_COMPILE_OVERRIDE_BACKENDS": (),
+    "TORCH_COMPILE_OVERRIDE_DYNAMO_CONFIGS": (),
+    "TORCH_COMPILE_OVERRIDE_INDUCTOR_CONFIGS": (),
+    "TORCHDYNAMO_SUPPRESS_ERRORS": ("0",),
+    "TORCHINDUCTOR_USE_FAST_MATH": ("0",),
     "TORCHINDUCTOR_CPP_ENABLE_UNSAFE_MATH_OPT_FLAG": ("0",),
     "TORCHINDUCTOR_CPP_ENABLE_FLOATING_POINT_CONTRACT_FLAG": ("off",),
     "TIMM_FUSED_ATTN": ("1",),
-    "TIMM_REENTRANT_CKPT": ("0",),
+    "TIMM_REENTRANT_CKPT": ("0", "false", "no", "off"),
     "TIMM_USE_SCIPY_INTERP": ("0",),
     "TIMM_USE_NAFLEXVIT": ("false",),
     "TIMM_USE_NAFLEX": ("0",),
     "FORK_LAST3": (),  # fastvit
 }
+# How MPI and srun count ranks; Accelerate reads them, and the harness by WORLD_SIZE alone.
+_OTHER_LAUNCHERS = ("OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_")
 # What else may change speed or the last bits goes into provenance.json; none of it holds a secret.
 _NOTED = (
     *_HIDDEN,
@@ -110,7 +117,17 @@ def refuse_arithmetic() -> None:
         for name, harmless in _ARITHMETIC.items()
         if os.environ.get(name, "") and os.environ[name].lower() not in harmless
     ]
+    errors += [
+        HarnessError(
+            f"{name}SIZE={os.environ[name + 'SIZE']} says that there are several ranks, and WORLD_SIZE is not set",
+            hint="Start ranks with ./launch.sh, accelerate launch, torchrun, srun or harness submit, not with mpirun.",
+        )
+        for name in _OTHER_LAUNCHERS
+        if os.environ.get(f"{name}SIZE", "1") not in ("", "0", "1") and not os.environ.get("WORLD_SIZE")
+    ]
     whole_number("OMP_NUM_THREADS", 1, at_least=1)  # Accelerate would end in a traceback
+    for name in ("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", "FORK_LAUNCHED"):
+        flag(name)
     if errors:
         raise errors[0] if len(errors) == 1 else ManyErrors("environment", errors)
 
@@ -130,12 +147,18 @@ def accelerate_settings_hidden() -> Iterator[dict[str, str]]:
 
 
 def _take_settings() -> dict[str, str]:
-    names = [name for name in os.environ if name.startswith(_HIDDEN) and name not in _LAUNCHERS]
+    names = [
+        name
+        for name, value in os.environ.items()
+        if name.startswith((*_HIDDEN, *_OTHER_LAUNCHERS)) and not (name in _LAUNCHERS and value)
+    ]
     return {name: os.environ.pop(name) for name in names}
 
 
 def _asks(name: str, value: str) -> bool:
     text = value.lower()
+    if name.startswith(_OTHER_LAUNCHERS):
+        return False
     one = name.endswith(("GRADIENT_ACCUMULATION_STEPS", "_SIZE", "_DEGREE")) and text == "1"
     details = name.startswith(("FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "ACCELERATE_DYNAMO_"))
     return not (text in _NEUTRAL or one or (details and name != "ACCELERATE_DYNAMO_BACKEND"))

@@ -40,6 +40,10 @@ def expand(path: str, *, where: str) -> str:
     Raises:
         HarnessError: a variable that is not set, or a user that is not there.
     """
+    if not path.isprintable():
+        shown = repr(os.fsencode(path))[2:-1]
+        hint = "Rename it: paths are printed and written to files."
+        raise HarnessError("is not printable UTF-8", where=f"{where}: {shown}", hint=hint)
     expanded = os.path.expandvars(os.path.expanduser(path))
     left = re.search(r"\$(\w+|\{[^}]*\})", expanded)
     if left is not None:

@@ -88,6 +88,10 @@ class Hold:
             raise self._lost(Owner.of(self.folder))
         _write(self.handle, self.owner)
 
+    def clear_signature(self) -> None:
+        """Remove the former holder's, by which a newer start of its job might take the folder from this process."""
+        os.ftruncate(self.handle, 0)
+
     def check(self) -> None:
         """See that nobody has taken the folder over.
 

@@ -18,7 +18,7 @@ def take_place(environment: MutableMapping[str, str] = os.environ) -> None:
     themselves), and in the shell of `srun --pty`, whose other tasks have ended.
     """
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
-    launched = {"RANK", "WORLD_SIZE", "SLURM_PTY_PORT"} & environment.keys()
+    launched = {"RANK", "WORLD_SIZE"} & environment.keys() or ("SLURM_PTY_PORT" in environment and os.isatty(0))
     if tasks == "1" or launched or "SLURM_PROCID" not in environment:
         return
     environment["RANK"], environment["WORLD_SIZE"] = environment["SLURM_PROCID"], tasks

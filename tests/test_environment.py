@@ -27,6 +27,9 @@ HARMLESS = {  # what `accelerate launch` sets, and variables that say where and 
     "TIMM_FUSED_ATTN": "1",
     "NVIDIA_TF32_OVERRIDE": "",
     "WORLD_SIZE": "",
+    "TIMM_REENTRANT_CKPT": "false",
+    "OMPI_COMM_WORLD_SIZE": "1",
+    "PMI_RANK": "0",
     "LOCAL_WORLD_SIZE": "",
 }
 
@@ -88,6 +91,9 @@ def test_what_the_launcher_sets_is_no_matter(
         ({"NVIDIA_TF32_OVERRIDE": "1"}, ["changes the arithmetic"]),
         ({"ONEDNN_DEFAULT_FPMATH_MODE": "BF16"}, ["changes the arithmetic"]),
         ({"ACCELERATE_USE_CPU": "maybe"}, ['ACCELERATE_USE_CPU is "maybe"']),
+        ({"ACCELERATE_DEBUG_MODE": "maybe"}, ['ACCELERATE_DEBUG_MODE is "maybe"']),
+        ({"TORCH_COMPILE_OVERRIDE_BACKENDS": "eager"}, ["changes the arithmetic"]),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, ["OMPI_COMM_WORLD_SIZE=2 says that there are several ranks"]),
         ({"OMP_NUM_THREADS": "many"}, ['OMP_NUM_THREADS must be a whole number ≥ 1, it is "many"']),
         ({"WORLD_SIZE": "two"}, ['WORLD_SIZE must be a whole number ≥ 1, it is "two"']),
         ({"LOCAL_WORLD_SIZE": "0"}, ['LOCAL_WORLD_SIZE must be a whole number ≥ 1, it is "0"']),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import shlex
 import subprocess
 import sys
@@ -109,7 +110,14 @@ def test_several_tasks_of_srun_are_refused(env: dict[str, str]) -> None:
     assert done.returncode == 2
     assert "srun started this 2 times" in done.stderr
     assert f"-m harness train {SEED}" in done.stderr
-    assert launch(step | {"SLURM_PTY_PORT": "4000"}, SEED).returncode == 0
+    in_a_shell = step | {"SLURM_PTY_PORT": "4000"}
+    assert launch(in_a_shell, SEED).returncode == 2  # a step started there inherits the variable, not the terminal
+    master, terminal = pty.openpty()
+    command = [str(ROOT / "launch.sh"), SEED]
+    done = subprocess.run(command, stdin=terminal, env=in_a_shell, cwd=ROOT, capture_output=True, timeout=LIMIT_SECONDS)
+    os.close(master)
+    os.close(terminal)
+    assert done.returncode == 0
 
 
 def test_a_dry_run_needs_no_environment_and_makes_none(env: dict[str, str]) -> None:

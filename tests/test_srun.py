@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from harness.srun import first_host, take_place
@@ -47,10 +49,14 @@ def test_tasks_of_a_step_are_ranks_that_meet() -> None:
         STEP | {"SLURM_STEP_NUM_TASKS": "1"},
         STEP | {"RANK": "0", "WORLD_SIZE": "2"},
         STEP | {"WORLD_SIZE": "1"},
-        STEP | {"SLURM_PTY_PORT": "4000"},
+        STEP
+        | {"SLURM_PTY_PORT": "4000"},  # its own shell; the steps started there inherit the variable, not the terminal
     ],
 )
-def test_what_is_no_task_of_srun_alone_stays_as_it_is(environment: dict[str, str]) -> None:
+def test_what_is_no_task_of_srun_alone_stays_as_it_is(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "isatty", lambda descriptor: True)
     before = dict(environment)
     take_place(environment)
     assert environment == before

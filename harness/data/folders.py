@@ -18,6 +18,7 @@ from harness.errors import HarnessError, ManyErrors, nearest
 TRAIN_FOLDER = "train"
 TEST_FOLDERS = ("test", "val", "valid")
 _NAMED = 20  # of the links that lead nowhere
+_NO_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow knows by name and cannot decode
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def list_images(root: Path) -> FolderListing:
         raise HarnessError("has no class folders", where=str(train), hint="The layout is train/CLASS/IMAGE.png.")
     errors = list(_wrong_classes(train, classes, test, class_names(test)))
     walk = _Walk()
+    walk.root(root, (train.name, test.name))
     listing = FolderListing(root, classes, walk.split(train, classes), walk.split(test, classes), walk.left_out)
     errors += walk.dangling[:_NAMED]
     if len(walk.dangling) > _NAMED:
@@ -135,34 +137,45 @@ class _Walk:
         self.left_out: Counter[str] = Counter()
         self.dangling: list[HarnessError] = []
         Image.init()
-        self._suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+        kinds = Image.OPEN.keys() - _NO_PICTURES
+        self._suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds}
 
     def split(self, folder: Path, classes: tuple[str, ...]) -> tuple[tuple[Path, int], ...]:
         """The images of a split with their class indices, sorted."""
-        for entry in os.scandir(folder):
-            if _is_hidden(entry.name):
-                self.left_out["hidden"] += 1
-            elif not os.path.isdir(entry.path):
-                self._other(entry, "next to the class folders")
+        self._around(folder, ())
         return tuple(
             (path, label)
             for label, name in enumerate(classes)
             if (folder / name).is_dir()
-            for path in sorted(self._images(folder / name, above=(os.path.realpath(folder),)))
+            for path in sorted(self._images(folder / name, seen={os.path.realpath(folder)}))
         )
 
-    def _images(self, folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+    def root(self, folder: Path, splits: tuple[str, ...]) -> None:
+        """Count what lies next to the folders of the splits."""
+        self._around(folder, splits)
+
+    def _around(self, folder: Path, splits: tuple[str, ...]) -> None:
+        for entry in os.scandir(folder):
+            if entry.name in splits:
+                continue
+            if _is_hidden(entry.name):
+                self.left_out["hidden"] += 1
+            elif splits or not os.path.isdir(entry.path):
+                self._other(entry, "next to train and test" if splits else "next to the class folders")
+
+    def _images(self, folder: Path, seen: set[str]) -> Iterator[Path]:
         real = os.path.realpath(folder)
-        if real in above:  # followed, it would go round for ever
-            self.left_out["link to a folder above it"] += 1
+        if real in seen:  # followed again, links among folders would go round, or multiply their images
+            self.left_out["link to a folder that was there before"] += 1
             return
+        seen.add(real)
         for entry in os.scandir(folder):
             suffix = os.path.splitext(entry.name)[1].lower()
             is_file = os.path.isfile(entry.path)  # False, too, for links that go round
             if _is_hidden(entry.name):
                 self.left_out["hidden"] += 1
             elif os.path.isdir(entry.path):
-                yield from self._images(folder / entry.name, (*above, real))
+                yield from self._images(folder / entry.name, seen)
             elif suffix not in self._suffixes or not is_file:
                 self._other(entry, suffix or "without a suffix" if is_file else "no regular file")
             else:

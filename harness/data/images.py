@@ -168,7 +168,7 @@ def read_images(
     said: set[tuple[str, str]] = set()
 
     def name_file(message: Warning | str, *_: object) -> None:
-        text = (current.where, str(message))
+        text = (getattr(current, "where", "image"), str(message))
         if text not in said:
             said.add(text)
             print(f"WARNING {text[0]}: {text[1]}", file=sys.stderr)

@@ -205,7 +205,16 @@ def _read_file(path: Path, columns: Columns) -> tuple[list[bytes], np.ndarray]:
         table = file.read(columns=[image_column, label_column], use_threads=False)
         images, labels = table[image_column].combine_chunks(), table[label_column].combine_chunks()
         if pyarrow.types.is_struct(images.type):
+            fields = [field.name for field in images.type]
+            if "bytes" not in fields:
+                raise HarnessError(
+                    f"the column {image_column} has the fields {', '.join(fields)}, and no bytes",
+                    where=str(path),
+                    hint="Store each image as {bytes, path}, or as the bytes of a PNG or JPEG file.",
+                )
             images = images.field("bytes")
+        if pyarrow.types.is_dictionary(images.type):
+            images = images.dictionary_decode()
         if not pyarrow.types.is_binary(images.type) and not pyarrow.types.is_large_binary(images.type):
             raise HarnessError(
                 f"the column {image_column} holds {images.type}, not image bytes",
@@ -222,7 +231,9 @@ def _read_file(path: Path, columns: Columns) -> tuple[list[bytes], np.ndarray]:
             if column.null_count:
                 row = column.is_null().to_pylist().index(True)
                 raise HarnessError(
-                    f"the column {name} is empty", where=_row(path, row), hint="Fill it in or remove the row."
+                    f"the column {name} is empty",
+                    where=_row(path, row),
+                    hint="Fill it in or remove the row; of an image its bytes are needed, not only its path.",
                 )
         return images.to_pylist(), labels.to_numpy(zero_copy_only=False).astype(np.int64)
     except (OSError, KeyError, pyarrow.ArrowException) as error:

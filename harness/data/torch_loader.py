@@ -115,10 +115,13 @@ class TorchLoader:
 
 # What torch's error says where a worker process was let down by the machine: what is so, and what to do.
 _LET_DOWN = {
-    "shared memory": ("/dev/shm is full", "In a container: --shm-size=1g. Else data.workers=0, or data.loader=ffcv."),
-    "Bus error": ("/dev/shm is full", "In a container: --shm-size=1g. Else data.workers=0, or data.loader=ffcv."),
     "Too many open files": ("too many files are open", "ulimit -n 65536, or fewer data.workers."),
     "ancdata": ("too many files are open", "ulimit -n 65536, or fewer data.workers."),
+    "Cannot allocate memory": ("memory ran out", "Fewer data.workers, or data.loader=ffcv."),
+    "</torch_": ("/dev/shm is full", "In a container: --shm-size=1g. Else data.workers=0, or data.loader=ffcv."),
+    "shared memory": ("/dev/shm is full", "In a container: --shm-size=1g. Else data.workers=0, or data.loader=ffcv."),
+    "Bus error": ("/dev/shm is full", "In a container: --shm-size=1g. Else data.workers=0, or data.loader=ffcv."),
+    "Pin memory thread": ("the thread that pins memory ended", "See its own message above, or try data.workers=0."),
     "signal: Killed": (
         "a loader's process was killed, probably for memory",
         "Fewer data.workers, or data.loader=ffcv.",
@@ -138,7 +141,7 @@ def _explained(loader: DataLoader[Sample]) -> Iterator[list[torch.Tensor]]:
     except (RuntimeError, OSError) as error:
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         text = "shared memory" if full else str(error)
-        ours = "in DataLoader worker process" in text and "shared memory" not in text
+        ours = "in DataLoader worker process" in text and not ("shared memory" in text or "</torch_" in text)
         what, hint = next((told for part, told in _LET_DOWN.items() if part in text and not ours), ("", ""))
         if not what:
             raise

@@ -168,6 +168,7 @@ def sbatch(script: Path) -> str:
             env=environment,
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=SBATCH_LIMIT_SECONDS,
         )
     except (FileNotFoundError, PermissionError):
@@ -182,7 +183,14 @@ def sbatch(script: Path) -> str:
             hint=HINTS[fitting[0]] if fitting else "--dry-run shows the script; `man sbatch` explains its options.",
             exit_code=EXIT_FAILED if NO_ANSWER in fitting else EXIT_BAD_INPUT,
         )
-    return done.stdout.strip().split(";")[0]
+    job_id = done.stdout.strip().split(";")[0]
+    if not job_id.isdecimal():
+        raise HarnessError(
+            f'sbatch gives no job number, but "{done.stdout.strip()}"',
+            hint="`squeue --me` tells whether the job is there.",
+            exit_code=EXIT_FAILED,
+        )
+    return job_id
 
 
 # --- options of the command line

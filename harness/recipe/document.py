@@ -113,7 +113,12 @@ def is_pipe(path: Path) -> bool:
 
     One with a name on disk may have no writer, and opening it would never return.
     """
-    return str(path.parent) in ("/dev", "/dev/fd", "/proc/self/fd") and path.is_fifo()
+    return is_given(path) and path.is_fifo()
+
+
+def is_given(path: Path) -> bool:
+    """Whether a path is an open file of this process, a pipe or not; its folder says nothing of where it came from."""
+    return str(path.parent) in ("/dev", "/dev/fd", "/proc/self/fd")
 
 
 def parse(text: str, where: str) -> Document:
@@ -167,6 +172,9 @@ def _compose(text: str, where: str) -> yaml.Node | None:
         ) from None
     except RecursionError:
         raise _too_deep(where) from None
+    except UnicodeEncodeError:
+        shown = where.encode("utf-8", "backslashreplace").decode()
+        raise HarnessError("not UTF-8 text", where=shown, hint="Recipes and overrides are UTF-8.") from None
 
 
 def _too_deep(where: str) -> HarnessError:

@@ -47,11 +47,11 @@ def load_variants(path: str | Path, variants: Iterable[Sequence[str]]) -> list[R
     Raises:
         HarnessError: the file, or one that it inherits, is missing, no YAML or a sweep.
     """
-    path = locate(path)
+    path = Path("/dev/stdin") if str(path) == "-" else locate(path)
     inherited = _read_with_bases(path)
     if {"recipe", "parameters"} <= inherited.data.keys():
         raise HarnessError("this is a sweep, not a recipe", where=str(path), hint=f"harness sweep {path}")
-    inherited.data.setdefault("name", "stdin" if yaml_document.is_pipe(path) else path.stem)
+    inherited.data.setdefault("name", "stdin" if yaml_document.is_given(path) else path.stem)
     return [_with_overrides(copy.deepcopy(inherited), overrides, str(path)) for overrides in variants]
 
 
@@ -170,7 +170,7 @@ def _base_of(document: Document, path: Path) -> Path | None:
             HarnessError("base must be the path of a recipe", where=document.places[("base",)], hint="base: seed.yaml")
         )
         return None
-    return locate(expand(base, where="base"), Path() if yaml_document.is_pipe(path) else path.parent)
+    return locate(expand(base, where="base"), Path() if yaml_document.is_given(path) else path.parent)
 
 
 def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:

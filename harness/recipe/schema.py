@@ -25,9 +25,20 @@ def cannot_be_meant(what: str, hint: str) -> PydanticCustomError:
 
 def _in_unit_interval(values: tuple[float, ...]) -> tuple[float, ...]:
     if min(values) < 0 or max(values) > 1:
-        divided = [round(value / 255, 4) for value in values]
-        hint = "Pixels are in [0, 1]" + (f"; divided by 255 these are {divided}." if 0 <= min(divided) <= 1 else ".")
-        raise cannot_be_meant("must be between 0 and 1 in each channel", hint)
+        hint = "Pixels are in [0, 1]"
+        for whole in (255, 100):
+            if min(values) >= 0 and max(values) <= whole:
+                hint += f"; divided by {whole} these are {[round(value / whole, 4) for value in values]}"
+        raise cannot_be_meant("must be between 0 and 1 in each channel", f"{hint}.")
+    return values
+
+
+def _means(values: tuple[float, ...]) -> tuple[float, ...]:
+    if 0 < max(_in_unit_interval(values)) < 1 / 255:
+        times = [round(value * 255, 4) for value in values]
+        raise cannot_be_meant(
+            "are all below one grey level (1/255)", f"Pixels are in [0, 1]; times 255 these are {times}."
+        )
     return values
 
 
@@ -98,7 +109,7 @@ class Data(Section):
     workers: Annotated[int, Field(ge=0, le=512)] | None = Field(
         None, description="loader threads (ffcv) or processes (torch) per rank; null takes the rank's cores"
     )
-    mean: Annotated[PerChannel, AfterValidator(_in_unit_interval)] | None = Field(
+    mean: Annotated[PerChannel, AfterValidator(_means)] | None = Field(
         None, description="normalisation mean, pixels in [0, 1]; null measures the training split"
     )
     std: Annotated[PerChannel, AfterValidator(_deviations)] | None = Field(

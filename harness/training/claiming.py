@@ -50,6 +50,8 @@ def claim(path: Path, stack: ExitStack) -> Hold:
                 who = holder or "another process"
                 print(f"{path}: held by {who}; waiting up to {wait_seconds:g} s for it", file=sys.stderr)
             time.sleep(POLL_SECONDS)
+        else:
+            hold.clear_signature()
     stack.callback(hold.release)
     return hold
 

@@ -65,9 +65,9 @@ def test_what_is_left_out_is_counted(root: Path, empty_cache: Path, capsys: pyte
         (root / folder).mkdir()
     os.mkfifo(root / "train" / "Cat" / "pipe.png")
     (root / "test" / "0.png").write_text("x")
-    for again in range(2):  # also where the converted copy is there
+    for again in range(2):  # the cache lies there too, next to train and test; also where the converted copy is there
         assert len(prepare("imagefolder", path=root, image_size_px=8).split("train").labels_B) == 9, again
-        told = "data: left out 11 files or folders: 6 hidden, 2 .txt, 1 without a suffix, 1 no regular file, "
+        told = "data: left out 12 files or folders: 6 hidden, 2 .txt, 1 without a suffix, 1 no regular file, "
         assert capsys.readouterr().err.startswith(told.rsplit(", 1 without", 1)[0])
 
 
@@ -78,16 +78,28 @@ def test_links_are_followed_and_loops_are_not(root: Path, tmp_path_factory: pyte
     save(elsewhere / "cat.png")
     ape = root / "train" / "ape"
     (ape / "linked").symlink_to(elsewhere / "more")
-    (ape / "linked-again").symlink_to(elsewhere / "more")  # its images count again, as in torchvision
     (ape / "y.png").symlink_to(elsewhere / "cat.png")
     (root / "train" / "yak").symlink_to(elsewhere / "more")
     (root / "test" / "yak").mkdir()
-    assert len(load(root).train.labels_B) == 9 + 3 + 1 == len(ImageFolder(root / "train").samples)
+    assert len(load(root).train.labels_B) == 9 + 2 + 1 == len(ImageFolder(root / "train").samples)
     (ape / "above").symlink_to(root / "train")
     (ape / "itself").symlink_to(ape)
+    (ape / "linked-again").symlink_to(elsewhere / "more")  # else links among folders would multiply images
     located = locate("imagefolder", path=root, image_size_px=8)
-    assert located.left_out == "2 files or folders: 2 link to a folder above it"
-    assert len(located.load().train.labels_B) == 13
+    assert located.left_out == "3 files or folders: 3 link to a folder that was there before"
+    assert len(located.load().train.labels_B) == 12
+
+
+def test_what_lies_next_to_the_splits_is_counted(root: Path) -> None:
+    save(root / "extra" / "Cat" / "0.png")
+    (root / "loose.png").touch()
+    save(root / "train" / "Cat" / "meta.h5.png").rename(root / "train" / "Cat" / "meta.h5")
+    left_out = locate("imagefolder", path=root, image_size_px=8).left_out
+    assert left_out == "3 files or folders: 2 next to train and test, 1 .h5"
+    (root / "test").rename(root / "val")
+    (root / "test").symlink_to(root / "nowhere")
+    with pytest.raises(HarnessError, match=r"test: is a link to .*nowhere, which is not there"):
+        load(root)
 
 
 def test_all_broken_images_are_named(root: Path) -> None:

@@ -161,6 +161,8 @@ def test_bad_recipes_say_what_is_wrong(text: str, expected: str, tmp_path: Path)
             "must be between 0 and 1",
             "divided by 255 these are [0.4914, 0.4824, 0.4467]",
         ),
+        ("data.mean=[49.1,48.2,44.6]", "must be between 0 and 1", "by 100 these are [0.491, 0.482, 0.446]"),
+        ("data.mean=[0.0019,0.0018,0.0017]", "below one grey level", "times 255 these are [0.4845, 0.459, 0.4335]"),
         ("data.mean=[-0.1,0.5,0.5]", "must be between 0 and 1", "Pixels are in [0, 1]."),
         ("data.std=[63,62,67]", "must be between 0 and 1", "divided by 255 these are [0.2471, 0.2431, 0.2627]"),
         ("data.std=[0.2,0.0,0.2]", "must be > 0", "0.25 is common"),
