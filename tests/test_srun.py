@@ -49,8 +49,7 @@ def test_tasks_of_a_step_are_ranks_that_meet() -> None:
         STEP | {"SLURM_STEP_NUM_TASKS": "1"},
         STEP | {"RANK": "0", "WORLD_SIZE": "2"},
         STEP | {"WORLD_SIZE": "1"},
-        STEP
-        | {"SLURM_PTY_PORT": "4000"},  # its own shell; the steps started there inherit the variable, not the terminal
+        STEP | {"SLURM_PTY_PORT": "4000"},  # steps started there inherit the variable, not the terminal
     ],
 )
 def test_what_is_no_task_of_srun_alone_stays_as_it_is(

@@ -51,7 +51,9 @@ def claim(path: Path, stack: ExitStack) -> Hold:
                 print(f"{path}: held by {who}; waiting up to {wait_seconds:g} s for it", file=sys.stderr)
             time.sleep(POLL_SECONDS)
         else:
-            hold.clear_signature()
+            former = Owner.of(path)
+            if former is not None and former.job:
+                hold.clear_signature()
     stack.callback(hold.release)
     return hold
 

@@ -65,7 +65,8 @@ def test_what_is_left_out_is_counted(root: Path, empty_cache: Path, capsys: pyte
         (root / folder).mkdir()
     os.mkfifo(root / "train" / "Cat" / "pipe.png")
     (root / "test" / "0.png").write_text("x")
-    for again in range(2):  # the cache lies there too, next to train and test; also where the converted copy is there
+    empty_cache.mkdir()  # next to train and test
+    for again in range(2):  # also where the converted copy is there
         assert len(prepare("imagefolder", path=root, image_size_px=8).split("train").labels_B) == 9, again
         told = "data: left out 12 files or folders: 6 hidden, 2 .txt, 1 without a suffix, 1 no regular file, "
         assert capsys.readouterr().err.startswith(told.rsplit(", 1 without", 1)[0])
