@@ -122,10 +122,7 @@ def _tell_launcher(code: int) -> None:
     """Launchers of several ranks return 1 whatever a rank returned; launch.sh reads the code from this file."""
     path = os.environ.get(EXIT_CODE_FILE)
     if path:
-        with (
-            suppress(FileNotFoundError),
-            open(path, "a") as file,
-        ):  # a launcher that no longer waits has cleared it away
+        with suppress(FileNotFoundError), open(path, "a") as file:  # one that no longer waits has cleared it away
             file.write(f"{code}\n")
 
 

@@ -44,6 +44,8 @@ def expand(path: str, *, where: str) -> str:
         shown = repr(os.fsencode(path))[2:-1]
         hint = "Rename it: paths are printed and written to files."
         raise HarnessError("is not printable UTF-8", where=f"{where}: {shown}", hint=hint)
+    if os.path.exists(path):  # whatever is in its name
+        return path
     expanded = os.path.expandvars(os.path.expanduser(path))
     left = re.search(r"\$(\w+|\{[^}]*\})", expanded)
     if left is not None:

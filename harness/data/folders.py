@@ -53,7 +53,7 @@ def class_names(folder: Path) -> tuple[str, ...]:
 
 
 def in_words(left_out: Mapping[str, int]) -> str:
-    """Such as "3 files and folders: 2 hidden, 1 .txt"; empty for none."""
+    """Such as "3 files or folders: 2 hidden, 1 .txt"; empty for none."""
     kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted(left_out.items(), key=lambda kind: -kind[1]))
     total = sum(left_out.values())
     return f"{total:,} file{'s' if total > 1 else ''} or folder{'s' if total > 1 else ''}: {kinds}" if total else ""
@@ -79,7 +79,7 @@ def list_images(root: Path) -> FolderListing:
         raise HarnessError("has no class folders", where=str(train), hint="The layout is train/CLASS/IMAGE.png.")
     errors = list(_wrong_classes(train, classes, test, class_names(test)))
     walk = _Walk()
-    walk.root(root, (train.name, test.name))
+    walk.around(root, "next to train and test", wanted={train.name, test.name})
     listing = FolderListing(root, classes, walk.split(train, classes), walk.split(test, classes), walk.left_out)
     errors += walk.dangling[:_NAMED]
     if len(walk.dangling) > _NAMED:
@@ -94,7 +94,7 @@ def _wrong_classes(
     train: Path, classes: tuple[str, ...], test: Path, test_classes: tuple[str, ...]
 ) -> Iterator[HarnessError]:
     for name in classes:
-        if not name.isprintable() or not _is_utf8(name):
+        if not name.isprintable():  # as what is not UTF-8 is not either
             shown = repr(os.fsencode(name))[2:-1]
             hint = "Class names are printed and written to files: rename it, for example by convmv."
             yield HarnessError(f'the class name "{shown}" is not printable UTF-8', where=str(train), hint=hint)
@@ -142,7 +142,7 @@ class _Walk:
 
     def split(self, folder: Path, classes: tuple[str, ...]) -> tuple[tuple[Path, int], ...]:
         """The images of a split with their class indices, sorted."""
-        self._around(folder, ())
+        self.around(folder, "next to the class folders", wanted=set(class_names(folder)))
         return tuple(
             (path, label)
             for label, name in enumerate(classes)
@@ -150,18 +150,13 @@ class _Walk:
             for path in sorted(self._images(folder / name, seen={os.path.realpath(folder)}))
         )
 
-    def root(self, folder: Path, splits: tuple[str, ...]) -> None:
-        """Count what lies next to the folders of the splits."""
-        self._around(folder, splits)
-
-    def _around(self, folder: Path, splits: tuple[str, ...]) -> None:
+    def around(self, folder: Path, kind: str, wanted: set[str]) -> None:
+        """Count what lies in a folder next to the wanted ones."""
         for entry in os.scandir(folder):
-            if entry.name in splits:
-                continue
             if _is_hidden(entry.name):
                 self.left_out["hidden"] += 1
-            elif splits or not os.path.isdir(entry.path):
-                self._other(entry, "next to train and test" if splits else "next to the class folders")
+            elif entry.name not in wanted:
+                self._other(entry, kind)
 
     def _images(self, folder: Path, seen: set[str]) -> Iterator[Path]:
         real = os.path.realpath(folder)
@@ -193,14 +188,6 @@ class _Walk:
 def _is_hidden(name: str) -> bool:
     """Hidden, or what file managers leave: they are no images whatever their names say."""
     return name[0] == "." or name == "__MACOSX" or name.lower() in ("thumbs.db", "desktop.ini")
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def read_folders(

@@ -117,7 +117,7 @@ def _parquet(folder: Path, image_size_px: int, columns: parquet.Columns) -> Loca
     options = {name: value for name, value in columns._asdict().items() if value is not None}
     inputs = (*files["train"], *files["test"])
     others = sorted(file.name for file in inputs[0].parent.glob("*.parquet") if file not in inputs)
-    left_out = f"{len(others)} Parquet files of other splits: {', '.join(others[:5])}" if others else ""
+    left_out = f"Parquet files of other splits: {', '.join(others)}" if others else ""
     origin = f"Parquet files in {folder}"
     return Located("parquet", origin, load, files=inputs, options=options, left_out=left_out)
 

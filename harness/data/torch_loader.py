@@ -113,14 +113,16 @@ class TorchLoader:
         self._closed = True
 
 
+_FULL = ("/dev/shm is full", "In a container: --shm-size=1g. Else data.workers=0, or data.loader=ffcv.")
+_TOO_MANY = ("too many files are open", "ulimit -n 65536, or fewer data.workers.")
 # What torch's error says where a worker process was let down by the machine: what is so, and what to do.
 _LET_DOWN = {
-    "Too many open files": ("too many files are open", "ulimit -n 65536, or fewer data.workers."),
-    "ancdata": ("too many files are open", "ulimit -n 65536, or fewer data.workers."),
+    "Too many open files": _TOO_MANY,
+    "ancdata": _TOO_MANY,
     "Cannot allocate memory": ("memory ran out", "Fewer data.workers, or data.loader=ffcv."),
-    "</torch_": ("/dev/shm is full", "In a container: --shm-size=1g. Else data.workers=0, or data.loader=ffcv."),
-    "shared memory": ("/dev/shm is full", "In a container: --shm-size=1g. Else data.workers=0, or data.loader=ffcv."),
-    "Bus error": ("/dev/shm is full", "In a container: --shm-size=1g. Else data.workers=0, or data.loader=ffcv."),
+    "</torch_": _FULL,
+    "shared memory": _FULL,
+    "Bus error": _FULL,
     "Pin memory thread": ("the thread that pins memory ended", "See its own message above, or try data.workers=0."),
     "signal: Killed": (
         "a loader's process was killed, probably for memory",

@@ -147,6 +147,12 @@ def submit_script(script: Path, undo: ExitStack) -> str:
             exit_code=EXIT_FAILED,
         ) from None
     undo.pop_all()
+    if not job_id.isdecimal():
+        raise HarnessError(
+            f'sbatch succeeded without a job number ("{job_id}"); {script} is kept',
+            hint="`squeue --me` tells whether the job is there.",
+            exit_code=EXIT_FAILED,
+        )
     return job_id
 
 
@@ -183,14 +189,7 @@ def sbatch(script: Path) -> str:
             hint=HINTS[fitting[0]] if fitting else "--dry-run shows the script; `man sbatch` explains its options.",
             exit_code=EXIT_FAILED if NO_ANSWER in fitting else EXIT_BAD_INPUT,
         )
-    job_id = done.stdout.strip().split(";")[0]
-    if not job_id.isdecimal():
-        raise HarnessError(
-            f'sbatch gives no job number, but "{done.stdout.strip()}"',
-            hint="`squeue --me` tells whether the job is there.",
-            exit_code=EXIT_FAILED,
-        )
-    return job_id
+    return done.stdout.strip().split(";")[0]
 
 
 # --- options of the command line

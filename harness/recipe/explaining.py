@@ -126,10 +126,13 @@ def _of_type_and_range(error: Any, context: Mapping[str, Any]) -> tuple[str, str
 
 def _is_number(given: Any) -> bool:
     """Whether a text would be a number without its quotes."""
+    if not isinstance(given, str):
+        return False
     try:
-        return isinstance(given, str) and float(given) is not None
+        float(given)
     except ValueError:
         return False
+    return True
 
 
 def _nearest_key(owner: type[BaseModel] | None, schema: type[BaseModel], path: KeyPath, given: Any) -> str:

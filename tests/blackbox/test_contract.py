@@ -302,7 +302,7 @@ def test_doctor(capsys: Out) -> None:
 
 
 def test_lr_find_draws_and_suggests(capsys: Out, tmp_path: Path) -> None:
-    assert "lr" in output_of(capsys, "lr-find", DEBUG, "--html", tmp_path / "lr.html")
+    assert "learning rate" in output_of(capsys, "lr-find", DEBUG, "--html", tmp_path / "lr.html")
     assert "<svg" in (tmp_path / "lr.html").read_text()
 
 
@@ -344,7 +344,9 @@ def test_submit_prints_the_batch_script(capsys: Out) -> None:
 
 
 def test_scale_predicts(capsys: Out) -> None:
-    assert "8" in output_of(capsys, "scale", DEBUG, "--gpus", "1,8", "--step-ms", "20")
+    strong = json_of(capsys, "scale", DEBUG, "--gpus", "1,8", "--step-ms", "20")["strong"]
+    assert [row["gpus"] for row in strong] == [1, 8]
+    assert strong[0]["step_ms"] == 20 > strong[1]["step_ms"] > 20 / 8
 
 
 def test_dashboard_is_printed(capsys: Out) -> None:

@@ -104,7 +104,7 @@ def test_images_without_bytes_and_other_splits_are_told(tmp_path: Path) -> None:
     write(tmp_path, train=[rows(3)], test=[rows(1)])
     pq.write_table(table(rows(2)), tmp_path / "validation-00000-of-00001.parquet")
     located = locate("parquet", path=tmp_path, image_size_px=8)
-    assert located.left_out == "1 Parquet files of other splits: validation-00000-of-00001.parquet"
+    assert located.left_out == "Parquet files of other splits: validation-00000-of-00001.parquet"
     images = pa.array([{"data": png(0), "path": ""}])
     pq.write_table(pa.table({"img": images, "label": [0]}), tmp_path / "test-00000-of-00001.parquet")
     with pytest.raises(HarnessError, match="the column img has the fields data, path, and no bytes"):

@@ -1,8 +1,10 @@
 """How many workers a loader has where the recipe does not say."""
 
+import errno
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ import torch
 
 from harness.bench.loader import synthetic_split
 from harness.data import loaders
-from harness.data.torch_loader import TorchLoader
+from harness.data.torch_loader import TorchLoader, _explained
+from harness.errors import HarnessError
 from tests.conftest import run_limited
 
 
@@ -59,6 +62,29 @@ def test_a_full_shared_memory_is_an_error_with_a_hint(tiny: Path, tmp_path: Path
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert all(word in done.stderr for word in ("/dev/shm is full", "--shm-size", "data.workers=0", "data.loader=ffcv"))
+
+
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (RuntimeError("unable to open shared memory object </torch_1_1>: Too many open files (24)"), "too many files"),
+        (RuntimeError("received 0 items of ancdata"), "too many files"),
+        (RuntimeError("unable to write to file </torch_1_1>: No space left on device (28)"), "/dev/shm is full"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "/dev/shm is full"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "probably for memory"),
+        (OSError(errno.ENOSPC, "No space left on device"), "/dev/shm is full"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory ran out"),
+        (RuntimeError("Caught ValueError in DataLoader worker process 0.\nours"), None),
+        (RuntimeError("of our own"), None),
+    ],
+)
+def test_what_lets_a_worker_down_is_told_in_other_words(error: Exception, what: str | None) -> None:
+    def breaks() -> Iterator[object]:
+        raise error
+        yield
+
+    with pytest.raises(HarnessError if what else type(error), match=what or str(error).splitlines()[0]):
+        list(_explained(breaks()))  # type: ignore[arg-type]
 
 
 def workers_of_a_loader(tmp_path: Path) -> int:

@@ -192,6 +192,16 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "environment"
 
 
+def test_a_job_without_a_number_keeps_what_it_needs(
+    sbatch: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SLURM may have taken it."""
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\nprintf 'caf\\351'\n")
+    assert main(["submit", DEBUG, "--run-dir", "run"]) == 1
+    assert "without a job number" in capsys.readouterr().err
+    assert (tmp_path / "run" / "slurm" / "recipe.yaml").exists()
+
+
 def test_what_is_submitted_stays_as_it_is(
     sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -283,6 +283,14 @@ def test_a_recipe_comes_through_a_pipe(tmp_path: Path, monkeypatch: pytest.Monke
     os.close(reading)
 
 
+def test_an_open_file_is_read_like_a_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, MINIMAL, "a.yaml")
+    monkeypatch.chdir(tmp_path)
+    with write(tmp_path, "base: a.yaml\n").open() as file:
+        recipe = load(f"/dev/fd/{file.fileno()}")  # what it inherits is looked for here, not in /dev/fd
+    assert (recipe.name, recipe.training.epochs) == ("stdin", 1)
+
+
 def test_packaged_recipes_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load("seed") == load(ROOT / "recipes" / "seed.yaml")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import http.server
 import io
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness.tracking import NullTracker, Trackers
+from harness.tracking import NullTracker, Trackers, wandb_server
 from harness.tracking.console import ConsoleTracker
 from harness.tracking.extras import Extras
 from harness.tracking.identity import Identity
@@ -234,6 +236,19 @@ def test_no_network_means_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ]
     (run,) = (tmp_path / "wandb").glob("offline-run-*-run-1")
     assert b"test/accuracy" in next(run.glob("*.wandb")).read_bytes()
+
+
+def test_a_server_that_says_anything_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one whose certificate, or TLS, Python does not take: the client may."""
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        for scheme in ("http", "https"):
+            monkeypatch.setenv("WANDB_BASE_URL", f"{scheme}://127.0.0.1:{server.server_port}")
+            assert wandb_server.answers(within_seconds=20), scheme
+        server.shutdown()
+        thread.join()
+    assert not wandb_server.answers(within_seconds=20)
 
 
 def test_trouble_is_one_warning(tmp_path: Path) -> None:

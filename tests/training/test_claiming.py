@@ -105,6 +105,21 @@ def test_a_newer_start_of_the_job_takes_over_after_a_wait(
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
+def test_a_signature_of_an_earlier_holder_lets_nobody_in(
+    tmp_path: Path, in_job: Callable[[dict[str, str]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process holds the folder and has not signed yet; the record there is of a job that has ended."""
+    with monkeypatch.context() as earlier, ExitStack() as stack:
+        for name, value in FIRST.items():
+            earlier.setenv(name, value)
+        claim(tmp_path, stack).sign()
+    with ExitStack() as stack:
+        claim(tmp_path, stack)
+        in_job(AGAIN)
+        with pytest.raises(HarnessError, match="another process is training in this run directory"):
+            claim(tmp_path, stack)
+
+
 @pytest.mark.parametrize(
     ("holder", "own", "code", "at_once"),
     [
