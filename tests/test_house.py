@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "harness").rglob("*.py"))
 CPP_FILES = sorted(p for kind in ("*.cpp", "*.h") for p in (ROOT / "harness").rglob(kind))
-MAX_FILE_LINES = 350
+MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 60
 
 # Each room and the rooms it may import. A module with its own entry is a room of its own, and who may import the
