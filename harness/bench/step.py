@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.bench.contest import Contestant, Round, describe_machine, ratios, run_contest
-from harness.data.batches import Batch
+from harness.data.loaders import Batch
 from harness.errors import HarnessError
 from harness.machine import usable_cores
 from harness.models.build import build_model
