@@ -39,6 +39,24 @@ def data_directories() -> list[Path]:
     return directories
 
 
+def find_input(path: str) -> Path:
+    """An existing file or folder that a recipe's data.path names, looked for here, then in each `data_directories`.
+
+    Raises:
+        HarnessError: it is nowhere, or a variable in it is not set.
+    """
+    given = Path(expand(path, where="data.path"))
+    candidates = [given.absolute()]
+    if not given.is_absolute():
+        candidates += [directory / given for directory in data_directories()]
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate.resolve()
+    looked = "" if given.is_absolute() else f" (looked for {', '.join(map(str, candidates))})"
+    hint = f"Correct data.path; a relative one is looked for here and in each folder of {DATA_VARIABLE}"
+    raise HarnessError(f"there is no such file or folder{looked}", where=path, hint=hint)
+
+
 def cache_directory(*parts: str) -> Path:
     """`$HARNESS_CACHE` or `~/.cache/harness`, absolute, with `parts` below it; nothing is made on disk."""
     entry = os.environ.get(CACHE_VARIABLE, "").strip()

@@ -2,8 +2,6 @@
 
 An image is cropped, then flipped, then cut out, whichever loader does it: `Augmentation.parameters` says how, so the
 pixels of a sample do not depend on the loader, the number of workers or ranks, or where a run was resumed.
-
-Shapes: B samples, H height, W width, C = 3 channels.
 """
 
 from __future__ import annotations
@@ -18,23 +16,17 @@ from harness.data.order import Stream, hash64, uniform_below
 
 
 class SampleParameters(NamedTuple):
-    """What happens to each of B images.
+    """What happens to each of B images, thought of with its padding around it.
 
-    The image is thought of with its padding around it. The crop's upper left corner lies at (crop_y, crop_x) there, so
-    that the padding in both means no shift. The cut-out square covers the rows cutout_y … cutout_y + size - 1 and the
-    columns cutout_x … cutout_x + size - 1 of the finished image, as far as they exist.
-
-    Attributes:
-        crop_y_B, crop_x_B: int64, 0 … 2 × padding.
-        flip_B: bool.
-        cutout_y_B, cutout_x_B: int64, -(size // 2) … H (or W) - 1 - size // 2.
+    The cut-out square covers the rows cutout_y … cutout_y + size - 1 and the columns cutout_x … cutout_x + size - 1 of
+    the finished image, as far as they exist.
     """
 
-    crop_y_B: np.ndarray  # noqa: N815
-    crop_x_B: np.ndarray  # noqa: N815
-    flip_B: np.ndarray  # noqa: N815
-    cutout_y_B: np.ndarray  # noqa: N815
-    cutout_x_B: np.ndarray  # noqa: N815
+    crop_y_B: np.ndarray  # noqa: N815 - int64, 0 … 2 × padding: the crop's upper edge; the padding means no shift
+    crop_x_B: np.ndarray  # noqa: N815 - its left edge
+    flip_B: np.ndarray  # noqa: N815 - bool
+    cutout_y_B: np.ndarray  # noqa: N815 - int64, -(size // 2) … H - 1 - size // 2
+    cutout_x_B: np.ndarray  # noqa: N815 - int64, -(size // 2) … W - 1 - size // 2
 
 
 @dataclass(frozen=True)
@@ -42,15 +34,13 @@ class Augmentation:
     """What training does to the images; evaluation has none.
 
     Args:
-        crop_padding_px: pixels added on each side before a crop of the image's own size; 0 is no crop.
+        crop_padding_px: added on each side before a crop of the image's own size; 0 is no crop.
         crop_padding_mode: "zeros" pads with raw black, as torchvision's RandomCrop(padding=…) does on raw pixels;
             "reflect" mirrors without repeating the edge.
-        flip: left to right: "none"; "random", by a fresh coin each epoch; "alternating", by a coin in epoch 0 and then
-            the other way each epoch, so that two epochs in a row show both (Jordan, "94% on CIFAR-10 in 3.29 seconds
-            on a single GPU", 2024).
-        cutout_size_px: side of a square set to exactly 0.0 in the normalised image. Its centre is uniform over the
-            image and it may hang over the border (DeVries and Taylor, "Improved regularization of convolutional neural
-            networks with cutout", 2017); 0 is no cutout.
+        flip: "random", by a fresh coin each epoch; "alternating", by a coin in epoch 0 and then the other way each
+            epoch (Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024).
+        cutout_size_px: side of a square set to exactly 0.0 in the normalised image; its centre is uniform over the
+            image (DeVries and Taylor, "Improved regularization of convolutional neural networks with cutout", 2017).
     """
 
     seed: int

@@ -3,10 +3,8 @@
 Source: A. Krizhevsky, "Learning multiple layers of features from tiny images" (2009); 60,000 images of 32×32, in
 10 classes, 5,000 of each for training and 1,000 for testing (https://www.cs.toronto.edu/~kriz/cifar.html).
 
-Its makers publish a binary form (six files of 10,000 records, each one label byte and 3 × 32 × 32 pixel bytes), which
-is the one downloaded, and pickles. These alone are unpickled, by torchvision and only with their published MD5.
-
-Shapes: B images, H height, W width, C = 3 channels.
+Its makers publish a binary form (records of a label byte and 3 × 32 × 32 pixel bytes), which is the one downloaded, and
+pickles, which torchvision unpickles here once their published MD5 is confirmed. Nothing else is ever unpickled.
 """
 
 from __future__ import annotations
@@ -28,17 +26,9 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from harness.data import sources
-from harness.data.images import ImageSets, Located, resize_images
+from harness.data.images import ImageSet, Located, resize_images
 from harness.errors import HarnessError
-from harness.files import (
-    CACHE_VARIABLE,
-    DATA_VARIABLE,
-    cache_directory,
-    data_directories,
-    hex_digest,
-    replacing,
-    writable_cache_directory,
-)
+from harness.files import cache_directory, data_directories, hex_digest, replacing, writable_cache_directory
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
@@ -56,9 +46,9 @@ _TIMEOUT_SECONDS = 30
 _BROKEN_HINT = "Remove it, so that it is looked for elsewhere or downloaded again"
 _DOWNLOAD_HINT = "Check the network and run it again"
 _HINT = (
-    f"Set {DATA_VARIABLE} to a folder that holds {BINARY_ARCHIVE} or {PYTHON_ARCHIVE}, either "
+    f"Set HARNESS_DATA to a folder that holds {BINARY_ARCHIVE} or {PYTHON_ARCHIVE}, either "
     "of them extracted, train-*.parquet and test-*.parquet, or train/CLASS/*.png and test/CLASS/*.png; "
-    f"or run once where there is a network, with the same {CACHE_VARIABLE}"
+    "or run once where there is a network, with the same HARNESS_CACHE"
 )
 _OTHER_HINT = (
     "Get a whole copy of CIFAR-10; another data set is read with data.source=parquet or imagefolder and data.path"
@@ -94,7 +84,7 @@ def locate_cifar10(path: Path | None, *, download: bool) -> Located:
             reason, hint = f"{error.where}: {error.what}", f"{_HINT}; or {error.hint}"
     if archive.is_file():
         return _published(archive)
-    looked = [*(looked or [f"${DATA_VARIABLE}, which is not set"]), str(archive)]
+    looked = [*(looked or ["$HARNESS_DATA, which is not set"]), str(archive)]
     places = "".join(f"\n    {place}" for place in looked)
     raise HarnessError(f"CIFAR-10 was not found. Looked in{places}\n  {reason}", hint=hint)
 
@@ -124,27 +114,28 @@ def _at(place: Path, *, sure: bool) -> Located | None:
     return Located("cifar10", origin, lambda px: checked(load(px), place), located.files, left_out=located.left_out)
 
 
-def checked(sets: ImageSets, place: Path) -> ImageSets:
-    """The sets, with CIFAR-10's class names where they were numbers, once their counts are right.
+def checked(images: ImageSet, place: Path) -> ImageSet:
+    """The images, with CIFAR-10's class names where they were numbers, once their counts are right.
 
     Raises:
         HarnessError: there are not 10 classes with 5,000 training and 1,000 test images each.
     """
-    for split, labels_B, each in (("train", sets.train.labels_B, 5_000), ("test", sets.test.labels_B, 1_000)):
-        counts = np.bincount(labels_B, minlength=len(sets.classes)).tolist()
+    train_B, test_B = np.split(images.labels_B, [images.train_count])
+    for split, labels_B, each in (("train", train_B, 5_000), ("test", test_B, 1_000)):
+        counts = np.bincount(labels_B, minlength=len(images.classes)).tolist()
         if counts != [each] * len(CLASSES):
-            found = ", ".join(f"{count:,} {name}" for name, count in zip(sets.classes, counts, strict=False))[:150]
+            found = ", ".join(f"{count:,} {name}" for name, count in zip(images.classes, counts, strict=False))[:150]
             what = f"has {len(labels_B):,} images in its {split} split ({found}), CIFAR-10 has {each:,} of each class"
             raise HarnessError(what, where=str(place), hint=_OTHER_HINT)
-    return replace(sets, classes=CLASSES) if sets.classes == tuple("0123456789") else sets
+    return replace(images, classes=CLASSES) if images.classes == tuple("0123456789") else images
 
 
 def _published(place: Path) -> Located:
     """One of its makers' archives, or what such an archive extracts to."""
 
-    def load(image_size_px: int) -> ImageSets:
+    def load(image_size_px: int) -> ImageSet:
         images_BHWC, labels_B = _read_folder(place) if place.is_dir() else _read_archive(place)
-        return checked(ImageSets.cut(resize_images(images_BHWC, image_size_px), labels_B, 50_000, CLASSES), place)
+        return checked(ImageSet(resize_images(images_BHWC, image_size_px), labels_B, 50_000, CLASSES), place)
 
     suffix = ".bin" if place.name == BINARY_FOLDER else ""
     files = tuple(place / f"{name}{suffix}" for name in BATCHES) if place.is_dir() else (place,)

@@ -28,9 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness.data.augment import Augmentation
-from harness.data.loaders import Batch, checked_batches, to_device
-from harness.data.prepare import Split
+from harness.data.augment import Augmentation, normalisation_table
+from harness.data.loaders import Batch, Loader, to_device
 from harness.errors import HarnessError
 from harness.files import cache_directory, private_directory
 
@@ -46,9 +45,18 @@ def _setting(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-_threads = torch.get_num_threads()
+@contextmanager
+def _torch_threads_kept() -> Iterator[None]:
+    """FFCV sets PyTorch's number of threads, at its import to one."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 try:
-    with warnings.catch_warnings():
+    with _torch_threads_kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ffcv 1.0.2 still imports distutils
         import numba
         import numba.typed
@@ -61,25 +69,19 @@ try:
         from ffcv.fields.rgb_image import SimpleRGBImageDecoder
         from ffcv.loader import Loader as StockLoader
         from ffcv.loader.epoch_iterator import EpochIterator
-        from ffcv.pipeline.allocation_query import AllocationQuery
         from ffcv.pipeline.compiler import Compiler
-        from ffcv.pipeline.state import State
 except (ImportError, OSError) as error:
     raise HarnessError(
         f"the ffcv data loader cannot be used, ffcv cannot be imported: {error}",
         hint="Install libopencv-dev libturbojpeg0-dev pkg-config g++ (Debian's names), "
         "then pip install '.[ffcv]'; or set data.loader=device",
     ) from error
-finally:
-    torch.set_num_threads(_threads)  # importing ffcv sets PyTorch to one thread
 
-BATCHES_AHEAD = 3
-_SLOTS = BATCHES_AHEAD + 2  # batches that FFCV has memory for
-
+_BATCHES_AHEAD = 3
+_SLOTS = _BATCHES_AHEAD + 2  # batches that FFCV has memory for
 # Numba's simplest threading layer ends the process when two threads run parallel code at once, as the loaders
 # of training and evaluation may. They would only share the same cores anyway.
 _PIPELINE_LOCK = threading.Lock()
-
 _SIGNATURE = types.void(
     types.Array(types.uint8, 1, "C", readonly=True),
     *(types.int64[::1], types.int64[::1], types.int32[:, ::1], types.float32[:, ::1]),
@@ -115,13 +117,10 @@ def _fuse_batch(
     cutout_size: int,
     out_BHWC: np.ndarray,
 ) -> None:
-    """Read, crop, flip, normalise and cut out the samples `ids_B` into `out_BHWC`; dtypes are those of the signature.
+    """Read, crop, flip, normalise and cut out the samples `ids_B` of the file into `out_BHWC`.
 
-    Args:
-        file_P: the bytes of the file, where the pixels of sample n begin at starts_N[n].
-        how_NF: by id, the shift down and to the right of what is read, whether to flip, the first row and the first
-            column to cut out.
-        reflect: mirror what lies outside the image; otherwise it is black.
+    The pixels of sample n begin at starts_N[n]. `how_NF` says by id the shift down and to the right of what is read,
+    whether to flip, the first row and the first column to cut out. What lies outside the image is mirrored or black.
     """
     height, width = out_BHWC.shape[1], out_BHWC.shape[2]
     for index in numba.prange(len(ids_B)):
@@ -160,10 +159,10 @@ def _fuse_batch(
 
 
 def compiled(function: Callable[..., None], signature: Any, *, parallel: bool) -> Callable[..., None]:
-    """The function's machine code for one signature, compiled now or loaded from what an earlier process compiled.
+    """The function's machine code, compiled now or loaded from what an earlier process compiled.
 
-    numba reads it back by unpickling. So its folder must be this user's own and nobody else's to write in:
-    `$HARNESS_CACHE/numba/<user id>`, or what `$NUMBA_CACHE_DIR` says. Without one, each process compiles for itself.
+    numba unpickles it. So its folder must be this user's own and nobody else's to write in: that in `$HARNESS_CACHE`,
+    or what `$NUMBA_CACHE_DIR` says. Without one, each process compiles for itself.
     """
     users = numba.config.CACHE_DIR
     for _ in range(2):
@@ -180,10 +179,7 @@ def compiled(function: Callable[..., None], signature: Any, *, parallel: bool) -
     return numba.njit(signature, parallel=parallel, nogil=True)(function)
 
 
-@functools.cache
-def fused_pass() -> Callable[..., None]:
-    """`_fuse_batch`, compiled."""
-    return compiled(_fuse_batch, _SIGNATURE, parallel=True)
+_fused_pass = functools.cache(lambda: compiled(_fuse_batch, _SIGNATURE, parallel=True))
 
 
 class FusedDecoder(SimpleRGBImageDecoder):
@@ -195,16 +191,16 @@ class FusedDecoder(SimpleRGBImageDecoder):
         self.reflect = augmentation.crop_padding_mode == "reflect"
         self.cutout_size = augmentation.cutout_size_px
 
-    def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
+    def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, Any]:
         """What the batches are, and the memory for them."""
-        state, _ = super().declare_state_and_memory(previous_state)
+        state, memory = super().declare_state_and_memory(previous_state)
         height, width, channels = state.shape
         state = replace(state, jit_mode=False, shape=(channels, height, width), dtype=torch.float32)
-        return state, AllocationQuery((height, width, channels), np.dtype(np.float32))
+        return state, replace(memory, dtype=np.dtype(np.float32))
 
     def generate_code(self) -> Callable[..., torch.Tensor]:
         """The function FFCV calls with sample ids, the memory for its result, and what it knows of the file."""
-        starts_N, fuse_batch = self.metadata["data_ptr"].astype(np.int64), fused_pass()
+        starts_N, fuse_batch = self.metadata["data_ptr"].astype(np.int64), _fused_pass()
 
         def fuse(ids_B: np.ndarray, out_BHWC: np.ndarray, metadata: np.ndarray, file: tuple[Any, ...]) -> torch.Tensor:
             how = self.how_NF, self.table_CV, self.reflect, self.cutout_size
@@ -297,36 +293,26 @@ class _Epoch(EpochIterator):
         atexit.unregister(self.close)
 
 
-class FfcvLoader:
-    """See `harness.data.loaders.Loader`. One epoch at a time: a new one's first batch ends the one before."""
+class FfcvLoader(Loader):
+    """One epoch at a time: a new one's first batch ends the one before."""
 
-    def __init__(
-        self, split: Split, table_CV: np.ndarray, *, augmentation: Augmentation, device: torch.device, workers: int
-    ) -> None:
-        self._augmentation, self._device = augmentation, device
-        self._count, self._height_px, self._width_px, _ = split.images_BHWC.shape
-        self._labels_B = split.labels_B
+    def __init__(self, *how: Any, workers: int) -> None:
+        super().__init__(*how)
         self._workers = max(1, min(workers, numba.config.NUMBA_NUM_THREADS))
-        self._fused = FusedDecoder(augmentation, table_CV, self._how(0, np.arange(0)))
+        table_CV = normalisation_table(self._mean, self._std)
+        self._fused = FusedDecoder(self._augmentation, table_CV, self._how(0, np.arange(0)))
+        pipelines = {"image": [self._fused], "label": None}
         with _setting(Compiler, "is_enabled", False):  # FFCV leaves this pipeline as it is: it is compiled already
-            self._loader: StockLoader | None = _stock(
-                split.path, {"image": [self._fused], "label": None}, batch_size=1, workers=self._workers
-            )
+            self._stock: StockLoader | None = _stock(self._split.path, pipelines, batch_size=1, workers=self._workers)
         self._epoch: _Epoch | None = None
 
-    def batches(self, ids_per_batch: Sequence[np.ndarray], *, epoch: int) -> Iterator[Batch]:
-        """See `harness.data.loaders.Loader.batches`."""
-        if self._loader is None:
-            raise RuntimeError("this loader is closed")
-        batches = checked_batches(ids_per_batch, self._count)
-        return self._yield(self._loader, batches, epoch) if batches else iter(())
-
-    def _yield(self, loader: StockLoader, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
-        self._end_epoch()
+    def _yield(self, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
+        if self._epoch is not None:
+            self._epoch.close()
         ids = np.concatenate(batches)
         self._fused.how_NF = self._how(epoch, ids)
-        labels = to_device(self._labels_B[ids], self._device).split([len(ids_B) for ids_B in batches])
-        running = self._epoch = _Epoch(loader, batches, workers=self._workers, device=self._device)
+        labels = to_device(self._split.labels_B[ids], self._device).split([len(ids_B) for ids_B in batches])
+        running = self._epoch = _Epoch(self._stock, batches, workers=self._workers, device=self._device)
         try:
             for ids_B, labels_B in zip(batches, labels, strict=True):
                 if self._epoch is not running:
@@ -337,70 +323,49 @@ class FfcvLoader:
 
     def _how(self, epoch: int, ids: np.ndarray) -> np.ndarray:
         """What happens to each sample, filled in for these ids: `how_NF` of `_fuse_batch`."""
-        how = self._augmentation.parameters(epoch, ids, height_px=self._height_px, width_px=self._width_px)
-        padding = self._augmentation.crop_padding_px
+        how, padding = self._parameters(epoch, ids), self._augmentation.crop_padding_px
         how_NF = np.zeros((self._count, 5), dtype=np.int32)
         how_NF[ids] = np.stack([how.crop_y_B - padding, how.crop_x_B - padding, *how[2:]], axis=1)
         return how_NF
 
-    def _end_epoch(self) -> None:
-        running, self._epoch = self._epoch, None
-        if running is not None:
-            running.close()
-
     def close(self) -> None:
-        """End the thread and release the file."""
-        self._end_epoch()
-        self._loader = None
+        super().close()
+        if self._epoch is not None:
+            self._epoch.close()
+        self._epoch = self._stock = None  # releases the file
 
 
+@_torch_threads_kept()
 def _stock(path: Path, pipelines: dict[str, Any], *, batch_size: int, workers: int) -> StockLoader:
-    """FFCV's Loader, leaving PyTorch's number of threads and numpy's generator alone."""
-    threads = torch.get_num_threads()
-    try:
-        return StockLoader(
-            os.fspath(path),
-            batch_size=batch_size,
-            num_workers=workers,
-            os_cache=True,
-            drop_last=False,
-            seed=0,  # without one it takes a number from numpy's global generator; nothing here is random
-            batches_ahead=BATCHES_AHEAD,
-            pipelines=pipelines,
-        )
-    finally:
-        torch.set_num_threads(threads)
+    return StockLoader(
+        os.fspath(path),
+        batch_size=batch_size,
+        num_workers=workers,
+        os_cache=True,
+        drop_last=False,
+        seed=0,  # without one it takes a number from numpy's global generator; nothing here is random
+        batches_ahead=_BATCHES_AHEAD,
+        pipelines=pipelines,
+    )
 
 
 def stock_epochs(
     path: Path, *, batch_size: int, workers: int, mean: Sequence[float], std: Sequence[float]
 ) -> Callable[[], Iterator[torch.Tensor]]:
-    """FFCV as its CIFAR-10 example uses it, for comparison: flip, translate, cutout, normalise, one by one.
-
-    Each call of the returned function gives one epoch's float32 (B, C, H, W) batches; the last one may be smaller.
-    """
+    """FFCV as its CIFAR-10 example uses it, for comparison; each call of the result gives one epoch's (B, C, H, W)."""
     from ffcv import transforms
     from torchvision.transforms import Normalize
 
-    raw_mean = tuple(round(255 * value) for value in mean)
-    operations = [
-        SimpleRGBImageDecoder(),
-        transforms.RandomHorizontalFlip(),
-        transforms.RandomTranslate(padding=4, fill=raw_mean),
-        transforms.Cutout(8, raw_mean),
-        transforms.ToTensor(),
-        transforms.ToTorchImage(),
-        transforms.Convert(torch.float32),
-        Normalize([255 * value for value in mean], [255 * value for value in std]),
-    ]
+    fill = tuple(round(255 * value) for value in mean)
+    operations = [SimpleRGBImageDecoder(), transforms.RandomHorizontalFlip()]
+    operations += [transforms.RandomTranslate(padding=4, fill=fill), transforms.Cutout(8, fill)]
+    operations += [transforms.ToTensor(), transforms.ToTorchImage(), transforms.Convert(torch.float32)]
+    operations += [Normalize([255 * value for value in mean], [255 * value for value in std])]
 
     def epoch() -> Iterator[torch.Tensor]:
-        threads = torch.get_num_threads()
-        try:
+        with _torch_threads_kept():
             for (images_BCHW,) in loader:
                 yield images_BCHW
-        finally:
-            torch.set_num_threads(threads)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # it advises against a torch module on the CPU

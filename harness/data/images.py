@@ -1,8 +1,6 @@
 """What a source gives, and how image files are decoded: to uint8 RGB arrays of one size.
 
 Training data and the images given to a prediction go through here, so that both are resized alike.
-
-Shapes: B images, H height, W width, C = 3 channels.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -29,46 +27,29 @@ _NAMED = 20  # of what is wrong alike
 _NOT_READABLE_HINT = "Replace it or leave it out; PNG, JPEG and all other formats that Pillow knows are read"
 
 
-class LabelledImages(NamedTuple):
-    """Images of one size, uint8 (B, H, W, 3), and their labels, int64 (B,)."""
-
-    images_BHWC: np.ndarray  # noqa: N815
-    labels_B: np.ndarray  # noqa: N815
-
-
 @dataclass(frozen=True)
-class ImageSets:
-    """A whole data set in memory; labels are indices into `classes`."""
+class ImageSet:
+    """A whole data set in memory; the first `train_count` images are for training, the others for testing."""
 
-    train: LabelledImages
-    test: LabelledImages
+    images_BHWC: np.ndarray  # noqa: N815 - uint8, of one size
+    labels_B: np.ndarray  # noqa: N815 - int64, indices into `classes`
+    train_count: int
     classes: tuple[str, ...]
-
-    @staticmethod
-    def cut(images_BHWC: np.ndarray, labels_B: np.ndarray, train_count: int, classes: Sequence[str]) -> ImageSets:
-        """The first `train_count` images for training, the others for testing."""
-        train = LabelledImages(images_BHWC[:train_count], labels_B[:train_count])
-        return ImageSets(train, LabelledImages(images_BHWC[train_count:], labels_B[train_count:]), tuple(classes))
 
 
 @dataclass(frozen=True)
 class Located:
     """The input of a source, found but not yet read.
 
-    Attributes:
-        origin: where the images come from, for people.
-        load: reads and checks everything, brings it to that height and width in pixels; raises HarnessError or OSError.
-        files: whose path, size and time of change tell whether a converted copy is up to date.
-        options: whatever else decides the pixels or labels.
-        left_out: what lies there and is no image of the data set, in words; empty where there is nothing.
+    `load` reads and checks everything, at a height and width in pixels; it raises HarnessError or OSError.
     """
 
     source: str
-    origin: str
-    load: Callable[[int], ImageSets]
-    files: tuple[Path, ...] = ()
-    options: Mapping[str, int | str] = field(default_factory=dict)
-    left_out: str = ""
+    origin: str  # for people
+    load: Callable[[int], ImageSet]
+    files: tuple[Path, ...] = ()  # whose path, size and time of change tell whether a converted copy is up to date
+    options: Mapping[str, int | str] = field(default_factory=dict)  # whatever else decides the pixels or labels
+    left_out: str = ""  # what lies there and is no image of the data set, in words
 
 
 def fit(image: Any, image_size_px: int) -> Any:

@@ -12,14 +12,14 @@ import errno
 import importlib.util
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional
 
-from harness.data.augment import Augmentation, normalisation_table
+from harness.data.augment import Augmentation, SampleParameters, normalisation_table
 from harness.environment import whole_number
 from harness.errors import EXIT_FAILED, HarnessError
 from harness.machine import rank_has_its_own_cores, usable_cores
@@ -29,34 +29,47 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
-    """One batch. Its tensors are valid until the next batch is asked for.
+    """One batch on the device. Its tensors are valid until the next batch is asked for."""
 
-    Attributes:
-        images_BCHW: float32, normalised, channels_last strides, on the device.
-        labels_B: int64, on the device.
-        ids_B: int64 sample ids, on the host.
-    """
-
-    images_BCHW: torch.Tensor  # noqa: N815
-    labels_B: torch.Tensor  # noqa: N815
-    ids_B: np.ndarray  # noqa: N815
+    images_BCHW: torch.Tensor  # noqa: N815 - float32, normalised, channels_last strides
+    labels_B: torch.Tensor  # noqa: N815 - int64
+    ids_B: np.ndarray  # noqa: N815 - int64 sample ids, on the host
 
 
-class Loader(Protocol):
+class Loader:
     """Yields given batches of one split."""
+
+    def __init__(
+        self, split: Split, augmentation: Augmentation, mean: list[float], std: list[float], device: torch.device
+    ) -> None:
+        self._split, self._augmentation, self._device, self._closed = split, augmentation, device, False
+        self._mean, self._std = mean, std
+        self._count, self._height_px, self._width_px, _ = split.images_BHWC.shape
 
     def batches(self, ids_per_batch: Sequence[np.ndarray], *, epoch: int) -> Iterator[Batch]:
         """Yield exactly these batches of int64 sample ids, in this order; the epoch (from 0) decides the augmentation.
 
         Raises:
-            ValueError: an empty batch, or an id that is not in the split.
+            ValueError: an empty batch, or an id that is not in the split: compiled code reads memory by these ids.
             RuntimeError: the loader is closed.
         """
-        ...
+        if self._closed:
+            raise RuntimeError("this loader is closed")
+        batches = [np.array(ids, dtype=np.int64) for ids in ids_per_batch]
+        for index, ids_B in enumerate(batches):
+            if len(ids_B) == 0 or ids_B.min() < 0 or ids_B.max() >= self._count:
+                raise ValueError(f"batch {index} is empty or holds ids outside 0 … {self._count - 1}")
+        return self._yield(batches, epoch) if batches else iter(())
+
+    def _yield(self, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
+        raise NotImplementedError
+
+    def _parameters(self, epoch: int, ids_B: np.ndarray) -> SampleParameters:
+        return self._augmentation.parameters(epoch, ids_B, height_px=self._height_px, width_px=self._width_px)
 
     def close(self) -> None:
         """Release threads, processes and memory. Closing twice does no harm."""
-        ...
+        self._closed = True
 
 
 class WaitTimer(Iterator[Batch]):
@@ -91,8 +104,8 @@ def build_loader(
     """A loader ("ffcv", "device" or "torch") of one split.
 
     Args:
-        mean, std: of each channel, on the scale [0, 1].
-        augmentation: of the training images; None only normalises.
+        mean, std: of pixels scaled to [0, 1].
+        augmentation: of training images; None only normalises.
         workers: threads (ffcv) or processes (torch; 0 loads in this process); None is one for each core of this rank.
 
     Raises:
@@ -100,27 +113,20 @@ def build_loader(
     """
     for channel, value in zip(("red", "green", "blue"), std, strict=True):
         if value == 0:
-            raise HarnessError(
-                f"the standard deviation of each channel must be positive, that of {channel} is 0: all pixels of that "
-                "channel have one value",
-                hint="Set data.std in the recipe, for example data.std=[0.25, 0.25, 0.25], or check the images.",
-            )
-    how: dict[str, Any] = {"augmentation": augmentation or Augmentation(seed=0), "device": device}
+            what = f"the standard deviation of {channel} is 0: all pixels of that channel have one value"
+            hint = "Set data.std in the recipe, for example data.std=[0.25, 0.25, 0.25], or check the images."
+            raise HarnessError(what, hint=hint)
+    how = (split, augmentation or Augmentation(seed=0), list(mean), list(std), device)
     if kind == "device":
-        return DeviceLoader(split, normalisation_table(mean, std), **how)
-    how["workers"] = _cores_of_this_rank() if workers is None else workers
+        return DeviceLoader(*how)
+    if workers is None:  # the cores that this rank is bound to, or its share of those that all ranks here use
+        share = 1 if rank_has_its_own_cores() else whole_number("LOCAL_WORLD_SIZE", 1, at_least=1)
+        workers = max(1, usable_cores() // share)
     if kind == "torch":
-        return TorchLoader(split, mean=mean, std=std, **how)
+        return TorchLoader(*how, workers=workers)
     from harness.data.ffcv_loader import FfcvLoader  # the others must not need it, or wait for it
 
-    return FfcvLoader(split, normalisation_table(mean, std), **how)
-
-
-def _cores_of_this_rank() -> int:
-    """The cores that this rank is bound to, or its share of those that all ranks of the machine use; at least 1."""
-    if rank_has_its_own_cores():
-        return usable_cores()
-    return max(1, usable_cores() // whole_number("LOCAL_WORLD_SIZE", 1, at_least=1))
+    return FfcvLoader(*how, workers=workers)
 
 
 def ffcv_available() -> bool:
@@ -128,59 +134,34 @@ def ffcv_available() -> bool:
     return importlib.util.find_spec("ffcv") is not None
 
 
-def checked_batches(ids_per_batch: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
-    """The batches as int64 arrays of their own, once each id is known to lie in 0 … count - 1.
-
-    Compiled code reads memory by these ids, so a wrong one must not come so far: it is a ValueError.
-    """
-    batches = [np.array(ids, dtype=np.int64) for ids in ids_per_batch]
-    for index, ids_B in enumerate(batches):
-        if len(ids_B) == 0:
-            raise ValueError(f"batch {index} is empty")
-        if ids_B.min() < 0 or ids_B.max() >= count:
-            raise ValueError(f"batch {index} holds ids outside 0 … {count - 1}")
-    return batches
-
-
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """A copy of the array on the device, without waiting for work that is under way there."""
     tensor = torch.from_numpy(np.array(array))
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-class DeviceLoader:
+class DeviceLoader(Loader):
     """All images lie on the device as uint8; batches are gathered, augmented and normalised there.
 
     Nothing waits for the device: what a whole epoch needs from the host goes there in one copy at its start.
     """
 
-    def __init__(self, split: Split, table_CV: np.ndarray, *, augmentation: Augmentation, device: torch.device) -> None:
-        self._augmentation, self._device = augmentation, device
-        self._count, self._height_px, self._width_px, channels = split.images_BHWC.shape
-        self._pixels: torch.Tensor | None = to_device(split.images_BHWC, device).view(-1, channels)
-        self._labels_B = to_device(split.labels_B, device)
-        self._table = to_device(table_CV.reshape(-1), device)
-        self._table_starts_C = torch.arange(channels, device=device, dtype=torch.int32) * 256
-        self._y_H = torch.arange(self._height_px, device=device)
-        self._x_W = torch.arange(self._width_px, device=device)
+    def __init__(self, *how: Any) -> None:
+        super().__init__(*how)
+        self._pixels = to_device(self._split.images_BHWC, self._device).view(-1, 3)
+        self._labels_B = to_device(self._split.labels_B, self._device)
+        self._table = to_device(normalisation_table(self._mean, self._std).reshape(-1), self._device)
+        self._table_starts_C = torch.arange(3, device=self._device, dtype=torch.int32) * 256
+        self._y_H = torch.arange(self._height_px, device=self._device)
+        self._x_W = torch.arange(self._width_px, device=self._device)
 
-    def batches(self, ids_per_batch: Sequence[np.ndarray], *, epoch: int) -> Iterator[Batch]:
-        """See `Loader.batches`."""
-        if self._pixels is None:
-            raise RuntimeError("this loader is closed")
-        batches = checked_batches(ids_per_batch, self._count)
-        return self._yield(self._pixels, batches, epoch) if batches else iter(())
-
-    def _yield(self, pixels: torch.Tensor, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
+    def _yield(self, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
         ids = np.concatenate(batches)
-        how = self._augmentation.parameters(epoch, ids, height_px=self._height_px, width_px=self._width_px)
-        fields = to_device(np.stack([ids, *how]).astype(np.int64), self._device)
+        fields = to_device(np.stack([ids, *self._parameters(epoch, ids)]).astype(np.int64), self._device)
         for ids_B, fields_FB in zip(batches, fields.split([len(ids_B) for ids_B in batches], dim=1), strict=True):
-            yield Batch(self._images(pixels, fields_FB), self._labels_B.index_select(0, fields_FB[0]), ids_B)
+            yield Batch(self._images(fields_FB), self._labels_B.index_select(0, fields_FB[0]), ids_B)
 
-    def _images(self, pixels: torch.Tensor, fields_FB: torch.Tensor) -> torch.Tensor:
+    def _images(self, fields_FB: torch.Tensor) -> torch.Tensor:
         """float32 (B, C, H, W) of the samples whose id and parameters are the rows of int64 (6, B)."""
         ids_B, crop_y_B, crop_x_B, flip_B, cutout_y_B, cutout_x_B = fields_FB.unbind(0)
         height_px, width_px, padding = self._height_px, self._width_px, self._augmentation.crop_padding_px
@@ -198,7 +179,7 @@ class DeviceLoader:
         first_B = ids_B * (height_px * width_px)
         places_BHW = (first_B[:, None] + rows_BH * width_px)[:, :, None] + columns_BW[:, None, :]
         # Selecting whole pixels of one flat list is three times as quick as indexing.
-        pixels_BHWC = pixels.index_select(0, places_BHW.view(-1)).view(*places_BHW.shape, -1)
+        pixels_BHWC = self._pixels.index_select(0, places_BHW.view(-1)).view(*places_BHW.shape, -1)
         if outside_BHW is not None:
             pixels_BHWC.masked_fill_(outside_BHW[..., None], 0)
         entries_BHWC = pixels_BHWC.int() + self._table_starts_C
@@ -211,8 +192,8 @@ class DeviceLoader:
         return images_BHWC.permute(0, 3, 1, 2)
 
     def close(self) -> None:
-        """Release the device's memory."""
-        self._pixels = None
+        super().close()
+        self._pixels = self._pixels[:0].clone()  # releases the device's memory
 
 
 def _within(values: torch.Tensor, stop: int) -> torch.Tensor:
@@ -224,80 +205,51 @@ def _reflected(places: torch.Tensor, size: int) -> torch.Tensor:
     return size - 1 - (size - 1 - places.abs()).abs()
 
 
-class _AugmentedImages(Dataset[tuple[torch.Tensor, int]]):
-    """The samples of a split as one epoch shows them, by id: image float32 (C, H, W) and label."""
+class TorchLoader(Loader, Dataset[tuple[torch.Tensor, int]]):
+    """The plain reference, slow and easy to read: the other loaders are right when they give the same pixels.
 
-    def __init__(
-        self, split: Split, augmentation: Augmentation, epoch: int, mean: list[float], std: list[float]
-    ) -> None:
-        self._split, self._augmentation, self._epoch, self._mean, self._std = split, augmentation, epoch, mean, std
-
-    def __getitem__(self, sample_id: int) -> tuple[torch.Tensor, int]:
-        augmentation, image_CHW = self._augmentation, torch.from_numpy(np.array(self._split.images_BHWC[sample_id]))
-        image_CHW = image_CHW.permute(2, 0, 1)
-        height_px, width_px = image_CHW.shape[1:]
-        how = augmentation.parameters(self._epoch, np.array([sample_id]), height_px=height_px, width_px=width_px)
-        crop_y, crop_x, flip, cutout_y, cutout_x = (int(values_B[0]) for values_B in how)
-        padding, size = augmentation.crop_padding_px, augmentation.cutout_size_px
-        if padding:
-            mode = "constant" if augmentation.crop_padding_mode == "zeros" else "reflect"
-            padded_CHW = functional.pad(image_CHW, [padding], fill=0, padding_mode=mode)
-            image_CHW = functional.crop(padded_CHW, crop_y, crop_x, height_px, width_px)
-        if flip:
-            image_CHW = functional.horizontal_flip(image_CHW)
-        image_CHW = functional.to_dtype(image_CHW, torch.float32, scale=True)
-        image_CHW = functional.normalize(image_CHW, self._mean, self._std)
-        if size:
-            top, left = max(cutout_y, 0), max(cutout_x, 0)
-            bottom, right = min(cutout_y + size, height_px), min(cutout_x + size, width_px)
-            image_CHW = functional.erase(image_CHW, top, left, bottom - top, right - left, torch.zeros(()))
-        return image_CHW, int(self._split.labels_B[sample_id])
-
-
-class TorchLoader:
-    """The plain reference: PyTorch's DataLoader over the mapped file, torchvision's functions for each sample.
-
-    It is slow and easy to read. The other loaders are right when they give the same pixels as this one. New worker
-    processes are started for each epoch, and end with its iterator.
+    PyTorch's DataLoader with torchvision's functions; its processes are started for each epoch and end with it.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        *,
-        mean: Sequence[float],
-        std: Sequence[float],
-        augmentation: Augmentation,
-        device: torch.device,
-        workers: int,
-    ) -> None:
-        self._split, self._mean, self._std, self._augmentation = split, list(mean), list(std), augmentation
-        self._device, self._workers, self._closed = device, workers, False
+    def __init__(self, *how: Any, workers: int) -> None:
+        super().__init__(*how)
+        self._workers = workers
 
-    def batches(self, ids_per_batch: Sequence[np.ndarray], *, epoch: int) -> Iterator[Batch]:
-        """See `Loader.batches`."""
-        if self._closed:
-            raise RuntimeError("this loader is closed")
-        batches = checked_batches(ids_per_batch, self._split.count)
-        loader = DataLoader(
-            _AugmentedImages(self._split, self._augmentation, epoch, self._mean, self._std),
-            batch_sampler=[ids_B.tolist() for ids_B in batches],
+    def _yield(self, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
+        samples: DataLoader[tuple[torch.Tensor, int]] = DataLoader(
+            self,
+            batch_sampler=[[(epoch, int(sample_id)) for sample_id in ids_B] for ids_B in batches],
             num_workers=self._workers,
             pin_memory=self._device.type == "cuda",
             generator=torch.Generator(),  # else each epoch would take a number from the global generator
         )
-        return self._yield(explained(loader), batches)
-
-    def _yield(self, samples: Iterator[list[torch.Tensor]], batches: list[np.ndarray]) -> Iterator[Batch]:
-        for (images_BCHW, labels_B), ids_B in zip(samples, batches, strict=True):
+        for (images_BCHW, labels_B), ids_B in zip(explained(samples), batches, strict=True):
             yield Batch(
                 images_BCHW.to(self._device, memory_format=torch.channels_last, non_blocking=True),
                 labels_B.to(self._device, non_blocking=True),
                 ids_B,
             )
 
-    def close(self) -> None:
-        self._closed = True
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
+        """A sample, by epoch and id, as the epoch shows it: image float32 (C, H, W) and label."""
+        epoch, sample_id = key
+        image_CHW = torch.from_numpy(np.array(self._split.images_BHWC[sample_id])).permute(2, 0, 1)
+        how = self._parameters(epoch, np.array([sample_id]))
+        crop_y, crop_x, flip, cutout_y, cutout_x = (int(values_B[0]) for values_B in how)
+        padding, size = self._augmentation.crop_padding_px, self._augmentation.cutout_size_px
+        if padding:
+            mode = "constant" if self._augmentation.crop_padding_mode == "zeros" else "reflect"
+            padded_CHW = functional.pad(image_CHW, [padding], fill=0, padding_mode=mode)
+            image_CHW = functional.crop(padded_CHW, crop_y, crop_x, self._height_px, self._width_px)
+        if flip:
+            image_CHW = functional.horizontal_flip(image_CHW)
+        image_CHW = functional.to_dtype(image_CHW, torch.float32, scale=True)
+        image_CHW = functional.normalize(image_CHW, self._mean, self._std)
+        if size:
+            top, left = max(cutout_y, 0), max(cutout_x, 0)
+            bottom, right = min(cutout_y + size, self._height_px), min(cutout_x + size, self._width_px)
+            image_CHW = functional.erase(image_CHW, top, left, bottom - top, right - left, torch.zeros(()))
+        return image_CHW, int(self._split.labels_B[sample_id])
 
 
 _FULL = ("/dev/shm is full", "In a container: --shm-size=1g. Else data.workers=0, or data.loader=ffcv.")

@@ -45,17 +45,14 @@ def _mix(state: np.ndarray) -> np.ndarray:
 
 def _as_uint64(value: int | np.ndarray) -> np.ndarray:
     """Whole numbers modulo 2**64, so that negative ones have a hash too."""
-    if isinstance(value, int):
-        return np.asarray(value & _MASK_64, dtype=np.uint64)
-    return value.astype(np.uint64)
+    return np.asarray(value & _MASK_64, dtype=np.uint64) if isinstance(value, int) else value.astype(np.uint64)
 
 
 def hash64(seed: int, *streams: int | np.ndarray) -> np.ndarray:
-    """A stateless hash of whole numbers: all 64 bits are unbiased and differ for any change of any argument.
+    """A stateless hash of whole numbers, uint64 of their broadcast shape; their order counts.
 
-    Returns:
-        uint64 of the broadcast shape of the streams, whose order counts. The values never change between versions,
-        machines or numpy releases.
+    All 64 bits are unbiased and differ for any change of any argument. The values never change between versions,
+    machines or numpy releases.
     """
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
         state = _mix(_as_uint64(seed))
@@ -85,42 +82,31 @@ def epoch_order(count: int, *, seed: int, epoch: int, shuffle: bool) -> np.ndarr
 class BatchPlan:
     """The training batches of one rank. All ranks together see each epoch's order, cut into global batches.
 
-    Args:
-        count: training samples.
-        global_batch_size: images in one optimizer step, over all ranks and accumulation steps.
-        drop_last: leave out the last, smaller batch of an epoch.
-
     Raises:
         HarnessError: the numbers do not go together; the hint names sizes that do.
     """
 
-    count: int
-    global_batch_size: int
+    count: int  # training samples
+    global_batch_size: int  # images in one optimizer step, over all ranks and accumulation steps
     rank: int = 0
     world_size: int = 1
     accumulation_steps: int = 1
     seed: int = 0
     shuffle: bool = True
-    drop_last: bool = False
+    drop_last: bool = False  # leave out the last, smaller batch of an epoch
 
     def __post_init__(self) -> None:
         size, unit = self.global_batch_size, self._unit
+        given = f"global_batch_size {size}"
         if size % unit:
-            raise HarnessError(
-                f"global_batch_size {size} is not divisible by {unit} "
-                f"({self.world_size} ranks × {self.accumulation_steps} accumulation steps)",
-                hint=self._hint(),
-            )
+            product = f"{self.world_size} ranks × {self.accumulation_steps} accumulation steps"
+            raise HarnessError(f"{given} is not divisible by {unit} ({product})", hint=self._hint())
         if size > self.count:
-            raise HarnessError(
-                f"global_batch_size {size} is larger than the {self.count} training images", hint=self._hint()
-            )
+            raise HarnessError(f"{given} is larger than the {self.count} training images", hint=self._hint())
         if not self._fits(size):
-            raise HarnessError(
-                f"the last batch of an epoch would hold {self.count % size} images for {self.world_size} "
-                f"ranks ({self.count} training images, global_batch_size {size})",
-                hint=f"Set drop_last, or: {self._hint()}",
-            )
+            what = f"the last batch of an epoch would hold {self.count % size} images for {self.world_size} ranks"
+            hint = f"Set drop_last, or: {self._hint()}"
+            raise HarnessError(f"{what} ({self.count} training images, {given})", hint=hint)
 
     @property
     def _unit(self) -> int:

@@ -2,11 +2,8 @@
 
     <source>-<fingerprint>/train.beton, test.beton, manifest.json
 
-It is built in a folder of its own, brought to disk and renamed: it is there whole or not at all. One process converts
-while others wait. The manifest has the SHA-256 of both files and of itself: at each call every byte is checked against
-it once, and then believed.
-
-Shapes: B images, H height, W width, C = 3 channels.
+It is there whole or not at all, built by one process while others wait. The manifest has the SHA-256 of both files and
+of itself: at each call every byte is checked against it once, and then believed.
 """
 
 from __future__ import annotations
@@ -28,22 +25,12 @@ from typing import Any, Literal
 
 import numpy as np
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from harness.data import cifar10, sources
-from harness.data.images import ImageSets, Located
+from harness.data.images import ImageSet, Located
 from harness.errors import HarnessError
-from harness.files import (
-    CACHE_VARIABLE,
-    DATA_VARIABLE,
-    cache_directory,
-    data_directories,
-    expand,
-    fsync_directory,
-    hex_digest,
-    replacing,
-    writable_cache_directory,
-)
+from harness.files import cache_directory, find_input, fsync_directory, hex_digest, replacing, writable_cache_directory
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -78,42 +65,17 @@ def locate(
         options = {"train_images": 512, "test_images": 256, "num_classes": 10, "seed": 0, **(synthetic or {})}
         load = functools.partial(sources.synthetic, **options)
         return Located(source, f"synthetic patterns, seed {options['seed']}", load, options=options)
-    with _readable():
-        found = None if path is None else _resolve(path)
-        if source == "cifar10":
-            return cifar10.locate_cifar10(found, download=download)
-        assert found is not None  # a rule of recipes
-        if source == "imagefolder":
-            return sources.locate_class_folders(found)
-        files = sources.find_parquet(found)
-        if files is None:
-            what = "holds no files train-*.parquet and test-*.parquet"
-            raise HarnessError(what, where=str(found), hint="Give the folder that they lie in.")
-        return sources.locate_parquet(found, files, image_column=image_column, label_column=label_column)
-
-
-def _resolve(path: str | Path) -> Path:
-    given = Path(expand(str(path), where="data.path"))
-    candidates = [given.absolute()]
-    if not given.is_absolute():
-        candidates += [directory / given for directory in data_directories()]
-    for candidate in candidates:
-        if candidate.exists():
-            return candidate.resolve()
-    looked = "" if given.is_absolute() else f" (looked for {', '.join(map(str, candidates))})"
-    hint = f"Correct data.path; a relative one is looked for here and in each folder of {DATA_VARIABLE}"
-    raise HarnessError(f"there is no such file or folder{looked}", where=str(path), hint=hint)
-
-
-@contextlib.contextmanager
-def _readable() -> Iterator[None]:
-    """What the system says of an input that cannot be read, in the user's words."""
-    try:
-        yield
-    except OSError as error:
-        where = str(error.filename) if error.filename else None
-        hint = "See that it is there and that you may read it."
-        raise HarnessError(f"cannot be read: {error.strerror or error}", where=where, hint=hint) from error
+    found = None if path is None else find_input(str(path))
+    if source == "cifar10":
+        return cifar10.locate_cifar10(found, download=download)
+    assert found is not None  # a rule of recipes
+    if source == "imagefolder":
+        return sources.locate_class_folders(found)
+    files = sources.find_parquet(found)
+    if files is None:
+        what = "holds no files train-*.parquet and test-*.parquet"
+        raise HarnessError(what, where=str(found), hint="Give the folder that they lie in.")
+    return sources.locate_parquet(found, files, image_column=image_column, label_column=label_column)
 
 
 # FFCV's .beton, version 2, of raw RGB images and whole numbers, as ffcv 1.0.2 writes it (its `types.py`, `writer.py`,
@@ -163,9 +125,7 @@ def write_beton(path: Path, images_BHWC: np.ndarray, labels_B: np.ndarray) -> No
     with replacing(path) as file:
         head = header.tobytes() + _FIELDS.tobytes() + metadata.tobytes()
         file.write(head.ljust(pixels_start, b"\0"))
-        chunk = max(1, (64 << 20) // image_bytes)  # 64 MiB: a mapped or transposed input is not copied whole
-        for start in range(0, count, chunk):
-            file.write(np.ascontiguousarray(images_BHWC[start : start + chunk]).data)
+        file.write(np.ascontiguousarray(images_BHWC).data)
         file.write(table.tobytes())
 
 
@@ -202,10 +162,8 @@ def open_beton(path: Path) -> Split:
     return Split(path, images_BHWC, metadata["label"].astype(np.int64))
 
 
-class Manifest(BaseModel):
+class Manifest(BaseModel, frozen=True, extra="forbid"):
     """What a prepared data set holds; the file adds a checksum of its own."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str
     classes: tuple[str, ...]
@@ -252,13 +210,9 @@ def read_manifest(directory: Path) -> Manifest:
             raise ValueError(f"its format version is {content.get('format_version')}, not {FORMAT_VERSION}")
         return Manifest.model_validate(content)
     except OSError as error:
-        raise HarnessError(_not_read(error), where=str(path), hint=_AGAIN_HINT) from error
+        raise HarnessError(f"cannot be read: {error.strerror or error}", where=str(path), hint=_AGAIN_HINT) from error
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or not as written
         raise HarnessError(f"damaged: {error}", where=str(path), hint=_AGAIN_HINT) from error
-
-
-def _not_read(error: OSError) -> str:
-    return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror or error}"
 
 
 def verify(directory: Path) -> list[str]:
@@ -267,7 +221,7 @@ def verify(directory: Path) -> list[str]:
         manifest = read_manifest(directory)
     except HarnessError as error:
         return [f"{error.where}: {error.what}"]
-    problems, changed = [], set()
+    problems = []
     if not directory.name.endswith(f"-{manifest.fingerprint}"):
         problems.append(f"{directory}: holds the data set {manifest.source}-{manifest.fingerprint}")
     for split, name in BETON_FILES.items():
@@ -275,25 +229,20 @@ def verify(directory: Path) -> list[str]:
         try:
             digest, length = hex_digest(path), path.stat().st_size
         except OSError as error:
-            problems.append(f"{path}: {_not_read(error)}")
+            problems.append(f"{path}: cannot be read: {error.strerror or error}")
             continue
         if digest != manifest.sha256.get(name):
-            changed.add(digest)
             expected = _file_bytes(manifest.counts.get(split, 0), size_px, size_px)
-            what = "damaged: its SHA-256 is not that of the manifest; pixels or labels have changed"
-            if length != expected:
-                kind = "truncated" if length < expected else "changed"
-                what = f"{kind}: {length} bytes long where {expected} are expected"
+            what = f"damaged: its SHA-256 is not that of the manifest ({length:,} of {expected:,} bytes)"
             problems.append(f"{path}: {what}")
-    swapped = changed == set(manifest.sha256.values())
-    return [f"{directory}: train.beton and test.beton are swapped"] if swapped else problems
+    return problems
 
 
 def open_prepared(directory: Path) -> PreparedDataset:
     """An existing data set, checked byte by byte.
 
     Raises:
-        HarnessError: names every file that is missing, truncated, changed or swapped.
+        HarnessError: names every file that is missing or damaged.
     """
     problems = verify(directory)
     if problems:
@@ -309,16 +258,25 @@ def list_prepared() -> list[Path]:
     return sorted(entry for entry in entries if entry.is_dir())
 
 
-def prepare(source: str, *, image_size_px: int = 32, force: bool = False, **where: Any) -> PreparedDataset:
-    """The verified images of a source, converted now if they are not there or the input has changed.
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    """What the system says of an input that cannot be read, in the user's words."""
+    try:
+        yield
+    except OSError as error:
+        where = str(error.filename) if error.filename else None
+        hint = "See that it is there and that you may read it."
+        raise HarnessError(f"cannot be read: {error.strerror or error}", where=where, hint=hint) from error
 
-    Args:
-        force: convert again even where there is a converted data set, which is replaced.
-        where: as `locate` takes it.
+
+@_readable()
+def prepare(source: str, *, image_size_px: int = 32, force: bool = False, **where: Any) -> PreparedDataset:
+    """The verified images of a source, converted now if they are not there, the input has changed, or by `force`.
+
+    `where` is as `locate` takes it.
 
     Raises:
-        HarnessError: no or wrong input, damaged data (not repaired without `force`), or a cache folder that cannot be
-            written to.
+        HarnessError: no or wrong input, damaged data (repaired by `force` alone), or a cache that cannot be written to.
     """
     located = locate(source, **where)
     if located.left_out and os.environ.get("RANK", "0") == "0":
@@ -352,10 +310,9 @@ def _fingerprint(located: Located, image_size_px: int) -> str:
     """16 hexadecimal digits that change with the source, its options, the image size and every input file."""
     options = dict(sorted(located.options.items()))
     digest = hashlib.sha256(json.dumps([FORMAT_VERSION, located.source, options, image_size_px]).encode())
-    with _readable():
-        for file in located.files:
-            status = file.stat()
-            digest.update(json.dumps([str(file), status.st_size, status.st_mtime_ns]).encode())
+    for file in located.files:
+        status = file.stat()
+        digest.update(json.dumps([str(file), status.st_size, status.st_mtime_ns]).encode())
     return digest.hexdigest()[:16]
 
 
@@ -366,12 +323,10 @@ def _lock(path: Path) -> contextlib.AbstractContextManager[Any]:
         with contextlib.suppress(Timeout):
             return lock.acquire(timeout=0)
         if os.environ.get("LOCAL_RANK", "0") == "0":  # of a node's ranks that wait, the first alone says so
-            ranks = (os.environ.get("WORLD_SIZE") or "1") != "1"
-            who = "another rank of this training, or another process," if ranks else "another process"
-            _log.warning("%s is converting this data; waiting for it (lock %s)", who, path)
+            _log.warning("another process is converting this data; waiting for it (lock %s)", path)
         return lock.acquire()
     except (OSError, NotImplementedError) as error:
-        hint = f"Set {CACHE_VARIABLE} to a folder on a disk that has file locks."
+        hint = "Set HARNESS_CACHE to a folder on a disk that has file locks."
         raise HarnessError(f"the file cannot be locked: {error}", where=str(path), hint=hint) from error
 
 
@@ -383,36 +338,38 @@ def _remove_leftovers(directory: Path) -> None:
 
 def _convert(located: Located, directory: Path, image_size_px: int, fingerprint: str) -> None:
     _log.info("converting %s", located.origin)
-    with _readable():
-        sets = located.load(image_size_px)
+    images = located.load(image_size_px)
     building = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
     try:
         building.mkdir()
-        _write(sets, located, building, image_size_px, fingerprint)
+        _write(images, located, building, image_size_px, fingerprint)
         if directory.exists():  # with force: a folder cannot be renamed onto one that is not empty
             directory.rename(directory.with_name(f".{directory.name}.{uuid.uuid4().hex}"))
         building.rename(directory)
         fsync_directory(directory.parent)
     except OSError as error:
-        hint = f"See that the disk has free space, or set {CACHE_VARIABLE} to a folder on another."
+        hint = "See that the disk has free space, or set HARNESS_CACHE to a folder on another."
         what = f"cannot be written: {error.strerror or error}"
         raise HarnessError(what, where=str(directory), hint=hint) from error
     finally:
         _remove_leftovers(directory)
 
 
-def _write(sets: ImageSets, located: Located, directory: Path, image_size_px: int, fingerprint: str) -> None:
-    write_beton(directory / BETON_FILES["train"], *sets.train)
-    write_beton(directory / BETON_FILES["test"], *sets.test)
-    mean, std = channel_statistics(sets.train.images_BHWC)
+def _write(images: ImageSet, located: Located, directory: Path, image_size_px: int, fingerprint: str) -> None:
+    counts, sha256 = {}, {}
+    for split, part in (("train", slice(images.train_count)), ("test", slice(images.train_count, None))):
+        path = directory / BETON_FILES[split]
+        write_beton(path, images.images_BHWC[part], images.labels_B[part])
+        counts[split], sha256[path.name] = len(images.labels_B[part]), hex_digest(path)
+    mean, std = channel_statistics(images.images_BHWC[: images.train_count])
     manifest = Manifest(
         source=located.source,
-        classes=sets.classes,
+        classes=images.classes,
         image_size_px=image_size_px,
-        counts={"train": len(sets.train.labels_B), "test": len(sets.test.labels_B)},
+        counts=counts,
         mean=mean,
         std=std,
-        sha256={name: hex_digest(directory / name) for name in BETON_FILES.values()},
+        sha256=sha256,
         origin=located.origin,
         fingerprint=fingerprint,
     )

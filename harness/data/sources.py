@@ -1,7 +1,4 @@
-"""Where a data set of the user's own comes from: class folders, Parquet files, or nowhere (digits, synthetic).
-
-Shapes: B images, H height, W width, C = 3 channels.
-"""
+"""Where a data set of the user's own comes from: class folders, Parquet files, or nowhere (digits, synthetic)."""
 
 from __future__ import annotations
 
@@ -17,20 +14,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from harness.data.images import ImageSets, LabelledImages, Located, raise_all, read_images, resize_images
+from harness.data.images import ImageSet, Located, raise_all, read_images, resize_images
 from harness.data.order import hash64, uniform_below
 from harness.errors import HarnessError, closest, nearest
 
-TRAIN_FOLDER = "train"
-TEST_FOLDERS = ("test", "val", "valid")
+TEST_FOLDERS = ("test", "val", "valid")  # as a folder of images calls the split
 _NO_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow knows by name and cannot decode
-
-_PARQUET_NAMES = {"train": ("train",), "test": ("test", "validation", "valid", "val")}  # how files call a split
+_PARQUET_NAMES = {"train": ("train",), "test": ("test", "validation", "valid", "val")}  # as files call a split
 _PARQUET_FOLDERS = (".", "plain_text", "data")  # where Hugging Face repositories keep the files
 _PARQUET_HINT = "Fetch the file again; one of a few hundred bytes is a Git LFS pointer and not the data"
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.parquet")
 _IMAGE_COLUMNS, _LABEL_COLUMNS = ("img", "image"), ("label",)
-
 _DIGITS_SEED = 20  # of the split; a new number would be a new data set
 _TEST_SHARE = 5  # every fifth image
 _NOISE = 48  # peak to peak, of 255
@@ -42,9 +36,8 @@ _CHUNK = 512
 
 def find_test_folder(root: Path) -> Path | None:
     """The folder with the test images of an image folder, None where `root` is no image folder."""
-    if not (root / TRAIN_FOLDER).is_dir():
-        return None
-    return next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
+    found = (root / name for name in TEST_FOLDERS if (root / name).is_dir())
+    return next(found, None) if (root / "train").is_dir() else None
 
 
 def class_names(folder: Path) -> list[str]:
@@ -59,13 +52,12 @@ def locate_class_folders(root: Path, *, required_size_px: int | None = None) -> 
     names neither what it leaves out nor links that lead nowhere.
 
     Raises:
-        HarnessError: train/ or test/ (val/, valid/) is missing, the two have different classes, a name is not UTF-8,
-            links lead nowhere, or there are no images, in all or in a class of the training set.
+        HarnessError: a split is missing, the two have different classes, a name is not UTF-8, links lead nowhere, or
+            there are no images, in all or in a class of the training set.
     """
-    train, test = root / TRAIN_FOLDER, find_test_folder(root)
-    layout = "The layout is train/CLASS/IMAGE.png."
+    train, test, layout = root / "train", find_test_folder(root), "The layout is train/CLASS/IMAGE.png."
     if test is None:
-        wanted = " or ".join(TEST_FOLDERS) if train.is_dir() else TRAIN_FOLDER
+        wanted = " or ".join(TEST_FOLDERS) if train.is_dir() else "train"
         raise HarnessError(f"has no folder {wanted}", where=str(root), hint=layout)
     classes = class_names(train)
     if not classes:
@@ -82,9 +74,9 @@ def locate_class_folders(root: Path, *, required_size_px: int | None = None) -> 
         raise HarnessError("holds no images", where=str(train / name), hint=hint)
     files, labels = zip(*train_samples, *test_samples, strict=True)
 
-    def load(image_size_px: int) -> ImageSets:
+    def load(image_size_px: int) -> ImageSet:
         images_BHWC = read_images(files, image_size_px, lambda index: str(files[index]), required_size_px)
-        return ImageSets.cut(images_BHWC, np.array(labels, np.int64), len(train_samples), classes)
+        return ImageSet(images_BHWC, np.array(labels, np.int64), len(train_samples), tuple(classes))
 
     kinds = ", ".join(f"{number:,} {kind}" for kind, number in walk.left_out.most_common())
     left_out = f"{walk.left_out.total():,} files or folders: {kinds}" if kinds else ""
@@ -197,14 +189,12 @@ def locate_parquet(
     label_column: str | None = None,
     required_size_px: int | None = None,
 ) -> Located:
-    """The images in these files, in the order of the files and rows; `load` names file and row of what is wrong.
+    """The images in these files, in their order; `load` names file and row of what is wrong.
 
-    A column holds {bytes, path} or plain bytes of encoded images (img or image unless named), one whole numbers
-    (label). Class names come from the schema where it has them, else they are "0", "1", … and each must occur in the
-    training files.
+    A column (img, image or as named) holds {bytes, path} or bytes of encoded images, one (label) whole numbers.
     """
 
-    def load(image_size_px: int) -> ImageSets:
+    def load(image_size_px: int) -> ImageSet:
         encoded: list[bytes] = []
         places: list[str] = []
         labels: dict[str, np.ndarray] = {}
@@ -221,7 +211,7 @@ def locate_parquet(
         labels_B = np.concatenate([labels["train"], labels["test"]])
         classes = _classes(files["train"][0], label_column, labels_B, places, len(labels["train"]))
         images_BHWC = read_images(encoded, image_size_px, places.__getitem__, required_size_px)
-        return ImageSets.cut(images_BHWC, labels_B, len(labels["train"]), classes)
+        return ImageSet(images_BHWC, labels_B, len(labels["train"]), tuple(classes))
 
     columns = {"image_column": image_column, "label_column": label_column}
     options = {key: name for key, name in columns.items() if name is not None}
@@ -243,10 +233,10 @@ def _check_shards(paths: list[Path]) -> None:
     if set(names) - set(expected):
         hint = "Keep one set of numbered files in the folder."
         raise HarnessError(f"files of different sets lie together: {', '.join(names)}", where=where, hint=hint)
-    for name in expected:
-        if name not in names:
-            hint = "Fetch that file too, or all of them again."
-            raise HarnessError(f"the file {name} is missing", where=where, hint=hint)
+    missing = [name for name in expected if name not in names]
+    if missing:
+        hint = "Fetch that file too, or all of them again."
+        raise HarnessError(f"the file {missing[0]} is missing", where=where, hint=hint)
 
 
 def _open(path: Path) -> Any:
@@ -306,10 +296,10 @@ def _column(key: str, given: str | None, usual: tuple[str, ...], names: list[str
 
 
 def _classes(path: Path, label_column: str | None, labels_B: np.ndarray, places: list[str], count: int) -> list[str]:
-    """The names that Hugging Face's `datasets` wrote into the schema, else the numbers of the first `count` labels.
+    """The names that Hugging Face's `datasets` wrote into the schema, else numbers, which the first `count` must have.
 
     Raises:
-        HarnessError: a label is out of range; without names each from 0 on must occur among the first.
+        HarnessError: a label is out of range.
     """
     try:
         features = json.loads(_open(path).schema_arrow.metadata[b"huggingface"])["info"]["features"]
@@ -329,11 +319,11 @@ def _classes(path: Path, label_column: str | None, labels_B: np.ndarray, places:
 # --- without files: made with whole numbers and a stateless hash, the same on every machine
 
 
-def digits(image_size_px: int) -> ImageSets:
+def digits(image_size_px: int) -> ImageSet:
     """1,797 handwritten digits, real: 8×8 pixels of 17 grey levels, enlarged (bilinear) and repeated as RGB.
 
-    The split is stratified and fixed: of each digit, the fifth of the images with the smallest hash of
-    (seed, digit, index) is for testing, rounded to the nearest whole number. 1,438 train, 359 test.
+    The split is stratified and fixed: of each digit, the fifth with the smallest hash of (seed, digit, index) is for
+    testing. 1,438 train, 359 test.
 
     Source: E. Alpaydin and C. Kaynak, "Optical recognition of handwritten digits", UCI machine learning
     repository (1998), the test part, as scikit-learn's `load_digits` holds it.
@@ -350,22 +340,23 @@ def digits(image_size_px: int) -> ImageSets:
         ids = ids[np.argsort(hash64(_DIGITS_SEED, digit, ids), kind="stable")]
         is_test_B[ids[: (2 * len(ids) + _TEST_SHARE) // (2 * _TEST_SHARE)]] = True
     order_B = np.argsort(is_test_B, kind="stable")  # the training images first
-    return ImageSets.cut(images_BHWC[order_B], labels_B[order_B], int((~is_test_B).sum()), "0123456789")
+    return ImageSet(images_BHWC[order_B], labels_B[order_B], int((~is_test_B).sum()), tuple("0123456789"))
 
 
 def synthetic(
     image_size_px: int, *, train_images: int = 512, test_images: int = 256, num_classes: int = 10, seed: int = 0
-) -> ImageSets:
+) -> ImageSet:
     """Coloured waves with noise: colour, direction and frequency tell the class, the phase is random.
 
     Image i has the class i modulo num_classes. A pure function of its arguments, in whole numbers.
     """
     how = {"image_size_px": image_size_px, "num_classes": num_classes, "seed": seed}
-    train, test = _waves(train_images, split=0, **how), _waves(test_images, split=1, **how)
-    return ImageSets(train, test, tuple(str(label) for label in range(num_classes)))
+    parts = [_waves(count, split=split, **how) for split, count in enumerate((train_images, test_images))]
+    images_BHWC, labels_B = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return ImageSet(images_BHWC, labels_B, train_images, tuple(str(label) for label in range(num_classes)))
 
 
-def _waves(count: int, *, split: int, image_size_px: int, num_classes: int, seed: int) -> LabelledImages:
+def _waves(count: int, *, split: int, image_size_px: int, num_classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     labels_B = np.arange(count, dtype=np.int64) % num_classes
     # Hues a golden section apart differ for neighbouring classes, however many there are.
     hues = [label * 0.6180339887498949 % 1.0 for label in range(num_classes)]
@@ -385,4 +376,4 @@ def _waves(count: int, *, split: int, image_size_px: int, num_classes: int, seed
         noise_BHWC = uniform_below(_NOISE, hashes_BHWC) - _NOISE // 2
         base_BHWC = (64 + wave_BHW[..., None]) * colours[labels_B[ids]].reshape(-1, 1, 1, 3) // 192
         images_BHWC[ids] = np.clip(base_BHWC + 16 + noise_BHWC, 0, 255)
-    return LabelledImages(images_BHWC, labels_B)
+    return images_BHWC, labels_B

@@ -30,7 +30,7 @@ from PIL import Image
 
 from harness.data import cifar10
 from harness.data.cifar10 import BINARY_ARCHIVE, BINARY_FOLDER, CLASSES, PYTHON_ARCHIVE, PYTHON_FOLDER
-from harness.data.images import ImageSets, LabelledImages
+from harness.data.images import ImageSet
 from harness.data.prepare import locate, prepare
 from harness.errors import HarnessError
 
@@ -148,11 +148,10 @@ def test_what_is_called_cifar10_must_be_it(data: Path, numbers: dict[str, int], 
 
 @pytest.mark.parametrize(("split", "words"), [("train", "50,000 .* 4,999 cat, 5,001 deer"), ("test", "999 cat, 1,001")])
 def test_the_classes_of_cifar10_are_counted(split: str, words: str) -> None:
-    labels = {"train": np.arange(50_000) % 10, "test": np.arange(10_000) % 10}
-    labels[split][3] = 4
-    train, test = (LabelledImages(np.zeros((len(y), 1, 1, 3), np.uint8), y) for y in labels.values())
+    labels_B = np.arange(60_000) % 10
+    labels_B[3 if split == "train" else 50_003] = 4
     with pytest.raises(HarnessError, match=f"here: has .*{words}"):
-        cifar10.checked(ImageSets(train, test, CLASSES), Path("here"))
+        cifar10.checked(ImageSet(np.zeros((60_000, 1, 1, 3), np.uint8), labels_B, 50_000, CLASSES), Path("here"))
 
 
 def test_wrong_class_folders_called_cifar10_are_named(data: Path) -> None:
@@ -169,7 +168,7 @@ def test_wrong_class_folders_called_cifar10_are_named(data: Path) -> None:
 def test_parquet_with_numbered_labels_gets_the_class_names(data: Path) -> None:
     sets = locate("cifar10", path=parquet_files(data / "any")).load(32)
     assert sets.classes == CLASSES
-    assert sets.train.images_BHWC[0, 0, 0].tolist() == [10, 200, 30]
+    assert sets.images_BHWC[0, 0, 0].tolist() == [10, 200, 30]
 
 
 # --- its makers' forms
@@ -251,11 +250,11 @@ def test_every_form_gives_the_same_images(
     assert form in located.origin
     sets = located.load(32)
     assert sets.classes == CLASSES
-    assert (len(sets.train.labels_B), sets.train.labels_B.dtype) == (50_000, np.int64)
-    images_BCHW = np.concatenate([sets.train.images_BHWC, sets.test.images_BHWC]).transpose(0, 3, 1, 2)
+    assert (sets.train_count, sets.labels_B.dtype) == (50_000, np.int64)
+    images_BCHW = sets.images_BHWC.transpose(0, 3, 1, 2)
     assert np.array_equal(images_BCHW[::7], pixels[::7])
     assert np.array_equal(images_BCHW[-5:], pixels[-5:])
-    np.testing.assert_array_equal(np.concatenate([sets.train.labels_B, sets.test.labels_B]), true_labels)
+    np.testing.assert_array_equal(sets.labels_B, true_labels)
     assert list(empty_cache.rglob("*batches*")) == []  # what was extracted is gone
 
 

@@ -195,15 +195,15 @@ def test_ffcv_loader_reads_what_we_wrote(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("empty_cache")
 def test_a_prepared_data_set_holds_what_the_source_gave() -> None:
     prepared = small()
-    sets = locate("synthetic", synthetic=SMALL).load(8)
+    images = locate("synthetic", synthetic=SMALL).load(8)
     manifest = prepared.manifest
-    for name, wanted in (("train", sets.train), ("test", sets.test)):
+    for name, part in (("train", slice(40)), ("test", slice(40, None))):
         split = prepared.split(name)  # type: ignore[arg-type]
-        np.testing.assert_array_equal(split.images_BHWC, wanted.images_BHWC)
-        np.testing.assert_array_equal(split.labels_B, wanted.labels_B)
-        assert split.count == manifest.counts[name] == len(wanted.labels_B)
+        np.testing.assert_array_equal(split.images_BHWC, images.images_BHWC[part])
+        np.testing.assert_array_equal(split.labels_B, images.labels_B[part])
+        assert split.count == manifest.counts[name]
     assert (manifest.source, manifest.image_size_px, manifest.classes) == ("synthetic", 8, ("0", "1", "2", "3"))
-    assert (manifest.mean, manifest.std) == channel_statistics(sets.train.images_BHWC)
+    assert (manifest.mean, manifest.std) == channel_statistics(images.images_BHWC[:40])
     assert sorted(os.listdir(prepared.directory)) == ["manifest.json", "test.beton", "train.beton"]
 
 
@@ -275,14 +275,14 @@ def flip(path: Path, position: int) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda folder: os.truncate(folder / "test.beton", 3000), r"test\.beton: truncated: 3000 bytes long"),
+        (lambda folder: os.truncate(folder / "test.beton", 3000), r"test\.beton: damaged: .* \(3,000 of [\d,]+ bytes"),
         (lambda folder: flip(folder / "train.beton", -2000), r"train\.beton: damaged: its SHA-256 is not that of"),
         (lambda folder: flip(folder / "test.beton", 8), r"test\.beton: damaged: its SHA-256 is not that of"),
-        (replace_by_other, r"train\.beton: truncated: \d+ bytes long where \d+ are expected"),
-        (swap, r"train\.beton and test\.beton are swapped"),
+        (replace_by_other, r"train\.beton: damaged: its SHA-256"),
+        (swap, r"train\.beton: damaged: .*\n.*test\.beton: damaged: its SHA-256"),
         (swap_folders, r"holds the data set synthetic-\w+"),
-        (lambda folder: (folder / "train.beton").unlink(), r"train\.beton: is missing"),
-        (lambda folder: (folder / "manifest.json").unlink(), r"manifest\.json: is missing"),
+        (lambda folder: (folder / "train.beton").unlink(), r"train\.beton: cannot be read: No such file"),
+        (lambda folder: (folder / "manifest.json").unlink(), r"manifest\.json: cannot be read: No such file"),
         (lambda folder: (folder / "manifest.json").write_text("{}"), r"manifest\.json: damaged"),
         (lambda folder: (folder / "manifest.json").write_text("["), r"manifest\.json: damaged"),
         (lambda folder: (folder / "manifest.json").write_bytes(b"\xff"), r"manifest\.json: damaged"),
@@ -355,24 +355,15 @@ def test_processes_at_the_same_time_convert_once() -> None:
     assert verify(Path(outputs[0][0].strip())) == []
 
 
-@pytest.mark.parametrize(
-    ("rank", "world_size", "expected"),
-    [
-        (None, None, ["another process is converting this data"]),
-        ("0", "2", ["another rank of this training, or another process, is converting this data"]),
-        ("1", "2", []),
-    ],
-)
+@pytest.mark.parametrize(("rank", "expected"), [(None, 1), ("0", 1), ("1", 0)])
 def test_of_the_ranks_that_wait_for_the_conversion_the_first_says_so(
     empty_cache: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     rank: str | None,
-    world_size: str | None,
-    expected: list[str],
+    expected: int,
 ) -> None:
-    for name, value in (("LOCAL_RANK", rank), ("WORLD_SIZE", world_size)):
-        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False) if rank is None else monkeypatch.setenv("LOCAL_RANK", rank)
     directory = small().directory
     shutil.rmtree(directory)
     taken = threading.Event()
@@ -387,8 +378,7 @@ def test_of_the_ranks_that_wait_for_the_conversion_the_first_says_so(
     assert taken.wait(10)
     small()
     other.join()
-    found = [record.getMessage().partition(";")[0] for record in caplog.records if record.levelname == "WARNING"]
-    assert found == expected
+    assert caplog.text.count("another process is converting this data") == expected
 
 
 @pytest.mark.parametrize("moment", ["reading", "building", "replacing"])

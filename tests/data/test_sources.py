@@ -18,7 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import ImageFolder
 
-from harness.data.images import ImageSets, fit
+from harness.data.images import ImageSet, fit
 from harness.data.prepare import locate, prepare
 from harness.errors import HarnessError
 
@@ -48,7 +48,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def load_folders(root: Path) -> ImageSets:
+def load_folders(root: Path) -> ImageSet:
     return locate("imagefolder", path=root).load(8)
 
 
@@ -57,18 +57,19 @@ def test_equals_torchvisions_image_folder(root: Path, test_folder: str) -> None:
     (root / "test").rename(root / test_folder)
     sets = load_folders(root)
     assert sets.classes == ("Cat", "ape", "zebra")
-    for split, folder in ((sets.train, "train"), (sets.test, test_folder)):
-        reference = ImageFolder(root / folder)
-        assert tuple(reference.classes) == sets.classes
-        np.testing.assert_array_equal(split.images_BHWC, np.stack([np.asarray(image) for image, _ in reference]))
-        assert split.labels_B.tolist() == reference.targets
+    references = [ImageFolder(root / folder) for folder in ("train", test_folder)]
+    assert sets.classes == tuple(references[0].classes)
+    assert sets.train_count == len(references[0])
+    wanted_BHWC = np.stack([np.asarray(image) for reference in references for image, _ in reference])
+    np.testing.assert_array_equal(sets.images_BHWC, wanted_BHWC)
+    assert sets.labels_B.tolist() == references[0].targets + references[1].targets
 
 
 def test_other_sizes_are_resized_and_other_formats_read(root: Path) -> None:
     path = save(root / "train" / "Cat" / "deep" / "wide.JPG", png(0, 20, 50))
     sets = load_folders(root)
-    assert sets.train.labels_B.tolist() == [0] * 4 + [1] * 3 + [2] * 3
-    np.testing.assert_array_equal(sets.train.images_BHWC[3], np.asarray(fit(Image.open(path), 8)))
+    assert sets.labels_B[:10].tolist() == [0] * 4 + [1] * 3 + [2] * 3
+    np.testing.assert_array_equal(sets.images_BHWC[3], np.asarray(fit(Image.open(path), 8)))
 
 
 def test_what_is_left_out_is_counted(root: Path, empty_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,13 +99,13 @@ def test_links_are_followed_and_loops_are_not(root: Path, tmp_path_factory: pyte
     (ape / "y.png").symlink_to(elsewhere / "cat.png")
     (root / "train" / "yak").symlink_to(elsewhere / "more")
     (root / "test" / "yak").mkdir()
-    assert len(load_folders(root).train.labels_B) == 9 + 2 + 1 == len(ImageFolder(root / "train").samples)
+    assert load_folders(root).train_count == 9 + 2 + 1 == len(ImageFolder(root / "train").samples)
     (ape / "above").symlink_to(root / "train")
     (ape / "itself").symlink_to(ape)
     (ape / "linked-again").symlink_to(elsewhere / "more")  # else links among folders would multiply images
     located = locate("imagefolder", path=root)
     assert located.left_out == "3 files or folders: 3 link to a folder that was there before"
-    assert len(located.load(8).train.labels_B) == 12
+    assert located.load(8).train_count == 12
 
 
 def not_utf8(root: Path) -> None:
@@ -180,7 +181,7 @@ def test_wrong_folders_are_named(root: Path, break_it: Callable[[Path], Any], wo
 def test_an_empty_class_folder_stands_for_no_test_images(root: Path) -> None:
     for path in (root / "test" / "ape").iterdir():
         path.unlink()
-    assert load_folders(root).test.labels_B.tolist() == [0, 0, 2, 2]
+    assert load_folders(root).labels_B[9:].tolist() == [0, 0, 2, 2]
 
 
 # --- Parquet files
@@ -211,7 +212,7 @@ def write(
     return folder
 
 
-def load_parquet(folder: Path) -> ImageSets:
+def load_parquet(folder: Path) -> ImageSet:
     return locate("parquet", path=folder).load(8)
 
 
@@ -220,11 +221,11 @@ def test_pixels_and_order_come_through(tmp_path: Path, subfolder: str, image: st
     write(tmp_path / subfolder, train=[rows(7), rows(4, start=7)], test=[rows(3, start=11)], image=image)
     sets = load_parquet(tmp_path)
     assert sets.classes == ("0", "1", "2")
-    for split, start, count in ((sets.train, 0, 11), (sets.test, 11, 3)):
-        wanted = [np.asarray(Image.open(io.BytesIO(png(i)))) for i in range(start, start + count)]
-        np.testing.assert_array_equal(split.images_BHWC, np.stack(wanted))
-        np.testing.assert_array_equal(split.labels_B, np.arange(start, start + count) % 3)
-    assert locate("parquet", path=tmp_path).load(5).test.images_BHWC.shape == (3, 5, 5, 3)
+    assert sets.train_count == 11
+    wanted = [np.asarray(Image.open(io.BytesIO(png(i)))) for i in range(14)]
+    np.testing.assert_array_equal(sets.images_BHWC, np.stack(wanted))
+    np.testing.assert_array_equal(sets.labels_B, np.arange(14) % 3)
+    assert locate("parquet", path=tmp_path).load(5).images_BHWC.shape == (14, 5, 5, 3)
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.dictionary(pa.int32(), pa.binary())])
@@ -233,8 +234,8 @@ def test_plain_byte_columns_and_small_labels(tmp_path: Path, kind: pa.DataType) 
         columns = {"img": pa.array([png(0), png(1)], kind), "label": pa.array([0, 1], pa.uint8())}
         pq.write_table(pa.table(columns), tmp_path / f"{split}-all.parquet")
     sets = load_parquet(tmp_path)
-    assert sets.train.labels_B.tolist() == [0, 1]
-    assert sets.train.labels_B.dtype == np.int64
+    assert sets.labels_B.tolist() == [0, 1, 0, 1]
+    assert sets.labels_B.dtype == np.int64
 
 
 def test_class_names_come_from_the_schema(tmp_path: Path) -> None:
@@ -326,12 +327,12 @@ def test_flipped_bytes_are_noticed(tmp_path: Path) -> None:
     """Parquet pages carry no checksum unless asked for, but the images in them do."""
     write(tmp_path, train=[rows(3)], test=[rows(3)])
     path = tmp_path / "train-00000-of-00001.parquet"
-    content, reference = path.read_bytes(), load_parquet(tmp_path).train.images_BHWC
+    content, reference = path.read_bytes(), load_parquet(tmp_path).images_BHWC
     noticed = 0
     for position in range(4, len(content) - 8, 41):
         path.write_bytes(content[:position] + bytes([content[position] ^ 16]) + content[position + 1 :])
         try:
-            np.testing.assert_array_equal(load_parquet(tmp_path).train.images_BHWC, reference)
+            np.testing.assert_array_equal(load_parquet(tmp_path).images_BHWC, reference)
         except HarnessError:
             noticed += 1
     assert noticed > 5
@@ -346,20 +347,21 @@ DIGITS_SHA256 = {
 SYNTHETIC_SHA256 = "5d0f63986cfae188ef6bdaf379133f04d335edcffd9a186ff2ac1eb9ed4d1db9"
 
 
-def digest(sets: ImageSets) -> str:
+def digest(images: ImageSet) -> str:
     sha256 = hashlib.sha256()
-    for split in (sets.train, sets.test):
-        sha256.update(np.ascontiguousarray(split.images_BHWC))
-        sha256.update(split.labels_B.astype("<i8"))
+    for part in (slice(images.train_count), slice(images.train_count, None)):
+        sha256.update(np.ascontiguousarray(images.images_BHWC[part]))
+        sha256.update(images.labels_B[part].astype("<i8"))
     return sha256.hexdigest()
 
 
-def centroid_accuracy(sets: ImageSets) -> float:
+def centroid_accuracy(images: ImageSet) -> float:
     """Of the nearest class mean, the simplest classifier there is."""
-    train, test = (s.images_BHWC.reshape(len(s.labels_B), -1).astype(float) for s in (sets.train, sets.test))
-    centroids = np.stack([train[sets.train.labels_B == label].mean(0) for label in range(len(sets.classes))])
-    distances = ((test[:, None] - centroids) ** 2).sum(-1)
-    return float((distances.argmin(1) == sets.test.labels_B).mean())
+    count, labels_B = images.train_count, images.labels_B
+    flat = images.images_BHWC.reshape(len(labels_B), -1).astype(float)
+    centroids = np.stack([flat[:count][labels_B[:count] == label].mean(0) for label in range(len(images.classes))])
+    distances = ((flat[count:, None] - centroids) ** 2).sum(-1)
+    return float((distances.argmin(1) == labels_B[count:]).mean())
 
 
 def test_digits_are_always_the_same_and_split_by_class_without_overlap() -> None:
@@ -367,9 +369,8 @@ def test_digits_are_always_the_same_and_split_by_class_without_overlap() -> None
     sets = locate("digits").load(8)
     assert digest(sets) == DIGITS_SHA256[8]
     true = load_digits()
-    assert (np.abs(np.bincount(sets.test.labels_B) - np.bincount(true.target) / 5) <= 0.5).all()
-    both = np.concatenate([sets.train.images_BHWC, sets.test.images_BHWC])
-    found = sorted(np.rint(image[..., 0] * (16 / 255)).astype(int).tobytes() for image in both)
+    assert (np.abs(np.bincount(sets.labels_B[sets.train_count :]) - np.bincount(true.target) / 5) <= 0.5).all()
+    found = sorted(np.rint(image[..., 0] * (16 / 255)).astype(int).tobytes() for image in sets.images_BHWC)
     assert found == sorted(image.astype(int).tobytes() for image in true.images)
     assert 0.85 < centroid_accuracy(sets) < 0.95
 
@@ -380,13 +381,13 @@ def test_synthetic_is_a_pure_function_of_its_options() -> None:
     assert digest(first) == SYNTHETIC_SHA256
     assert digest(locate("synthetic", synthetic=options | {"seed": 1}).load(16)) != SYNTHETIC_SHA256
     more = locate("synthetic", synthetic=options | {"train_images": 700}).load(16)
-    np.testing.assert_array_equal(more.train.images_BHWC[:600], first.train.images_BHWC)
-    assert not np.array_equal(first.train.images_BHWC[:50], first.test.images_BHWC)
+    np.testing.assert_array_equal(more.images_BHWC[:600], first.images_BHWC[:600])
+    assert not np.array_equal(first.images_BHWC[:50], first.images_BHWC[600:])
 
 
 def test_synthetic_defaults_are_balanced_and_learnable() -> None:
     sets = locate("synthetic").load(32)
-    assert (sets.train.images_BHWC.shape, len(sets.test.labels_B)) == ((512, 32, 32, 3), 256)
+    assert (sets.images_BHWC.shape, sets.train_count) == ((512 + 256, 32, 32, 3), 512)
     assert sets.classes == tuple("0123456789")
-    assert np.ptp(np.bincount(sets.train.labels_B)) <= 1
+    assert np.ptp(np.bincount(sets.labels_B[:512])) <= 1
     assert centroid_accuracy(sets) > 0.95
