@@ -42,7 +42,6 @@ DOWNLOAD_URL = f"https://www.cs.toronto.edu/~kriz/{BINARY_ARCHIVE}"
 
 _SIZE_PX = 32
 _RECORD_BYTES = 1 + 3 * _SIZE_PX * _SIZE_PX
-_TIMEOUT_SECONDS = 30
 _BROKEN_HINT = "Remove it, so that it is looked for elsewhere or downloaded again"
 _DOWNLOAD_HINT = "Check the network and run it again"
 _HINT = (
@@ -56,11 +55,7 @@ _OTHER_HINT = (
 
 
 def locate_cifar10(path: Path | None, *, download: bool) -> Located:
-    """Find CIFAR-10 at `path`, or else under `$HARNESS_DATA`, then in `$HARNESS_CACHE`, then on the network.
-
-    Raises:
-        HarnessError: there is none, with the places looked in.
-    """
+    """Find CIFAR-10 at `path`, or else under `$HARNESS_DATA`, then in `$HARNESS_CACHE`, then on the network."""
     if path is not None:
         located = _at(path, sure=True)
         if located is None:
@@ -108,18 +103,14 @@ def _at(place: Path, *, sure: bool) -> Located | None:
         located = sources.locate_parquet(place, files, required_size_px=_SIZE_PX)
     elif sources.find_test_folder(place) is not None and (sure or len(sources.class_names(place / "train")) == 10):
         located = sources.locate_class_folders(place, required_size_px=_SIZE_PX)
-    if located is None:
-        return None
-    load, origin = located.load, f"CIFAR-10 from {located.origin}"
-    return Located("cifar10", origin, lambda px: checked(load(px), place), located.files, left_out=located.left_out)
+    if located is not None:
+        load, origin = located.load, f"CIFAR-10 from {located.origin}"
+        return Located("cifar10", origin, lambda px: checked(load(px), place), located.files, left_out=located.left_out)
+    return None
 
 
 def checked(images: ImageSet, place: Path) -> ImageSet:
-    """The images, with CIFAR-10's class names where they were numbers, once their counts are right.
-
-    Raises:
-        HarnessError: there are not 10 classes with 5,000 training and 1,000 test images each.
-    """
+    """The images, with CIFAR-10's class names where they were numbers; raises HarnessError where a count is wrong."""
     train_B, test_B = np.split(images.labels_B, [images.train_count])
     for split, labels_B, each in (("train", train_B, 5_000), ("test", test_B, 1_000)):
         counts = np.bincount(labels_B, minlength=len(images.classes)).tolist()
@@ -183,18 +174,14 @@ def _check_md5(path: Path, expected: str) -> None:
 
 
 def _download(target: Path) -> None:
-    """Fetch the binary archive, with progress on stderr; the file appears only once its MD5 is right.
-
-    Raises:
-        HarnessError: no network, an answer other than the file, or a wrong MD5.
-    """
+    """Fetch the binary archive, with progress on stderr; the file appears once its MD5 is right, else HarnessError."""
     quiet = not sys.stderr.isatty()  # a bar in a log file is a thousand lines
     content = io.BytesIO()  # in memory, so that a network that fails does not read as a disk that does
     with FileLock(f"{target}.lock"):
         if target.is_file():  # another process has fetched it meanwhile
             return
         try:
-            with urllib.request.urlopen(DOWNLOAD_URL, timeout=_TIMEOUT_SECONDS) as answer:
+            with urllib.request.urlopen(DOWNLOAD_URL, timeout=30) as answer:
                 if quiet:
                     print(f"downloading {DOWNLOAD_URL} ({(answer.length or 0) / 1e6:.0f} MB)", file=sys.stderr)
                 with tqdm.wrapattr(answer, "read", total=answer.length, desc="CIFAR-10", disable=quiet) as stream:

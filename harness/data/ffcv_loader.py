@@ -161,20 +161,17 @@ def _fuse_batch(
 def compiled(function: Callable[..., None], signature: Any, *, parallel: bool) -> Callable[..., None]:
     """The function's machine code, compiled now or loaded from what an earlier process compiled.
 
-    numba unpickles it. So its folder must be this user's own and nobody else's to write in: that in `$HARNESS_CACHE`,
-    or what `$NUMBA_CACHE_DIR` says. Without one, each process compiles for itself.
+    numba unpickles it. So its folder in the cache must be this user's own and nobody else's to write in. Without one,
+    each process compiles for itself.
     """
-    users = numba.config.CACHE_DIR
     for _ in range(2):
-        folder = Path(users) if users else private_directory(cache_directory("numba", str(os.getuid())))
+        folder = private_directory(cache_directory("numba", str(os.getuid())))
         if folder is None:
             break
         try:
             with _setting(numba.config, "CACHE_DIR", str(folder)):  # read when a function is decorated
                 return numba.njit(signature, parallel=parallel, nogil=True, cache=True)(function)
         except Exception:  # unpickling damaged files raises anything; what is wrong with the code is raised below
-            if users:
-                break  # the user's own folder is not ours to clear
             shutil.rmtree(folder, ignore_errors=True)
     return numba.njit(signature, parallel=parallel, nogil=True)(function)
 

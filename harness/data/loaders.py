@@ -271,11 +271,7 @@ _WORKER_FAILURES = {
 
 
 def explained(samples: Iterable[list[torch.Tensor]]) -> Iterator[list[torch.Tensor]]:
-    """A DataLoader's batches, with errors of its processes in the user's words.
-
-    Raises:
-        HarnessError: shared memory, open files or memory ran out. Errors of our own code are passed on.
-    """
+    """A DataLoader's batches; what let its processes down becomes a HarnessError, errors of our own are passed on."""
     try:
         yield from samples
     except (RuntimeError, OSError) as error:

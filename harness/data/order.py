@@ -160,7 +160,7 @@ class BatchPlan:
 def evaluation_batches(count: int, *, batch_size: int, rank: int, world_size: int) -> list[np.ndarray]:
     """The batches of int64 ids one rank evaluates: over all ranks each sample exactly once, without padding.
 
-    The last batch may be smaller, none is empty. Ranks may differ in their number of batches; one may have none.
+    None is empty. Ranks may differ in their number of batches; one may have none.
     """
     shard = np.array_split(np.arange(count, dtype=np.int64), world_size)[rank]
     return [shard[first : first + batch_size] for first in range(0, len(shard), batch_size)]

@@ -33,7 +33,6 @@ from harness.errors import HarnessError
 from harness.files import cache_directory, find_input, fsync_directory, hex_digest, replacing, writable_cache_directory
 
 FORMAT_VERSION = 1
-MANIFEST_FILE = "manifest.json"
 BETON_FILES: Mapping[str, str] = {"train": "train.beton", "test": "test.beton"}  # by split
 _SELF_DIGEST = "manifest_sha256"
 _AGAIN_HINT = "Make the data again: harness data prepare --force RECIPE"
@@ -106,11 +105,7 @@ def _file_bytes(count: int, height: int, width: int) -> int:
 
 
 def write_beton(path: Path, images_BHWC: np.ndarray, labels_B: np.ndarray) -> None:
-    """Write uint8 images (B, H, W, 3) and labels (B,) from 0; the file appears complete or not at all.
-
-    Raises:
-        HarnessError: it cannot be written.
-    """
+    """Write uint8 images (B, H, W, 3) and labels (B,); the file appears complete, or HarnessError is raised."""
     count, height, width, _ = images_BHWC.shape
     image_bytes, pixels_start = height * width * 3, _pixels_start(count)
     pixels_end = pixels_start + count * image_bytes
@@ -144,11 +139,7 @@ class Split:
 
 
 def open_beton(path: Path) -> Split:
-    """Map a file that `write_beton` wrote. Its SHA-256, not this, tells whether it is still as it was written.
-
-    Raises:
-        HarnessError: its length is not that of such a file.
-    """
+    """Map a file that `write_beton` wrote; raises HarnessError for another length. Its SHA-256 is checked elsewhere."""
     wanted = _METADATA_START + _SAMPLE.itemsize
     with path.open("rb") as file:
         head = file.read(wanted).ljust(wanted, b"\0")
@@ -201,7 +192,7 @@ class PreparedDataset:
 
 def read_manifest(directory: Path) -> Manifest:
     """Read and check manifest.json; raises HarnessError where it is missing or changed."""
-    path = directory / MANIFEST_FILE
+    path = directory / "manifest.json"
     try:
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict) or content.pop(_SELF_DIGEST, None) != _digest(content):
@@ -239,11 +230,7 @@ def verify(directory: Path) -> list[str]:
 
 
 def open_prepared(directory: Path) -> PreparedDataset:
-    """An existing data set, checked byte by byte.
-
-    Raises:
-        HarnessError: names every file that is missing or damaged.
-    """
+    """An existing data set, checked byte by byte; raises HarnessError with every file that is missing or damaged."""
     problems = verify(directory)
     if problems:
         hint = f"Make it again: harness data prepare --force RECIPE, or remove {directory}"
@@ -254,8 +241,7 @@ def open_prepared(directory: Path) -> PreparedDataset:
 
 def list_prepared() -> list[Path]:
     """The folders of all prepared data sets in the cache, damaged ones included, sorted by name."""
-    entries = cache_directory("data").glob("[!.]*")
-    return sorted(entry for entry in entries if entry.is_dir())
+    return sorted(entry for entry in cache_directory("data").glob("[!.]*") if entry.is_dir())
 
 
 @contextlib.contextmanager
@@ -373,5 +359,5 @@ def _write(images: ImageSet, located: Located, directory: Path, image_size_px: i
         origin=located.origin,
         fingerprint=fingerprint,
     )
-    with replacing(directory / MANIFEST_FILE) as file:
+    with replacing(directory / "manifest.json") as file:
         file.write(manifest.to_json().encode())

@@ -159,10 +159,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def find_parquet(folder: Path) -> dict[str, list[Path]] | None:
-    """The files train-*.parquet and test-*.parquet (or validation-, valid-, val-), sorted by name.
-
-    In `folder` or below it where Hugging Face puts them; None where there is not one file of each split.
-    """
+    """The files of each split, sorted by name, in `folder` or where Hugging Face puts them; None where one has none."""
     for subfolder in _PARQUET_FOLDERS:
         files: dict[str, list[Path]] = {}
         for split, names in _PARQUET_NAMES.items():
@@ -296,11 +293,7 @@ def _column(key: str, given: str | None, usual: tuple[str, ...], names: list[str
 
 
 def _classes(path: Path, label_column: str | None, labels_B: np.ndarray, places: list[str], count: int) -> list[str]:
-    """The names that Hugging Face's `datasets` wrote into the schema, else numbers, which the first `count` must have.
-
-    Raises:
-        HarnessError: a label is out of range.
-    """
+    """The names that Hugging Face's `datasets` wrote into the schema, else numbers; the first `count` must have all."""
     try:
         features = json.loads(_open(path).schema_arrow.metadata[b"huggingface"])["info"]["features"]
         names = [str(name) for name in features[label_column or _LABEL_COLUMNS[0]]["names"]]
