@@ -271,10 +271,10 @@ def _data_prepare(arguments: argparse.Namespace) -> int:
 
 
 def _data_verify(arguments: argparse.Namespace) -> int:
-    from harness.data.prepare import list_stores, verify
+    from harness.data.prepare import list_prepared, verify
 
     problems = 0
-    for store in list_stores():
+    for store in list_prepared():
         found = verify(store)
         problems += len(found)
         print(f"{store}: " + ("; ".join(map(str, found)) if found else "whole"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from harness.data.loaders import ffcv_available
-from harness.data.paths import cache_directory, data_directories
 from harness.errors import HarnessError
+from harness.files import cache_directory, data_directories
 from harness.recipe import Recipe
 from harness.runtime import joined, provenance
 from harness.tracking.wandb_tracker import resolve_mode

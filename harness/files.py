@@ -1,4 +1,9 @@
-"""Files that appear complete or not at all, and their checksums."""
+"""Where data and caches lie, files that appear complete or not at all, and their checksums.
+
+`$HARNESS_DATA`: one folder or several, separated as in `$PATH`; only ever read.
+`$HARNESS_CACHE`: one folder (default `~/.cache/harness`) for converted files, downloads, locks and checks.
+Both are read at each call, so a test or a notebook can change them.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,63 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from harness.errors import EXIT_BAD_INPUT, EXIT_FAILED, TRANSIENT_DISK_ERRORS, HarnessError
+
+DATA_VARIABLE = "HARNESS_DATA"
+CACHE_VARIABLE = "HARNESS_CACHE"
+
+
+def data_directories() -> list[Path]:
+    """The folders named by `$HARNESS_DATA`, absolute, in their order; none when it is unset.
+
+    Raises:
+        HarnessError: an entry is not a folder, which is a misspelt path far more often than a wish.
+    """
+    entries = [entry.strip() for entry in os.environ.get(DATA_VARIABLE, "").split(os.pathsep)]
+    directories = [Path(expand(entry, where=DATA_VARIABLE)).absolute() for entry in entries if entry]
+    for directory in directories:
+        if not directory.is_dir():
+            what = f"${DATA_VARIABLE} names a folder that is not there: {directory}"
+            raise HarnessError(what, hint=f"Correct or unset {DATA_VARIABLE}")
+    return directories
+
+
+def find_input(path: str) -> Path:
+    """An existing file or folder that a recipe's data.path names, looked for here, then in each `data_directories`.
+
+    Raises:
+        HarnessError: it is nowhere, or a variable in it is not set.
+    """
+    given = Path(expand(path, where="data.path"))
+    candidates = [given.absolute()]
+    if not given.is_absolute():
+        candidates += [directory / given for directory in data_directories()]
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate.resolve()
+    looked = "" if given.is_absolute() else f" (looked for {', '.join(map(str, candidates))})"
+    hint = f"Correct data.path; a relative one is looked for here and in each folder of {DATA_VARIABLE}"
+    raise HarnessError(f"there is no such file or folder{looked}", where=path, hint=hint)
+
+
+def cache_directory(*parts: str) -> Path:
+    """`$HARNESS_CACHE` or `~/.cache/harness`, absolute, with `parts` below it; nothing is made on disk."""
+    entry = os.environ.get(CACHE_VARIABLE, "").strip()
+    root = Path(expand(entry or "~/.cache/harness", where=CACHE_VARIABLE))
+    return root.absolute().joinpath(*parts)
+
+
+def writable_cache_directory(*parts: str) -> Path:
+    """As `cache_directory`, made on disk where it is not there; raises HarnessError where it cannot be written to."""
+    directory = cache_directory(*parts)
+    reason = "permission denied"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if os.access(directory, os.W_OK | os.X_OK):
+            return directory
+    except OSError as error:
+        reason = error.strerror or str(error)
+    hint = f"Set {CACHE_VARIABLE} to a folder of yours with about 1 GB of free space."
+    raise HarnessError(f"the cache folder cannot be written to ({reason})", where=str(directory), hint=hint)
 
 
 def private_directory(path: Path) -> Path | None:

@@ -52,9 +52,9 @@ def _no_gpu() -> str | None:
 
 def _no_cifar10() -> str | None:
     """Asks the source itself, so that every form that it reads counts: archives, folders, Parquet, class folders."""
-    from harness.data.paths import cache_directory
-    from harness.data.sources import locate
+    from harness.data.prepare import locate
     from harness.errors import HarnessError
+    from harness.files import cache_directory
 
     if not os.environ.get("HARNESS_DATA"):
         return "needs the real CIFAR-10: HARNESS_DATA is not set"

@@ -60,7 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "__init__": set(),
 }
-FFCV_FILES = {"harness/data/ffcv_loader.py", "harness/data/augment.py"}
+FFCV_FILES = {"harness/data/ffcv_loader.py"}
 UNSAFE_CALLS = {
     "torch.load": "weights are safetensors",
     "yaml.full_load": "YAML is safe-loaded",

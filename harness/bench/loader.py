@@ -23,11 +23,9 @@ from torchvision import transforms
 
 from harness.bench.contest import Contestant, Round, describe_machine, ratios, run_contest
 from harness.data.augment import Augmentation
-from harness.data.beton import write_beton
 from harness.data.loaders import build_loader
 from harness.data.order import BatchPlan
-from harness.data.prepare import prepare
-from harness.data.store import Split
+from harness.data.prepare import Split, open_beton, prepare, write_beton
 from harness.errors import HarnessError
 
 HERE = "harness.bench.loader"
@@ -152,13 +150,13 @@ def synthetic_split(directory: Path, count: int = SYNTHETIC_IMAGES) -> Split:
     path, generator = directory / "synthetic.beton", np.random.default_rng(0)
     images_BHWC = generator.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
     write_beton(path, images_BHWC, generator.integers(0, 10, count))
-    return Split.open(path)
+    return open_beton(path)
 
 
 def ours(*, kind: str, **settings: Any) -> Round:
     """One of our loaders, with the order of its epochs, which is part of what is measured."""
     task = Task(**settings)
-    split = Split.open(Path(task.path))
+    split = open_beton(Path(task.path))
     images = min(split.count, task.images) if kind == "torch" else split.count
     plan = BatchPlan(images, min(task.batch_size, images))
     loader = build_loader(
@@ -192,7 +190,7 @@ class _PillowImages(Dataset[tuple[Tensor, int]]):
     """Images as torchvision's own datasets give them: through Pillow, with a list of transforms."""
 
     def __init__(self, task: Task) -> None:
-        split = Split.open(Path(task.path))
+        split = open_beton(Path(task.path))
         # In memory, as torchvision's CIFAR10 holds them.
         self._images_BHWC, self._labels_B = np.array(split.images_BHWC[: task.images]), split.labels_B[: task.images]
         # These are quicker than their successors in transforms.v2 when they begin with a Pillow image.

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.bench.contest import Contestant, Round, describe_machine, ratios, run_contest
-from harness.data.batches import Batch
+from harness.data.loaders import Batch, Loader
 from harness.errors import HarnessError
 from harness.machine import usable_cores
 from harness.models.build import build_model
@@ -125,7 +125,7 @@ def plain_loop(task: Task, net: nn.Module) -> Round:
     return task.round_of(step)
 
 
-class _OneBatch:
+class _OneBatch(Loader):
     """A loader of a batch that is there already."""
 
     def __init__(self, images_BCHW: Tensor, labels_B: Tensor) -> None:

@@ -1,50 +1,32 @@
 """Augmentation as pure functions of (seed, epoch, sample id), and normalisation as a table.
 
-An image is cropped, then flipped, then cut out, whichever loader does it: `Augmentation.parameters` says how,
-so the pixels of a sample do not depend on the loader, the number of workers or ranks, or where a run was
-resumed.
-
-Shapes: B samples, H height, W width, C = 3 channels.
+An image is cropped, then flipped, then cut out, whichever loader does it: `Augmentation.parameters` says how, so the
+pixels of a sample do not depend on the loader, the number of workers or ranks, or where a run was resumed.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from harness.data.order import Stream, hash64, uniform_below
-from harness.errors import HarnessError, nearest
-
-CropPaddingMode = Literal["zeros", "reflect"]
-Flip = Literal["none", "random", "alternating"]
-CHANNELS = ("red", "green", "blue")
-_SMALLEST_STD = float(np.finfo(np.float32).tiny)  # float32 divides by smaller ones as if they were 0
 
 
 class SampleParameters(NamedTuple):
-    """What happens to each of B images.
+    """What happens to each of B images, thought of with its padding around it.
 
-    The image is thought of with its padding around it. The crop's upper left corner lies at (crop_y, crop_x)
-    there, so that the padding in both means no shift. The cut-out square covers the rows cutout_y …
-    cutout_y + size - 1 and the columns cutout_x … cutout_x + size - 1 of the finished image, as far as they
-    exist.
-
-    Attributes:
-        crop_y_B, crop_x_B: int64, 0 … 2 × padding.
-        flip_B: bool.
-        cutout_y_B: int64, -(size // 2) … H - 1 - size // 2.
-        cutout_x_B: int64, -(size // 2) … W - 1 - size // 2.
+    The cut-out square covers the rows cutout_y … cutout_y + size - 1 and the columns cutout_x … cutout_x + size - 1 of
+    the finished image, as far as they exist.
     """
 
-    crop_y_B: np.ndarray  # noqa: N815
-    crop_x_B: np.ndarray  # noqa: N815
-    flip_B: np.ndarray  # noqa: N815
-    cutout_y_B: np.ndarray  # noqa: N815
-    cutout_x_B: np.ndarray  # noqa: N815
+    crop_y_B: np.ndarray  # noqa: N815 - int64, 0 … 2 × padding: the crop's upper edge; the padding means no shift
+    crop_x_B: np.ndarray  # noqa: N815 - its left edge
+    flip_B: np.ndarray  # noqa: N815 - bool
+    cutout_y_B: np.ndarray  # noqa: N815 - int64, -(size // 2) … H - 1 - size // 2
+    cutout_x_B: np.ndarray  # noqa: N815 - int64, -(size // 2) … W - 1 - size // 2
 
 
 @dataclass(frozen=True)
@@ -52,80 +34,40 @@ class Augmentation:
     """What training does to the images; evaluation has none.
 
     Args:
-        seed: of the run.
-        crop_padding_px: pixels added on each side before a crop of the image's own size; 0 is no crop.
-        crop_padding_mode: "zeros" pads with raw black, as torchvision's RandomCrop(padding=…) does on raw
-            pixels; "reflect" mirrors without repeating the edge.
-        flip: left to right: "none"; "random", by a fresh coin each epoch; "alternating", by a coin in epoch 0
-            and then the other way each epoch, so that two epochs in a row show both (Jordan, "94% on CIFAR-10
-            in 3.29 seconds on a single GPU", 2024).
-        cutout_size_px: side of a square set to exactly 0.0 in the normalised image. Its centre is uniform
-            over the image and it may hang over the border (DeVries and Taylor, "Improved regularization of
-            convolutional neural networks with cutout", 2017); 0 is no cutout.
-
-    Raises:
-        HarnessError: an unknown name or a negative size.
+        crop_padding_px: added on each side before a crop of the image's own size; 0 is no crop.
+        crop_padding_mode: "zeros" pads with raw black, as torchvision's RandomCrop(padding=…) does on raw pixels;
+            "reflect" mirrors without repeating the edge.
+        flip: "random", by a fresh coin each epoch; "alternating", by a coin in epoch 0 and then the other way each
+            epoch (Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024).
+        cutout_size_px: side of a square set to exactly 0.0 in the normalised image; its centre is uniform over the
+            image (DeVries and Taylor, "Improved regularization of convolutional neural networks with cutout", 2017).
     """
 
     seed: int
     crop_padding_px: int = 0
-    crop_padding_mode: CropPaddingMode = "zeros"
-    flip: Flip = "none"
+    crop_padding_mode: Literal["zeros", "reflect"] = "zeros"
+    flip: Literal["none", "random", "alternating"] = "none"
     cutout_size_px: int = 0
 
-    def __post_init__(self) -> None:
-        for name, kind in (("crop_padding_mode", CropPaddingMode), ("flip", Flip)):
-            value, valid = getattr(self, name), get_args(kind)
-            if value not in valid:
-                raise HarnessError(f'there is no {name} "{value}"', hint=nearest(value, valid))
-        for name in ("crop_padding_px", "cutout_size_px"):
-            if getattr(self, name) < 0:
-                raise HarnessError(
-                    f"{name} must not be negative, it is {getattr(self, name)}",
-                    hint=f"Set data.{name} to 0 for none, or to a number of pixels.",
-                )
-
-    def check_image_size(self, height_px: int, width_px: int) -> None:
-        """See that images of this size can be padded.
-
-        Raises:
-            HarnessError: reflection needs more pixels than the image has.
-        """
-        smallest = min(height_px, width_px)
-        if self.crop_padding_mode == "reflect" and self.crop_padding_px >= smallest:
-            raise HarnessError(
-                f"crop_padding_px {self.crop_padding_px} cannot be reflected in images of "
-                f"{height_px}×{width_px} pixels",
-                hint=f"Use at most {smallest - 1}, or crop_padding_mode zeros.",
-            )
-
     def parameters(self, epoch: int, ids_B: np.ndarray, *, height_px: int, width_px: int) -> SampleParameters:
-        """The parameters of these samples in this epoch.
-
-        Args:
-            epoch: from 0.
-            ids_B: whole numbers (B,), the sample ids.
-            height_px: H.
-            width_px: W.
-        """
+        """The parameters of the samples with these ids in this epoch (from 0)."""
         crops = 2 * self.crop_padding_px + 1
         half = self.cutout_size_px // 2
 
         def uniform(stream: Stream, bound: int) -> np.ndarray:
             return uniform_below(bound, hash64(self.seed, stream, epoch, ids_B))
 
-        nought_B = np.zeros(len(ids_B), dtype=np.int64)
+        zeros_B = np.zeros(len(ids_B), dtype=np.int64)
         cropped, cut = self.crop_padding_px > 0, self.cutout_size_px > 0
         return SampleParameters(
-            crop_y_B=uniform(Stream.CROP_Y, crops) if cropped else nought_B,
-            crop_x_B=uniform(Stream.CROP_X, crops) if cropped else nought_B,
+            crop_y_B=uniform(Stream.CROP_Y, crops) if cropped else zeros_B,
+            crop_x_B=uniform(Stream.CROP_X, crops) if cropped else zeros_B,
             flip_B=self._flips(epoch, ids_B),
-            cutout_y_B=uniform(Stream.CUTOUT_Y, height_px) - half if cut else nought_B,
-            cutout_x_B=uniform(Stream.CUTOUT_X, width_px) - half if cut else nought_B,
+            cutout_y_B=uniform(Stream.CUTOUT_Y, height_px) - half if cut else zeros_B,
+            cutout_x_B=uniform(Stream.CUTOUT_X, width_px) - half if cut else zeros_B,
         )
 
     def _flips(self, epoch: int, ids_B: np.ndarray) -> np.ndarray:
-        """bool (B,): which images are flipped."""
         if self.flip == "random":
             return (hash64(self.seed, Stream.FLIP, epoch, ids_B) & np.uint64(1)).astype(bool)
         if self.flip == "alternating":
@@ -134,49 +76,12 @@ class Augmentation:
         return np.zeros(len(ids_B), dtype=bool)
 
 
-def check_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
-    """See that images can be normalised with these: the deviation is divided by, in float32.
-
-    Args:
-        mean: of each channel, on the scale [0, 1].
-        std: of each channel, on the scale [0, 1].
-
-    Raises:
-        HarnessError: not three values each, or a standard deviation that is 0 (the channel is constant), below 0
-            or no finite number.
-    """
-    if len(mean) != 3 or len(std) != 3:
-        raise HarnessError(
-            f"normalisation needs three means and deviations, not {len(mean)} and {len(std)}",
-            hint="Give one for each of red, green and blue, for example data.std=[0.25, 0.25, 0.25]",
-        )
-    for channel, value in zip(CHANNELS, std, strict=True):
-        if _SMALLEST_STD <= value < math.inf:
-            continue
-        reason = ": all pixels of that channel have one value" if value == 0 else ""
-        raise HarnessError(
-            f"the standard deviation of each channel must be positive, that of {channel} is {value:g}{reason}",
-            hint="Set data.std in the recipe, for example data.std=[0.25, 0.25, 0.25], or check the images.",
-        )
-
-
 def normalisation_table(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """What each of the 256 pixel values becomes in each channel.
+    """What each of the 256 pixel values becomes in each channel, float32 (3, 256).
 
-    Made by torchvision's own `to_dtype(scale=True)` and `normalize`, so that a look-up gives the very bits
-    that they give.
-
-    Args:
-        mean: of each channel, on the scale [0, 1].
-        std: of each channel, on the scale [0, 1].
-
-    Returns:
-        float32 (3, 256).
-
-    Raises:
-        HarnessError: as `check_normalisation`.
+    Made by torchvision's own `to_dtype(scale=True)` and `normalize`, so that a look-up gives the very bits that they
+    give. `mean` and `std` are of pixels scaled to [0, 1].
     """
-    check_normalisation(mean, std)
     import torch
     from torchvision.transforms.v2 import functional
 

@@ -1,7 +1,7 @@
 """Which sample when: orders, batches and shards as pure functions of (seed, epoch).
 
-Nothing here holds a random generator. A number is a hash of what it is for, so it is the same whatever the
-number of workers or ranks, and a run that is resumed at any step goes on with the batches it would have had.
+Nothing here holds a random generator. A number is a hash of what it is for, so it is the same whatever the number of
+workers or ranks, and a run that is resumed at any step gets the batches it would have had.
 """
 
 from __future__ import annotations
@@ -17,12 +17,6 @@ _MASK_64 = (1 << 64) - 1
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
-
-_POSITIVE = {  # numbers of a plan that must be at least 1, and what to do when they are not
-    "count": "check that the training split holds images",
-    "global_batch_size": "set training.global_batch_size to 1 or more",
-    "accumulation_steps": "set training.gradient_accumulation_steps to 1 or more",
-}
 
 
 class Stream(IntEnum):
@@ -51,24 +45,14 @@ def _mix(state: np.ndarray) -> np.ndarray:
 
 def _as_uint64(value: int | np.ndarray) -> np.ndarray:
     """Whole numbers modulo 2**64, so that negative ones have a hash too."""
-    if isinstance(value, int):
-        return np.asarray(value & _MASK_64, dtype=np.uint64)
-    array = np.asarray(value)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"hash64 takes whole numbers, not {array.dtype}")
-    return array.astype(np.uint64)
+    return np.asarray(value & _MASK_64, dtype=np.uint64) if isinstance(value, int) else value.astype(np.uint64)
 
 
 def hash64(seed: int, *streams: int | np.ndarray) -> np.ndarray:
-    """A stateless hash of whole numbers: all 64 bits are unbiased and differ for any change of any argument.
+    """A stateless hash of whole numbers, uint64 of their broadcast shape; their order counts.
 
-    Args:
-        seed: any whole number, taken modulo 2**64.
-        *streams: whole numbers or arrays of them, broadcast against one another; their order counts.
-
-    Returns:
-        uint64 of the broadcast shape (0-d where every argument is a single number). The values never change
-        between versions, machines or numpy releases.
+    All 64 bits are unbiased and differ for any change of any argument. The values never change between versions,
+    machines or numpy releases.
     """
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
         state = _mix(_as_uint64(seed))
@@ -78,35 +62,16 @@ def hash64(seed: int, *streams: int | np.ndarray) -> np.ndarray:
 
 
 def uniform_below(bound: int, hashes: np.ndarray) -> np.ndarray:
-    """Whole numbers in [0, bound) from hashes, by multiply-shift on the upper 32 bits.
+    """int64 in [0, bound) from uint64 hashes, by multiply-shift on their upper 32 bits; bound is at most 2**31.
 
-    No division is needed, and no value is likelier than another by more than bound / 2**32 of its share.
+    No value is likelier than another by more than bound / 2**32 of its share.
     Source: Lemire, "Fast random integer generation in an interval" (ACM TOMACS 2019), without the rejection.
-
-    Args:
-        bound: 1 to 2**31.
-        hashes: uint64 of any shape.
-
-    Returns:
-        int64 of the shape of `hashes`.
     """
-    if not 1 <= bound <= 2**31:
-        raise ValueError(f"bound must lie in 1 … 2**31, not {bound}")
     return (((hashes >> np.uint64(32)) * np.uint64(bound)) >> np.uint64(32)).astype(np.int64)
 
 
 def epoch_order(count: int, *, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    """The order of all sample ids in one epoch.
-
-    Args:
-        count: number of samples.
-        seed: of the run.
-        epoch: from 0.
-        shuffle: False gives 0, 1, 2, …
-
-    Returns:
-        int64 (count,), a permutation of 0 … count - 1: the stable argsort of one hash a sample.
-    """
+    """All sample ids in the order of one epoch, int64 (count,): the stable argsort of one hash a sample."""
     ids = np.arange(count, dtype=np.int64)
     if not shuffle:
         return ids
@@ -117,53 +82,31 @@ def epoch_order(count: int, *, seed: int, epoch: int, shuffle: bool) -> np.ndarr
 class BatchPlan:
     """The training batches of one rank. All ranks together see each epoch's order, cut into global batches.
 
-    Args:
-        count: number of training samples.
-        global_batch_size: images in one optimizer step, over all ranks and accumulation steps.
-        rank: of this process.
-        world_size: number of processes.
-        accumulation_steps: forward and backward passes of a rank in one optimizer step.
-        seed: of the order.
-        shuffle: a new order each epoch; False keeps the order of the data.
-        drop_last: leave out the last, smaller batch of an epoch.
-
     Raises:
-        HarnessError: where the numbers do not go together; the hint names sizes that do.
-        ValueError: a rank outside 0 … world_size - 1.
+        HarnessError: the numbers do not go together; the hint names sizes that do.
     """
 
-    count: int
-    global_batch_size: int
+    count: int  # training samples
+    global_batch_size: int  # images in one optimizer step, over all ranks and accumulation steps
     rank: int = 0
     world_size: int = 1
     accumulation_steps: int = 1
     seed: int = 0
     shuffle: bool = True
-    drop_last: bool = False
+    drop_last: bool = False  # leave out the last, smaller batch of an epoch
 
     def __post_init__(self) -> None:
-        if self.world_size < 1 or not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank {self.rank} does not lie in a world of {self.world_size}")
-        for name, hint in _POSITIVE.items():
-            if getattr(self, name) < 1:
-                raise HarnessError(f"{name} must be at least 1, it is {getattr(self, name)}", hint=hint)
         size, unit = self.global_batch_size, self._unit
+        given = f"global_batch_size {size}"
         if size % unit:
-            raise HarnessError(
-                f"global_batch_size {size} is not divisible by {unit} "
-                f"({self.world_size} ranks × {self.accumulation_steps} accumulation steps)",
-                hint=self._hint(),
-            )
+            product = f"{self.world_size} ranks × {self.accumulation_steps} accumulation steps"
+            raise HarnessError(f"{given} is not divisible by {unit} ({product})", hint=self._hint())
         if size > self.count:
-            raise HarnessError(
-                f"global_batch_size {size} is larger than the {self.count} training images", hint=self._hint()
-            )
+            raise HarnessError(f"{given} is larger than the {self.count} training images", hint=self._hint())
         if not self._fits(size):
-            raise HarnessError(
-                f"the last batch of an epoch would hold {self.count % size} images for {self.world_size} "
-                f"ranks ({self.count} training images, global_batch_size {size})",
-                hint=f"Set drop_last, or: {self._hint()}",
-            )
+            what = f"the last batch of an epoch would hold {self.count % size} images for {self.world_size} ranks"
+            hint = f"Set drop_last, or: {self._hint()}"
+            raise HarnessError(f"{what} ({self.count} training images, {given})", hint=hint)
 
     @property
     def _unit(self) -> int:
@@ -195,26 +138,15 @@ class BatchPlan:
 
     def global_count(self, step: int) -> int:
         """Images in the global batch of this step of an epoch, over all ranks; the last may be smaller."""
-        if not 0 <= step < self.steps_per_epoch:
-            raise ValueError(f"step {step} does not lie in an epoch of {self.steps_per_epoch} steps")
         return min(self.global_batch_size, self.count - step * self.global_batch_size)
 
     def micro_batches(self, epoch: int, start_step: int = 0) -> list[list[np.ndarray]]:
-        """The sample ids of this rank in one epoch.
+        """The int64 sample ids of this rank in one epoch, [step][micro-batch], from `start_step` on.
 
-        A step's global ids are cut into micro-batches, and each of these into one block a rank, as evenly as can
-        be. So the micro-batches of all ranks together hold the same images whatever the number of ranks, and with
-        them the statistics of synchronised BatchNorm. No block is empty.
-
-        Args:
-            epoch: from 0.
-            start_step: the first step wanted, 0 … steps_per_epoch; the list begins there.
-
-        Returns:
-            [step][micro-batch] int64 ids.
+        A step's global ids are cut into micro-batches, and each of these into one block a rank, as evenly as can be.
+        So the micro-batches of all ranks together hold the same images whatever the number of ranks, and with them
+        the statistics of synchronised BatchNorm. No block is empty.
         """
-        if not 0 <= start_step <= self.steps_per_epoch:
-            raise ValueError(f"start_step {start_step} does not lie in an epoch of {self.steps_per_epoch} steps")
         order = epoch_order(self.count, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
         steps = []
         for step in range(start_step, self.steps_per_epoch):
@@ -226,27 +158,9 @@ class BatchPlan:
 
 
 def evaluation_batches(count: int, *, batch_size: int, rank: int, world_size: int) -> list[np.ndarray]:
-    """The batches one rank evaluates: over all ranks each sample exactly once, without padding.
+    """The batches of int64 ids one rank evaluates: over all ranks each sample exactly once, without padding.
 
-    Args:
-        count: number of samples.
-        batch_size: images a batch of one rank; the last one may be smaller.
-        rank: of this process.
-        world_size: number of processes.
-
-    Returns:
-        int64 id arrays, none of them empty. Ranks may differ in the number of batches; one may have none.
-
-    Raises:
-        HarnessError: batch_size below 1.
-        ValueError: a rank outside 0 … world_size - 1.
+    None is empty. Ranks may differ in their number of batches; one may have none.
     """
-    if world_size < 1 or not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} does not lie in a world of {world_size}")
-    if batch_size < 1:
-        raise HarnessError(
-            f"the evaluation batch size must be at least 1, it is {batch_size}",
-            hint="Set evaluation.per_device_batch_size to 1 or more.",
-        )
     shard = np.array_split(np.arange(count, dtype=np.int64), world_size)[rank]
     return [shard[first : first + batch_size] for first in range(0, len(shard), batch_size)]

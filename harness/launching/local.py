@@ -22,10 +22,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from harness.data.paths import writable_cache_directory
 from harness.environment import calm_openmp
 from harness.errors import HarnessError
-from harness.files import write_json
+from harness.files import writable_cache_directory, write_json
 from harness.launching.trial import run_trial
 from harness.machine import available_memory_gib, cpu_name, usable_cores
 from harness.recipe import Recipe, load

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.data.augment import normalisation_table
-from harness.data.store import DataStore
+from harness.data.prepare import PreparedDataset
 from harness.errors import HarnessError
 from harness.models.build import build_model
 from harness.recipe import Recipe, load
@@ -82,7 +82,7 @@ class Evidence:
         return load(self.run.path / "recipe.yaml")
 
     @_once
-    def store(self) -> DataStore:
+    def store(self) -> PreparedDataset:
         """The run's data."""
         return open_data(self.recipe())
 

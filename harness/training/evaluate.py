@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from harness.data.batches import Batch, Loader
+from harness.data.loaders import Batch, Loader
 from harness.errors import HarnessError
 from harness.training.network import MEMORY_FORMATS
 from harness.training.state import Meter, Score

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from harness.data.augment import normalisation_table
-from harness.data.batches import Loader
-from harness.data.images import raise_all, read_images
-from harness.data.store import DataStore
+from harness.data.images import read_images
+from harness.data.loaders import Loader
+from harness.data.prepare import PreparedDataset
 from harness.errors import HarnessError
 from harness.models.build import build_model
 from harness.recipe import Recipe, load
@@ -51,7 +51,7 @@ class Opened:
     runtime: Runtime
     saved: checkpoint.Saved
     recipe: Recipe
-    store: DataStore
+    store: PreparedDataset
     model: nn.Module
     loader: Loader
 
@@ -168,8 +168,7 @@ def predict(path: Path, images: Sequence[Path], *, which: str, weights: str, top
     """
     saved, recipe = _open(path, which)
     size_px = recipe.data.image_size_px
-    pixels_BHWC, problems = read_images(images, image_size_px=size_px, where=lambda index: str(images[index]))
-    raise_all(problems)
+    pixels_BHWC = read_images(images, size_px, lambda index: str(images[index]))
     tensors = saved.ema if weights == "ema" else saved.model
     if tensors is None:
         raise HarnessError("the run has no averaged weights", where=str(saved.path), hint="Use --weights raw.")

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from harness.data.batches import WaitTimer
+from harness.data.loaders import WaitTimer
 from harness.errors import Diverged
 from harness.training.evaluate import (
     average_buffers,

@@ -9,7 +9,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from harness.data.paths import writable_cache_directory
+from harness.files import writable_cache_directory
 from harness.models.build import build_model
 from harness.models.fast_paths import adopt_compiled_kernels
 from harness.models.mask_dropout import adopt_mask_dropout

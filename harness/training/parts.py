@@ -13,10 +13,9 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from harness.data.augment import Augmentation
-from harness.data.batches import Loader
-from harness.data.loaders import build_loader
+from harness.data.loaders import Loader, build_loader
 from harness.data.order import BatchPlan, evaluation_batches
-from harness.data.prepare import DataStore, prepare
+from harness.data.prepare import PreparedDataset, prepare
 from harness.errors import HarnessError
 from harness.models.sync_batch_norm import convert_sync_batch_norm
 from harness.recipe import Recipe
@@ -38,7 +37,7 @@ class Parts:
     """Everything the loop works with, built and connected."""
 
     runtime: Runtime
-    store: DataStore
+    store: PreparedDataset
     plan: BatchPlan
     train_loader: Loader
     test_loader: Loader
@@ -130,7 +129,7 @@ class Parts:
         self.test_loader.close()
 
 
-def open_data(recipe: Recipe) -> DataStore:
+def open_data(recipe: Recipe) -> PreparedDataset:
     """The recipe's data, converted once (ranks wait for one another by a file lock) and verified by each rank.
 
     Raises:
@@ -155,7 +154,9 @@ def open_data(recipe: Recipe) -> DataStore:
     return store
 
 
-def open_loader(recipe: Recipe, store: DataStore, split: Literal["train", "test"], device: torch.device) -> Loader:
+def open_loader(
+    recipe: Recipe, store: PreparedDataset, split: Literal["train", "test"], device: torch.device
+) -> Loader:
     """A loader of one split; training images are augmented, test images only normalised."""
     data = recipe.data
     augmentation = Augmentation(
@@ -247,7 +248,7 @@ def _step_settings(recipe: Recipe, num_classes: int) -> dict[str, Any]:
     }
 
 
-def share_of_test(recipe: Recipe, store: DataStore, runtime: Runtime) -> list[np.ndarray]:
+def share_of_test(recipe: Recipe, store: PreparedDataset, runtime: Runtime) -> list[np.ndarray]:
     """This rank's share of the test split."""
     return evaluation_batches(
         store.split("test").count,
@@ -257,7 +258,7 @@ def share_of_test(recipe: Recipe, store: DataStore, runtime: Runtime) -> list[np
     )
 
 
-def plan_batches(recipe: Recipe, store: DataStore, runtime: Runtime) -> BatchPlan:
+def plan_batches(recipe: Recipe, store: PreparedDataset, runtime: Runtime) -> BatchPlan:
     """Which training images this rank sees when."""
     return BatchPlan(
         count=store.split("train").count,
@@ -271,7 +272,7 @@ def plan_batches(recipe: Recipe, store: DataStore, runtime: Runtime) -> BatchPla
     )
 
 
-def _identity(recipe: Recipe, store: DataStore) -> dict[str, Any]:
+def _identity(recipe: Recipe, store: PreparedDataset) -> dict[str, Any]:
     """What a checkpoint says of itself, enough to classify images with it."""
     return {
         "classes": list(store.manifest.classes),

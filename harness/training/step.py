@@ -11,7 +11,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from harness.data.batches import Batch
+from harness.data.loaders import Batch
 from harness.errors import Diverged
 from harness.runtime import Runtime, seed_step
 from harness.training.diagnosis import first_bad_layer

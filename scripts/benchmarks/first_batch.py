@@ -87,11 +87,11 @@ def main(loader: str, path: Path) -> dict[str, float]:
     else:
         from harness.data.augment import Augmentation
         from harness.data.loaders import build_loader
-        from harness.data.store import Split
+        from harness.data.prepare import open_beton
 
         how = {"augmentation": Augmentation(seed=0, crop_padding_px=4, flip="random"), "workers": workers, **_HOW}
         kind = loader.removeprefix("harness_")
-        ours = build_loader(kind, Split.open(path), device=torch.device("cpu"), **how)
+        ours = build_loader(kind, open_beton(path), device=torch.device("cpu"), **how)
         batches = ours.batches([np.arange(BATCH_SIZE)] * 4, epoch=0)
     next(batches)
     seconds, functions = time.perf_counter() - started_at, len(compilations) // 2  # each has a start and an end

@@ -14,7 +14,7 @@ import torch
 from harness.data.augment import Augmentation
 from harness.data.loaders import build_loader
 from harness.data.order import BatchPlan, evaluation_batches
-from harness.data.store import Split
+from harness.data.prepare import Split, open_beton
 
 GLOBAL_BATCH_SIZE = 12  # for 1, 2 and 3 ranks of 2 micro-batches
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -45,7 +45,7 @@ def load_shares(split: Split, kind: str, *, rank: int, world_size: int) -> list[
 def main() -> None:
     beton, kind, directory = sys.argv[1:]
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    shares = load_shares(Split.open(Path(beton)), kind, rank=rank, world_size=world_size)
+    shares = load_shares(open_beton(Path(beton)), kind, rank=rank, world_size=world_size)
     for epoch, share in enumerate(shares):
         np.savez(Path(directory) / f"rank_{rank}_epoch_{epoch}.npz", **share)
 

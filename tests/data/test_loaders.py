@@ -1,7 +1,9 @@
 """All loaders give the same ids and the same pixels, whoever asks and however."""
 
+import errno
+import os
 import random
-import subprocess
+import shutil
 import sys
 import threading
 import time
@@ -15,13 +17,13 @@ import psutil
 import pytest
 import torch
 
+from harness.data import loaders
 from harness.data.augment import Augmentation, normalisation_table
-from harness.data.batches import Batch, Loader
-from harness.data.beton import write_beton
-from harness.data.loaders import LOADER_KINDS, build_loader, ffcv_available
-from harness.data.order import BatchPlan, evaluation_batches
-from harness.data.store import Split
+from harness.data.loaders import Batch, Loader, build_loader, explained
+from harness.data.order import BatchPlan
+from harness.data.prepare import Split, open_beton, write_beton
 from harness.errors import HarnessError
+from tests.conftest import run_limited
 from tests.data.loader_rank_worker import MEAN, STD, load_shares
 
 COUNT, HEIGHT, WIDTH = 75, 20, 28  # not square, so that a mix-up of height and width shows
@@ -48,7 +50,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
     path, generator = tmp_path_factory.mktemp("loaders") / "train.beton", np.random.default_rng(0)
     images_BHWC = generator.integers(0, 256, (COUNT, HEIGHT, WIDTH, 3), dtype=np.uint8)
     write_beton(path, images_BHWC, generator.integers(0, 10, COUNT))
-    return Split.open(path)
+    return open_beton(path)
 
 
 Build = Callable[..., Loader]
@@ -247,56 +249,14 @@ def test_an_epoch_left_midway_leaves_nothing_behind(kind: str, way: str, build: 
         assert_same(collect(loader, epoch_ids(1), 1), collect(build("torch", AUGMENTATIONS["all"]), epoch_ids(1), 1))
 
 
-@pytest.mark.ffcv
-def test_an_ffcv_epoch_that_was_ended_says_so(build: Build) -> None:
-    loader = build("ffcv")
-    old = loader.batches([np.arange(8)] * 50, epoch=0)
-    next(old)
-    new = loader.batches([np.arange(8)] * 3, epoch=1)
-    next(new)
-    with pytest.raises(RuntimeError, match="began another"):
-        next(old)
-    assert len(list(new)) == 2
-
-
-@pytest.mark.ffcv
-@pytest.mark.timeout(60)
-def test_an_error_in_ffcvs_thread_arrives(build: Build) -> None:
-    loader: Any = build("ffcv")
-    good = loader._fused.table_CV
-    loader._fused.table_CV = "no table"
-    threads = threading.active_count()
-    with pytest.raises(Exception, match=r"(?s)non-precise|Cannot determine|unicode|typing"):
-        list(loader.batches([np.arange(4)] * 9, epoch=0))
-    assert threading.active_count() == threads
-    loader._fused.table_CV = good
-    assert len(list(loader.batches([np.arange(4)] * 9, epoch=0))) == 9
-
-
-@pytest.mark.ffcv
-def test_a_process_may_end_in_the_middle_of_an_epoch(split: Split) -> None:
-    script = f"""
-import numpy as np, torch
-from pathlib import Path
-from harness.data.loaders import build_loader
-from harness.data.store import Split
-loader = build_loader("ffcv", Split.open(Path({str(split.path)!r})), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
-                      augmentation=None, device=torch.device("cpu"), workers=2)
-batches = loader.batches([np.arange({COUNT})] * 100_000, epoch=0)
-print(len(next(batches).ids_B))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(COUNT), "")
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_wrong_batches_and_a_closed_loader(kind: str, build: Build) -> None:
     loader = build(kind)
     assert list(loader.batches([], epoch=0)) == []
     for wrong in (np.array([-1]), np.array([0, COUNT])):
-        with pytest.raises(ValueError, match="batch 1 holds ids outside"):
+        with pytest.raises(ValueError, match="batch 1 is empty or holds ids outside"):
             loader.batches([np.array([0]), wrong], epoch=0)
-    with pytest.raises(ValueError, match="batch 0 must be a list of ids that is not empty"):
+    with pytest.raises(ValueError, match="batch 0 is empty"):
         loader.batches([np.array([], dtype=np.int64)], epoch=0)
     loader.close()
     loader.close()
@@ -304,32 +264,11 @@ def test_wrong_batches_and_a_closed_loader(kind: str, build: Build) -> None:
         loader.batches([np.array([0])], epoch=0)
 
 
-def test_mistakes_in_building_are_named(build: Build) -> None:
-    with pytest.raises(HarnessError, match='no data loader "fcv"') as caught:
-        build("fcv")
-    assert 'Did you mean "ffcv"?' in str(caught.value)
-    with pytest.raises(HarnessError, match="workers must not be negative"):
-        build("torch", workers=-1)
-    for kind in LOADER_KINDS:
-        with pytest.raises(HarnessError, match="that of blue is 0: all pixels of that channel have one value"):
-            build(kind, std=(*STD[:2], 0.0))
-    with pytest.raises(HarnessError, match="cannot be reflected in images of 20×28"):
-        build("device", Augmentation(seed=0, crop_padding_px=20, crop_padding_mode="reflect"))
-
-
-def test_without_ffcv_the_error_says_what_to_install(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    # None in sys.modules is how Python itself marks a module that cannot be imported.
-    monkeypatch.setitem(sys.modules, "ffcv", None)
-    monkeypatch.delitem(sys.modules, "harness.data.ffcv_loader", raising=False)
-    with pytest.raises(HarnessError, match="ffcv cannot be imported") as caught:
-        build("ffcv")
-    for text in ("libopencv-dev libturbojpeg0-dev pkg-config g++", "pip install '.[ffcv]'", "data.loader=device"):
-        assert text in str(caught.value)
-
-
-@pytest.mark.ffcv
-def test_ffcv_is_found_where_it_is_installed() -> None:
-    assert ffcv_available()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_channel_that_is_constant_in_all_images_is_refused(kind: str, build: Build) -> None:
+    with pytest.raises(HarnessError, match="of blue is 0: all pixels of that channel have one value") as caught:
+        build(kind, std=(*STD[:2], 0.0))
+    assert "data.std=[0.25, 0.25, 0.25]" in str(caught.value.hint)
 
 
 def images_by_id(shares: Sequence[dict[str, np.ndarray]]) -> dict[int, tuple[bytes, int]]:
@@ -341,17 +280,6 @@ def images_by_id(shares: Sequence[dict[str, np.ndarray]]) -> dict[int, tuple[byt
     ]
     assert len(dict(seen)) == len(seen)
     return dict(seen)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_ranks_together_see_the_epoch_of_one(kind: str, split: Split) -> None:
-    alone = load_shares(split, kind, rank=0, world_size=1)
-    for world_size in (2, 3):
-        ranks = [load_shares(split, kind, rank=rank, world_size=world_size) for rank in range(world_size)]
-        for epoch in range(2):
-            together = images_by_id([shares[epoch] for shares in ranks])
-            assert sorted(together) == list(range(COUNT))
-            assert together == images_by_id([alone[epoch]])
 
 
 @pytest.mark.parametrize("kind", [FFCV, "device"])
@@ -368,15 +296,69 @@ def test_two_real_processes_see_the_epoch_of_one(
         assert evaluated.tolist() == alone["evaluation_ids"].tolist() == list(range(COUNT))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_evaluation_counts_each_image_once(world_size: int, split: Split, build: Build) -> None:
-    loader = build("device")
-    total = torch.zeros(10, dtype=torch.int64)
-    for rank in range(world_size):
-        ids_per_batch = evaluation_batches(COUNT, batch_size=8, rank=rank, world_size=world_size)
-        for batch in loader.batches(ids_per_batch, epoch=0):
-            total += torch.bincount(batch.labels_B, minlength=10)
-    assert total.tolist() == np.bincount(split.labels_B, minlength=10).tolist()
+# Of SLURM: tasks of the step, and CPUs on the node for each CPU that this process may use. Cores that it has shared out
+# are not shared out again.
+@pytest.mark.parametrize(
+    ("cores", "ranks", "slurm", "expected"),
+    [
+        (8, None, None, 8),
+        (8, "1", None, 8),
+        (8, "3", None, 2),
+        (1, "4", None, 1),
+        pytest.param(8, "2", (2, 2), 8, id="each task bound to its half"),
+        pytest.param(8, "2", (2, 1), 4, id="tasks that share the cores"),
+        pytest.param(8, "2", (1, 2), 4, id="torchrun in one task of half a node"),
+    ],
+)
+def test_the_workers_of_a_rank_are_its_share_of_the_cores(
+    cores: int, ranks: str | None, slurm: Any, expected: int, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaders, "usable_cores", lambda: cores)  # stands for machines of all sizes
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if ranks is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    if slurm is not None:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("SLURM_STEP_NUM_TASKS", str(slurm[0]))
+        monkeypatch.setenv("SLURM_CPUS_ON_NODE", str(slurm[1] * len(os.sched_getaffinity(0))))
+    loader: Any = build("torch", workers=None)
+    assert loader._workers == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root, to mount a small /dev/shm"
+)
+def test_a_full_shared_memory_is_an_error_with_a_hint(tiny: Path, tmp_path: Path) -> None:
+    words = f"{tiny} data.loader=torch data.workers=2 data.image_size_px=128 --run-dir {tmp_path / 'run'}"
+    script = f"mount -t tmpfs -o size=64k tmpfs /dev/shm && exec {sys.executable} -m harness train {words}"
+    done = run_limited(["unshare", "--mount", "bash", "-c", script], 120, dict(os.environ), tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert all(word in done.stderr for word in ("/dev/shm is full", "--shm-size", "data.workers=0", "data.loader=ffcv"))
+
+
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (RuntimeError("unable to open shared memory object </torch_1_1>: Too many open files (24)"), "too many files"),
+        (RuntimeError("received 0 items of ancdata"), "too many files"),
+        (RuntimeError("unable to write to file </torch_1_1>: No space left on device (28)"), "/dev/shm is full"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "/dev/shm is full"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "probably for memory"),
+        (OSError(errno.ENOSPC, "No space left on device"), "/dev/shm is full"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory ran out"),
+        (RuntimeError("Caught ValueError in DataLoader worker process 0.\nours"), None),
+        (RuntimeError("of our own"), None),
+    ],
+)
+def test_what_lets_a_worker_down_is_said_in_other_words(error: Exception, what: str | None) -> None:
+    def breaks() -> Iterator[Any]:
+        raise error
+        yield
+
+    with pytest.raises(HarnessError if what else type(error), match=what or str(error).splitlines()[0]):
+        list(explained(breaks()))
 
 
 @pytest.mark.gpu

@@ -1,5 +1,8 @@
 """Orders, batches and shards."""
 
+from dataclasses import replace
+from itertools import chain
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -29,8 +32,6 @@ def test_hash_takes_any_whole_numbers_and_their_order_counts() -> None:
     assert grid.shape == (3, 5)
     assert grid.dtype == np.uint64
     assert int(grid[2, 3]) == int(hash64(4, 2, 3))
-    with pytest.raises(TypeError, match="whole numbers"):
-        hash64(0, np.array([0.5]))
 
 
 @pytest.mark.parametrize("vary", ["seed", "stream", "id"])
@@ -70,13 +71,6 @@ def test_uniform_below_is_uniform(bound: int) -> None:
     assert ((seen - expected) ** 2 / expected).sum() <= freedom + 5 * np.sqrt(2 * freedom) + 1e-9
 
 
-def test_uniform_below_refuses_a_bound_it_cannot_serve() -> None:
-    for bound in (0, 2**31 + 1):
-        with pytest.raises(ValueError, match="bound"):
-            uniform_below(bound, hash64(0, np.arange(2)))
-    assert int(uniform_below(2**31, np.array([2**64 - 1], dtype=np.uint64))[0]) == 2**31 - 1
-
-
 def test_epoch_order_is_a_permutation_of_its_own_for_each_epoch_and_seed() -> None:
     orders = [epoch_order(1000, seed=seed, epoch=epoch, shuffle=True) for seed in (0, 1) for epoch in (0, 1, 2)]
     for order in orders:
@@ -112,27 +106,9 @@ def plans(draw: st.DrawFn) -> BatchPlan:
     )
 
 
-def on_rank(plan: BatchPlan, rank: int, world_size: int | None = None) -> BatchPlan:
-    return BatchPlan(
-        plan.count,
-        plan.global_batch_size,
-        rank=rank,
-        world_size=plan.world_size if world_size is None else world_size,
-        accumulation_steps=plan.accumulation_steps,
-        seed=plan.seed,
-        shuffle=plan.shuffle,
-        drop_last=plan.drop_last,
-    )
-
-
-def global_steps(plan: BatchPlan, epoch: int) -> list[list[int]]:
-    """Each step's ids over all ranks, in the order of micro-batch and rank."""
-    return [[i for micro in step for i in micro] for step in global_micro_batches(plan, epoch)]
-
-
 def global_micro_batches(plan: BatchPlan, epoch: int) -> list[list[list[int]]]:
     """[step][micro-batch] ids over all ranks."""
-    ranks = [on_rank(plan, rank).micro_batches(epoch) for rank in range(plan.world_size)]
+    ranks = [replace(plan, rank=rank).micro_batches(epoch) for rank in range(plan.world_size)]
     return [
         [[int(i) for rank in ranks for i in rank[step][micro]] for micro in range(len(ranks[0][step]))]
         for step in range(plan.steps_per_epoch)
@@ -141,7 +117,7 @@ def global_micro_batches(plan: BatchPlan, epoch: int) -> list[list[list[int]]]:
 
 @given(plans(), st.integers(0, 3))
 def test_an_epoch_shows_each_image_once(plan: BatchPlan, epoch: int) -> None:
-    steps = global_steps(plan, epoch)
+    steps = [list(chain.from_iterable(step)) for step in global_micro_batches(plan, epoch)]
     assert [len(step) for step in steps] == [plan.global_count(step) for step in range(plan.steps_per_epoch)]
     shown = [i for step in steps for i in step]
     assert shown == epoch_order(plan.count, seed=plan.seed, epoch=epoch, shuffle=plan.shuffle)[: len(shown)].tolist()
@@ -152,7 +128,7 @@ def test_an_epoch_shows_each_image_once(plan: BatchPlan, epoch: int) -> None:
 
 @given(plans(), st.integers(0, 3))
 def test_ranks_go_in_step(plan: BatchPlan, epoch: int) -> None:
-    ranks = [on_rank(plan, rank).micro_batches(epoch) for rank in range(plan.world_size)]
+    ranks = [replace(plan, rank=rank).micro_batches(epoch) for rank in range(plan.world_size)]
     for step in range(plan.steps_per_epoch):
         counts = {len(rank[step]) for rank in ranks}
         assert len(counts) == 1
@@ -169,27 +145,20 @@ def test_ranks_go_in_step(plan: BatchPlan, epoch: int) -> None:
 
 @given(plans(), st.integers(0, 2))
 def test_the_number_of_ranks_does_not_change_a_global_batch(plan: BatchPlan, epoch: int) -> None:
-    alone = on_rank(plan, 0, world_size=1)
-    assert alone.steps_per_epoch == plan.steps_per_epoch
-    assert global_steps(alone, epoch) == global_steps(plan, epoch)
-    # Nor a micro-batch, unless a small last one has too few images to give each rank one.
-    for step, (one, many) in enumerate(
-        zip(global_micro_batches(alone, epoch), global_micro_batches(plan, epoch), strict=True)
-    ):
-        if plan.global_count(step) >= plan.world_size * plan.accumulation_steps:
-            assert one == many
+    alone = replace(plan, rank=0, world_size=1)
+    both = zip(global_micro_batches(alone, epoch), global_micro_batches(plan, epoch), strict=True)
+    for step, (one, many) in enumerate(both):
+        assert list(chain.from_iterable(one)) == list(chain.from_iterable(many))
+        # Nor a micro-batch, unless a small last one has too few images to give each rank one.
+        assert one == many or plan.global_count(step) < plan.world_size * plan.accumulation_steps
 
 
 @given(plans(), st.integers(0, 2), st.data())
 def test_a_later_start_gives_the_tail(plan: BatchPlan, epoch: int, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, plan.steps_per_epoch))
-    plan = on_rank(plan, data.draw(st.integers(0, plan.world_size - 1)))
+    plan = replace(plan, rank=data.draw(st.integers(0, plan.world_size - 1)))
     whole, tail = plan.micro_batches(epoch), plan.micro_batches(epoch, start)
-    assert _as_lists(tail) == _as_lists(whole)[start:]
-
-
-def _as_lists(steps: list[list[np.ndarray]]) -> list[list[list[int]]]:
-    return [[micro_batch.tolist() for micro_batch in step] for step in steps]
+    assert list(map(str, tail)) == list(map(str, whole[start:]))
 
 
 def test_the_seeds_epoch_has_391_steps() -> None:
@@ -203,7 +172,7 @@ def test_the_seeds_epoch_has_391_steps() -> None:
 def test_a_small_last_batch_has_fewer_micro_batches() -> None:
     plan = BatchPlan(35, 16, world_size=2, accumulation_steps=4)
     assert [[len(m) for m in step] for step in plan.micro_batches(0)] == [[2, 2, 2, 2], [2, 2, 2, 2], [2]]
-    other = on_rank(plan, 1)
+    other = replace(plan, rank=1)
     assert [len(m) for m in other.micro_batches(0)[2]] == [1]
 
 
@@ -216,9 +185,6 @@ def test_a_small_last_batch_has_fewer_micro_batches() -> None:
         (100, 128, {"world_size": 3, "drop_last": True}, ["128 is not divisible by 3", "is 99"]),
         (101, 20, {"world_size": 2}, ["would hold 1 images for 2 ranks", "Set drop_last, or: ", "is 18 or 22"]),
         (3, 4, {"world_size": 4}, ["larger than the 3", "no size fits"]),
-        (0, 4, {}, ["count must be at least 1"]),
-        (10, 0, {}, ["global_batch_size must be at least 1"]),
-        (10, 5, {"accumulation_steps": 0}, ["accumulation_steps must be at least 1"]),
     ],
 )
 def test_numbers_that_do_not_go_together(count: int, size: int, options: dict[str, int], expected: list[str]) -> None:
@@ -250,20 +216,6 @@ def _is_valid(count: int, size: int, options: dict[str, int]) -> bool:
     return True
 
 
-def test_a_step_or_rank_that_is_not_there() -> None:
-    plan = BatchPlan(10, 5)
-    with pytest.raises(ValueError, match="start_step 3"):
-        plan.micro_batches(0, 3)
-    with pytest.raises(ValueError, match="step 2 "):
-        plan.global_count(2)
-    with pytest.raises(ValueError, match="rank 2"):
-        BatchPlan(10, 4, rank=2, world_size=2)
-    with pytest.raises(ValueError, match="rank 1"):
-        evaluation_batches(10, batch_size=2, rank=1, world_size=1)
-    with pytest.raises(HarnessError, match="at least 1"):
-        evaluation_batches(10, batch_size=0, rank=0, world_size=1)
-
-
 @given(st.integers(0, 200), st.integers(1, 40), st.integers(1, 7))
 def test_evaluation_shows_each_image_once(count: int, batch_size: int, world_size: int) -> None:
     ranks = [
@@ -272,13 +224,3 @@ def test_evaluation_shows_each_image_once(count: int, batch_size: int, world_siz
     assert [int(i) for rank in ranks for ids_B in rank for i in ids_B] == list(range(count))
     assert all(1 <= len(ids_B) <= batch_size for rank in ranks for ids_B in rank)
     assert all(len(ids_B) == batch_size for rank in ranks for ids_B in rank[:-1])
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_evaluation_of_ten_thousand(world_size: int) -> None:
-    shards = [
-        evaluation_batches(10_000, batch_size=512, rank=rank, world_size=world_size) for rank in range(world_size)
-    ]
-    ids = np.concatenate([ids_B for shard in shards for ids_B in shard])
-    assert np.array_equal(ids, np.arange(10_000))
-    assert max(map(len, shards)) - min(map(len, shards)) <= 1

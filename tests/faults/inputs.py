@@ -21,7 +21,7 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from harness.data.store import read_manifest
+from harness.data.prepare import read_manifest
 from harness.errors import HarnessError
 from harness.recipe import Recipe, load
 from harness.recipe.loading import fingerprint, resolved_yaml

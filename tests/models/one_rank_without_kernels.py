@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from harness.data.paths import writable_cache_directory
+from harness.files import writable_cache_directory
 from harness.models.build import build_model
 from harness.models.fast_paths import adopt_compiled_kernels
 from harness.models.kernels import compiled

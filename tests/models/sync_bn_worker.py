@@ -22,7 +22,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from harness.data.paths import writable_cache_directory
+from harness.files import writable_cache_directory
 from harness.models import fused_units
 from harness.models.fast_paths import adopt_compiled_kernels
 from harness.models.sync_batch_norm import convert_sync_batch_norm

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness.data.batches import Batch, Loader
-from harness.data.loaders import build_loader
+from harness.data.loaders import Batch, Loader, build_loader
 from harness.training import parts
 from harness.training.saved_state import SavedProgress
 from harness.training.state import Progress

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from harness import runtime as runtime_module
-from harness.data.batches import Batch
+from harness.data.loaders import Batch
 from harness.errors import Diverged
 from harness.training.evaluate import eval_mode, recalibrate_batch_norm
 from harness.training.optim import Mix, Schedule

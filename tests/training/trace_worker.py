@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.cli import main
-from harness.data.batches import Batch
+from harness.data.loaders import Batch
 from harness.training.step import TrainingStep
 
 trace: list[tuple[int, list[int]]] = []
