@@ -1,5 +1,5 @@
-"""Where a run's figures go: metrics.jsonl, the console, Weights & Biases, all behind one protocol."""
+"""Where a run's figures go: metrics.jsonl, the console, Weights & Biases, all through one interface."""
 
-from harness.tracking.base import NullTracker, Tracker, Trackers
+from harness.tracking.metrics import Tracker, Trackers
 
-__all__ = ["NullTracker", "Tracker", "Trackers"]
+__all__ = ["Tracker", "Trackers"]

@@ -9,19 +9,18 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from harness.tracking.base import NullTracker, Record
+from harness.tracking.metrics import Record, Tracker
 
 SECONDS_BETWEEN_PLAIN_LINES = 10.0
 _BAR = "Epoch {desc} {n_fmt}/{total_fmt} [{bar:24}] {elapsed}<{remaining} {postfix}"
 
 
-class ConsoleTracker(NullTracker):
+class ConsoleTracker(Tracker):
     """Prints progress to `stream`.
 
     Args:
         epochs: of the whole run; may be a fraction where its length is given in steps.
-        steps_per_epoch: optimizer steps an epoch.
-        total_steps: optimizer steps of the run.
+        steps_per_epoch, total_steps: optimizer steps.
         from_step: optimizer steps already done.
     """
 
@@ -33,25 +32,22 @@ class ConsoleTracker(NullTracker):
         total_steps: int,
         from_step: int = 0,
         stream: TextIO | None = None,
-        live: bool | None = None,
     ) -> None:
         self._epochs, self._steps_per_epoch, self._total_steps = epochs, steps_per_epoch, total_steps
         self._stream = stream or sys.stderr
-        self._live = self._stream.isatty() if live is None else live
+        self._live = self._stream.isatty()
         self._bar: tqdm | None = None
-        self._last_line_at = time.monotonic()
         self._train: Record | None = None
-        self._from_step, self._started_at = from_step, time.monotonic()
+        self._from_step = from_step
+        self._started_at = self._last_line_at = time.monotonic()
 
     def tick(self, step: int) -> None:
         if not self._live:
             return
         if self._bar is None:
-            epoch = (step - 1) // self._steps_per_epoch
-            done = (step - 1) % self._steps_per_epoch
-            length = min(self._steps_per_epoch, self._total_steps - epoch * self._steps_per_epoch)
+            epoch, done = divmod(step - 1, self._steps_per_epoch)
             self._bar = tqdm(
-                total=length,
+                total=min(self._steps_per_epoch, self._total_steps - epoch * self._steps_per_epoch),
                 initial=done,
                 desc=f"{epoch + 1}/{self._epochs:g}",
                 bar_format=_BAR,
@@ -64,19 +60,25 @@ class ConsoleTracker(NullTracker):
 
     def log(self, record: Record) -> None:
         if record["kind"] == "step":
-            self._step(record)
+            self._log_step(record)
         elif record["split"] == "train":
-            self._train = record
+            self._train = record  # printed with the evaluation
         else:
-            self._evaluation(record)
+            self._log_evaluation(record)
 
     def note(self, text: str) -> None:
-        self._print(text)
+        self._last_line_at = time.monotonic()
+        with contextlib.suppress(OSError):  # nobody reads any more; the training continues
+            if self._bar is not None:
+                self._bar.clear()
+            print(text, file=self._stream, flush=True)
 
     def finish(self, result: Record | None) -> None:
-        self._close_bar()
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
-    def _step(self, record: Record) -> None:
+    def _log_step(self, record: Record) -> None:
         text = (
             f"loss {record['loss']:.4f} accuracy {record['accuracy']:.2%} "
             f"{record['images_per_second']:,.0f} img/s {record['milliseconds_per_step']:.0f} ms/step"
@@ -84,33 +86,20 @@ class ConsoleTracker(NullTracker):
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
         elif not self._live and time.monotonic() - self._last_line_at >= SECONDS_BETWEEN_PLAIN_LINES:
-            self._print(f"  step {record['step']}/{self._total_steps}  {text}  ETA {self._eta(record['step'])}")
+            step, total = record["step"], self._total_steps
+            seconds_per_step = (time.monotonic() - self._started_at) / max(1, step - self._from_step)
+            eta = tqdm.format_interval(seconds_per_step * (total - step))
+            self.note(f"  step {step}/{total}  {text}  ETA {eta}")
 
-    def _eta(self, step: int) -> str:
-        done = max(1, step - self._from_step)
-        seconds = (time.monotonic() - self._started_at) / done * (self._total_steps - step)
-        return tqdm.format_interval(seconds)
-
-    def _evaluation(self, record: Record) -> None:
-        self._close_bar()
-        name = record["split"].replace("_", " ")
-        counts = f"{record['correct']}/{record['total']} ({record['accuracy']:.2%})"
+    def _log_evaluation(self, record: Record) -> None:
+        self.finish(None)  # the epoch's bar
         train, self._train = self._train, None
         if train is not None:
             steps, seconds = train["steps"], train["seconds"]
-            head = f"Epoch {train['epoch']:g}/{self._epochs:g}  {steps} steps - {seconds:.0f}s "
-            head += f"{1000 * seconds / max(1, steps):.0f}ms/step - loss: {train['loss']:.4f} - accuracy: "
-            self._print(f"{head}{train['accuracy']:.4%}")
-        self._print(f"  {name}: loss {record['loss']:.4f}, accuracy {counts}")
-
-    def _print(self, text: str) -> None:
-        self._last_line_at = time.monotonic()
-        with contextlib.suppress(OSError):  # nobody reads any more; the training goes on
-            if self._bar is not None:
-                self._bar.clear()
-            print(text, file=self._stream, flush=True)
-
-    def _close_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+            self.note(
+                f"Epoch {train['epoch']:g}/{self._epochs:g}  {steps} steps - {seconds:.0f}s "
+                f"{1000 * seconds / max(1, steps):.0f}ms/step - loss: {train['loss']:.4f} - "
+                f"accuracy: {train['accuracy']:.4%}"
+            )
+        counts = f"{record['correct']}/{record['total']} ({record['accuracy']:.2%})"
+        self.note(f"  {record['split'].replace('_', ' ')}: loss {record['loss']:.4f}, accuracy {counts}")
