@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from dataclasses import dataclass, field
 from typing import TextIO
 
 from tqdm import tqdm
@@ -15,44 +16,34 @@ SECONDS_BETWEEN_PLAIN_LINES = 10.0
 _BAR = "Epoch {desc} {n_fmt}/{total_fmt} [{bar:24}] {elapsed}<{remaining} {postfix}"
 
 
+@dataclass(kw_only=True)
 class ConsoleTracker(Tracker):
-    """Prints progress to `stream`.
+    """Prints progress to `stream`."""
 
-    Args:
-        epochs: of the whole run; may be a fraction where its length is given in steps.
-        steps_per_epoch, total_steps: optimizer steps.
-        from_step: optimizer steps already done.
-    """
+    epochs: float  # of the whole run; a fraction where its length is given in steps
+    steps_per_epoch: int
+    total_steps: int
+    from_step: int = 0  # steps already done
+    stream: TextIO = field(default_factory=lambda: sys.stderr)
 
-    def __init__(
-        self,
-        *,
-        epochs: float,
-        steps_per_epoch: int,
-        total_steps: int,
-        from_step: int = 0,
-        stream: TextIO | None = None,
-    ) -> None:
-        self._epochs, self._steps_per_epoch, self._total_steps = epochs, steps_per_epoch, total_steps
-        self._stream = stream or sys.stderr
-        self._live = self._stream.isatty()
+    def __post_init__(self) -> None:
+        self._live = self.stream.isatty()
         self._bar: tqdm | None = None
         self._train: Record | None = None
-        self._from_step = from_step
         self._started_at = self._last_line_at = time.monotonic()
 
     def tick(self, step: int) -> None:
         if not self._live:
             return
         if self._bar is None:
-            epoch, done = divmod(step - 1, self._steps_per_epoch)
+            epoch, done = divmod(step - 1, self.steps_per_epoch)
             self._bar = tqdm(
-                total=min(self._steps_per_epoch, self._total_steps - epoch * self._steps_per_epoch),
+                total=min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch),
                 initial=done,
-                desc=f"{epoch + 1}/{self._epochs:g}",
+                desc=f"{epoch + 1}/{self.epochs:g}",
                 bar_format=_BAR,
                 ascii=" >=",
-                file=self._stream,
+                file=self.stream,
                 leave=False,
                 dynamic_ncols=True,
             )
@@ -71,7 +62,7 @@ class ConsoleTracker(Tracker):
         with contextlib.suppress(OSError):  # nobody reads any more; the training continues
             if self._bar is not None:
                 self._bar.clear()
-            print(text, file=self._stream, flush=True)
+            print(text, file=self.stream, flush=True)
 
     def finish(self, result: Record | None) -> None:
         if self._bar is not None:
@@ -86,8 +77,8 @@ class ConsoleTracker(Tracker):
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
         elif not self._live and time.monotonic() - self._last_line_at >= SECONDS_BETWEEN_PLAIN_LINES:
-            step, total = record["step"], self._total_steps
-            seconds_per_step = (time.monotonic() - self._started_at) / max(1, step - self._from_step)
+            step, total = record["step"], self.total_steps
+            seconds_per_step = (time.monotonic() - self._started_at) / max(1, step - self.from_step)
             eta = tqdm.format_interval(seconds_per_step * (total - step))
             self.note(f"  step {step}/{total}  {text}  ETA {eta}")
 
@@ -97,7 +88,7 @@ class ConsoleTracker(Tracker):
         if train is not None:
             steps, seconds = train["steps"], train["seconds"]
             self.note(
-                f"Epoch {train['epoch']:g}/{self._epochs:g}  {steps} steps - {seconds:.0f}s "
+                f"Epoch {train['epoch']:g}/{self.epochs:g}  {steps} steps - {seconds:.0f}s "
                 f"{1000 * seconds / max(1, steps):.0f}ms/step - loss: {train['loss']:.4f} - "
                 f"accuracy: {train['accuracy']:.4%}"
             )

@@ -18,7 +18,7 @@ Spec = dict[str, Any]
 
 
 def specification(settings: Mapping[str, Any]) -> Spec:
-    """The workspace of a resolved recipe: where it belongs, columns and order of its runs, sections with panels."""
+    """The workspace of a resolved recipe."""
     tracking = settings.get("tracking") or {}
     splits = ["test", "test_ema"] if (settings.get("ema") or {}).get("decay") else ["test"]
     accuracies, losses = ([f"{split}/{key}" for split in splits] for key in ("accuracy", "loss"))
@@ -62,9 +62,8 @@ def of_project(name: str, overrides: Sequence[str]) -> Spec:
     """
     entity, _, project = name.rpartition("/")
     if overrides:
-        raise HarnessError(
-            f'"{overrides[0]}" changes a recipe, and "{name}" is a project', hint="Give a recipe: a file *.yaml."
-        )
+        what = f'"{overrides[0]}" changes a recipe, and "{name}" is a project'
+        raise HarnessError(what, hint="Give a recipe: a file *.yaml.")
     if not project or "/" in entity or set(name) & set("\\#?%:"):
         raise HarnessError(f'"{name}" is no project', hint="Give project, entity/project, or a recipe: a file *.yaml.")
     return specification({"tracking": {"project": project, "entity": entity or None}, "ema": {"decay": 1}})
@@ -79,21 +78,16 @@ def write_workspace(spec: Spec) -> str:
     from harness.tracking.wandb_sync import entity_for
 
     if importlib.util.find_spec("wandb_workspaces") is None:
-        raise HarnessError(
-            "writing dashboards needs the package wandb-workspaces",
-            hint="pip install '.[dashboard]'; --print shows the specification without it.",
-        )
+        hint = "pip install '.[dashboard]'; --print shows the specification without it."
+        raise HarnessError("writing dashboards needs the package wandb-workspaces", hint=hint)
     workspace = build_workspace({**spec, "entity": entity_for(spec["entity"])})
     try:
         workspace.save()
         return str(workspace.url)
     except Exception as error:  # the package lets through whatever its client raises
-        raise HarnessError(
-            f"the server does not take the workspace: {type(error).__name__}: {error}",
-            where=base_url(),
-            hint="wandb.ai and W&B's own servers do, openwandb does not; --print shows what would be written.",
-            exit_code=EXIT_FAILED,
-        ) from None
+        what = f"the server does not take the workspace: {type(error).__name__}: {error}"
+        hint = "wandb.ai and W&B's own servers do, openwandb does not; --print shows what would be written."
+        raise HarnessError(what, where=base_url(), hint=hint, exit_code=EXIT_FAILED) from None
 
 
 def build_workspace(spec: Spec) -> Any:
@@ -102,19 +96,17 @@ def build_workspace(spec: Spec) -> Any:
         warnings.simplefilter("ignore")
         import wandb_workspaces.expr as expressions
         import wandb_workspaces.workspaces as workspaces
+    best_first = expressions.Ordering(expressions.Summary(spec["order"]), ascending=False)
     return workspaces.Workspace(
         entity=spec["entity"],
         project=spec["project"],
         name=spec["name"],
         sections=[
-            workspaces.Section(name=s["name"], panels=[_panel(p) for p in s["panels"]], is_open=True)
-            for s in spec["sections"]
+            workspaces.Section(name=section["name"], panels=list(map(_panel, section["panels"])), is_open=True)
+            for section in spec["sections"]
         ],
         settings=workspaces.WorkspaceSettings(x_axis="Step", group_by_prefix="first"),
-        runset_settings=workspaces.RunsetSettings(
-            order=[expressions.Ordering(expressions.Summary(spec["order"]), ascending=False)],
-            pinned_columns=spec["columns"],
-        ),
+        runset_settings=workspaces.RunsetSettings(order=[best_first], pinned_columns=spec["columns"]),
     )
 
 

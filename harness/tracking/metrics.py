@@ -16,7 +16,7 @@ Record = Mapping[str, Any]
 
 
 class Tracker:
-    """Takes what a run reports. This one does nothing with it: for ranks other than the first, and to derive from.
+    """Takes what a run reports; this one, which ranks other than the first have, does nothing with it.
 
     A record has at least `kind` ("step": since the last log line; "epoch": a whole epoch or an evaluation), `split`,
     `step` and `epoch`; `Trackers` adds `time_unix_seconds`.

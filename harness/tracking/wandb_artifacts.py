@@ -104,23 +104,16 @@ def _send_predictions(recipe: Recipe, path: Path, run: Any) -> None:
 
 
 def _predict_in_a_process(path: Path, which: str, weights: str) -> None:
-    """Classify the test split apart: this process may have ranks next to it, and its network stays untouched.
-
-    Raises:
-        HarnessError: it failed.
-        subprocess.TimeoutExpired: it took too long.
-    """
+    """Classify the test split apart: this process may have ranks next to it, and its network stays untouched."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(_OF_RANKS)}
     command = [sys.executable, "-m", "harness.tracking.wandb_artifacts", str(path), which, weights]
     done = subprocess.run(
         command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_LIMIT_SECONDS
     )
     if done.returncode != EXIT_DONE:
-        raise HarnessError(
-            f"the test split could not be classified: {done.stderr.strip()[-300:]}",
-            where=str(path),
-            hint="`harness eval RUN` shows what is wrong; `harness track sync RUN` uploads the table later.",
-        )
+        hint = "`harness eval RUN` shows what is wrong; `harness track sync RUN` uploads the table later."
+        what = f"the test split could not be classified: {done.stderr.strip()[-300:]}"
+        raise HarnessError(what, where=str(path), hint=hint)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,6 @@ WORST_TABLE, CONFUSION_TABLE = "predictions/worst", "predictions/confusion"
 UPLOADED = "wandb/uploaded.json"  # in the run directory: what was delivered whole
 LIMIT_VARIABLE = "HARNESS_WANDB_TIMEOUT_SECONDS"
 _WAITS_LONGER = f"({LIMIT_VARIABLE}=SECONDS waits longer)"
-_REQUEST_SECONDS = 20
 _ANSWER_SECONDS = 10.0  # for a first sign of life: a server that is not there must not hold up a short training
 _LIMIT_SECONDS = 60.0
 _ARTIFACTS_SECONDS = 150.0  # with what else the first rank ends with, below the time limit of collectives
@@ -134,24 +133,14 @@ def result_summary(result: Mapping[str, Any], prefix: str = "result") -> dict[st
 
 
 def identity_of(settings: Mapping[str, Any], *, run_id: str, world_size: int) -> dict[str, Any]:
-    """Where a run belongs on W&B, as `wandb.init` takes it; the recipe's `tracking` section wins over what is derived.
-
-    Args:
-        settings: the resolved recipe as nested mappings.
-        run_id: name of the run directory.
-    """
+    """Where a run directory's run belongs, as `wandb.init` takes it; the recipe's `tracking` section wins."""
     model, data, training, tracking = (settings.get(name) or {} for name in ("model", "data", "training", "tracking"))
     recipe = settings.get("name") or "run"
     experiment = {key: value for key, value in settings.items() if key not in _OF_THE_RUN}
     experiment["data"] = {key: value for key, value in data.items() if key not in _OF_THE_MACHINE}
     digest = hashlib.sha256(json.dumps(experiment, sort_keys=True, default=str).encode()).hexdigest()[:8]
-    described = {
-        "model": model.get("name", "unknown"),
-        "data": data.get("source", "unknown"),
-        "precision": training.get("precision", "unknown"),
-        "ranks": world_size,
-    }
-    tags = tracking.get("tags") or [f"{what}:{value}"[:64] for what, value in described.items()]  # W&B's limit
+    tags = [f"model:{model.get('name')}", f"data:{data.get('source')}", f"precision:{training.get('precision')}"]
+    tags = tracking.get("tags") or [tag[:64] for tag in (*tags, f"ranks:{world_size}")]  # W&B's limit
     return {
         "entity": tracking.get("entity"),
         "project": tracking.get("project") or DEFAULT_PROJECT,
@@ -184,29 +173,27 @@ def api_key() -> str | None:
     return found[2] if found else None
 
 
-def answers(*, within_seconds: float) -> bool:
-    """Whether the server says anything at all, whatever it says."""
-    try:
-        urllib.request.urlopen(base_url(), timeout=within_seconds).close()
-    except urllib.error.HTTPError:
-        return True
-    except urllib.error.URLError as error:
-        return isinstance(error.reason, ssl.SSLError)  # the client may know certificates that Python does not
-    except (OSError, ValueError, http.client.HTTPException):
-        return False
-    return True
-
-
-def ask(path: str, data: bytes | None = None) -> bytes:
+def ask(path: str, data: bytes | None = None, *, within_seconds: float = 20) -> bytes:
     """Send a GET, or with data a POST, to the server. Raises OSError (of it HTTPError)."""
     token = base64.b64encode(f"api:{api_key() or ''}".encode()).decode()
     headers = {"Authorization": f"Basic {token}", "Content-Type": "application/json", "User-Agent": "harness"}
     request = urllib.request.Request(base_url() + path, data=data, headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=_REQUEST_SECONDS) as answer:
+        with urllib.request.urlopen(request, timeout=within_seconds) as answer:
             return bytes(answer.read())
     except http.client.HTTPException as error:  # no address, or something there that does not speak HTTP
         raise urllib.error.URLError(f"{type(error).__name__}: {error}") from None
+
+
+def answers(*, within_seconds: float) -> bool:
+    """Whether the server says anything at all, whatever it says."""
+    try:
+        ask("", within_seconds=within_seconds)
+    except urllib.error.URLError as error:  # of HTTP, or of certificates that the client may know and Python does not
+        return isinstance(error, urllib.error.HTTPError) or isinstance(error.reason, ssl.SSLError)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def read_history(entity: str, project: str, run_id: str) -> list[dict[str, Any]] | None:
@@ -229,7 +216,7 @@ def read_history(entity: str, project: str, run_id: str) -> list[dict[str, Any]]
     import wandb
 
     try:
-        return list(wandb.Api(timeout=_REQUEST_SECONDS).run(f"{entity}/{project}/{run_id}").scan_history())
+        return list(wandb.Api(timeout=20).run(f"{entity}/{project}/{run_id}").scan_history())
     except (wandb.errors.CommError, wandb.errors.UsageError, ValueError):  # no such run, or no such query
         return None
 
@@ -249,12 +236,9 @@ def resolve_mode(setting: Mode | Literal["auto"]) -> Mode:
 
 
 def new_run_id() -> str:
-    """The id of a new W&B run: that which a sweep's agent has given this training, else 64 random bits.
-
-    With 32, two of the 10,000 runs that a sweep may have would be one in every 86th sweep.
-    """
+    """The id of a new W&B run: that which a sweep's agent has given this training, else a random one."""
     given = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
-    return given or secrets.token_hex(8)
+    return given or secrets.token_hex(8)  # with half the bits, one sweep in 86 of 10,000 runs would have an id twice
 
 
 def delivery(run_id: str, last_row: int, *, finished: bool) -> dict[str, Any]:
@@ -269,29 +253,21 @@ class WandbTracker(Tracker):
     W&B's own step (`_step`) never goes back, but a resumed training does: each record has a number of its own
     (`row_number`), and those that the server has are not sent again. What an earlier start could not deliver is sent.
 
-    Attributes:
-        directory: the run directory; W&B's files go to `wandb/` in it.
-        run_id: W&B's id of the run, the same for every start.
-        identity: as `identity_of` gives it.
-        config: the resolved recipe.
-        warn: takes a sentence.
-        before: the records of earlier starts.
-        ran_here: False where another machine trained, and this one must not be described.
-        delivered, is_whole: at the end, whether the server has the run, and whether no artifact failed.
+    `at_start` and `at_finish` are sent besides curves, and may fail.
     """
 
     mode: Mode
-    directory: Path
-    run_id: str
-    identity: Mapping[str, Any]
-    config: Mapping[str, Any]
+    directory: Path  # of the run; W&B's files go to `wandb/` in it
+    run_id: str  # W&B's, the same for every start
+    identity: Mapping[str, Any]  # as `identity_of` gives it
+    config: Mapping[str, Any]  # the resolved recipe
     warn: Callable[[str], None]
-    before: Sequence[Record] = ()
+    before: Sequence[Record] = ()  # of earlier starts
     at_start: Artifacts = field(default_factory=dict)
     at_finish: Artifacts = field(default_factory=dict)
-    ran_here: bool = True
-    delivered: bool = field(default=False, init=False)
-    is_whole: bool = field(default=True, init=False)
+    ran_here: bool = True  # else this machine is not described
+    delivered: bool = field(default=False, init=False)  # at the end, whether the server has the run
+    is_whole: bool = field(default=True, init=False)  # and all of `at_finish`
 
     def __post_init__(self) -> None:
         self._run: Any = None
@@ -315,11 +291,9 @@ class WandbTracker(Tracker):
         except ValueError:
             self._limit = 0.0
         if self._limit is not None and not 0 < self._limit <= 3600:  # more are milliseconds
-            raise HarnessError(
-                f'must be a number of seconds above 0 and up to 3600, not "{text}"',
-                where=LIMIT_VARIABLE,
-                hint="Unset it for a minute, or give a number such as 20.",
-            )
+            what = f'must be a number of seconds above 0 and up to 3600, not "{text}"'
+            hint = "Unset it for a minute, or give a number such as 20."
+            raise HarnessError(what, where=LIMIT_VARIABLE, hint=hint)
 
     def _start(self) -> None:
         with warnings.catch_warnings(), _without_mode():
@@ -438,11 +412,9 @@ def create_sweep(configuration: Mapping[str, Any], *, project: str, entity: str 
             with contextlib.redirect_stdout(sys.stderr):  # which it prints on, next to the id
                 return str(wandb.sweep(dict(configuration), project=project, entity=entity))
         except Exception as error:  # whatever the client or the server has against it
-            raise HarnessError(
-                f"W&B does not take the sweep ({type(error).__name__}: {error})",
-                hint="See WANDB_API_KEY and WANDB_BASE_URL, and that the server has sweeps; "
-                "--wandb --dry-run shows the configuration, --local and --slurm need no server.",
-                exit_code=EXIT_FAILED,
-            ) from None
+            what = f"W&B does not take the sweep ({type(error).__name__}: {error})"
+            hint = "See WANDB_API_KEY and WANDB_BASE_URL, and that the server has sweeps; "
+            hint += "--wandb --dry-run shows the configuration, --local and --slurm need no server."
+            raise HarnessError(what, hint=hint, exit_code=EXIT_FAILED) from None
         finally:
             wandb.teardown()

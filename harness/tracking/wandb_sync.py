@@ -19,22 +19,8 @@ from harness.files import write_json
 from harness.locks import holding
 from harness.recipe import load
 from harness.runs import Run, open_run
+from harness.tracking import wandb_run
 from harness.tracking.metrics import Record
-from harness.tracking.wandb_run import (
-    LIMIT_VARIABLE,
-    PLACES,
-    UPLOADED,
-    Artifacts,
-    WandbTracker,
-    api_key,
-    ask,
-    base_url,
-    delivery,
-    identity_of,
-    read_history,
-    row_number,
-    values_of,
-)
 
 _SECTIONS = ("checkpoint", "data", "model", "tracking", "training")  # that say what W&B is given
 _NOT_COMPARED = ("_runtime", "_timestamp", "perf/", "system/")  # W&B's own, and times: measured again
@@ -43,11 +29,8 @@ _NOT_COMPARED = ("_runtime", "_timestamp", "perf/", "system/")  # W&B's own, and
 def sync_runs(paths: Sequence[Path], *, rebuild: bool) -> int:
     """Send what the server lacks of each run, and print what was done; one run's trouble stops no other.
 
-    Args:
-        rebuild: give each run a new id on W&B first; the old one stays on the server as it is.
-
-    Returns:
-        The exit code: that of the first run that could not be uploaded, else 0.
+    `rebuild` gives each run a new id on W&B first; the old one stays on the server as it is. Returns the exit code of
+    the first run that could not be uploaded, else 0.
     """
     code = EXIT_DONE
     for path in paths:
@@ -66,42 +49,32 @@ def sync_runs(paths: Sequence[Path], *, rebuild: bool) -> int:
 
 def _held(directory: Path) -> AbstractContextManager[None]:
     """Hold a run against a second upload at once: each record would be sent twice, and a second new id be noted."""
-    taken = HarnessError(
-        "another process uploads this run",
-        where=str(directory),
-        hint="Wait for it: two at once would send each record twice.",
-        exit_code=EXIT_FAILED,
-    )
+    hint = "Wait for it: two at once would send each record twice."
+    taken = HarnessError("another process uploads this run", where=str(directory), hint=hint, exit_code=EXIT_FAILED)
     hint = "What was uploaded is noted there: see that it is a folder and may be written to."
     return holding(directory / "wandb", taken=taken, use="the folder of W&B's files", hint=hint)
 
 
 def _sync(run: Run, *, rebuild: bool) -> str:
     """Send what the server lacks of a run, whose history equals metrics.jsonl then. Twice is the same as once."""
-    records = [record for record in run.records if (record.get("kind"), record.get("split")) in PLACES]
+    records = [record for record in run.records if (record.get("kind"), record.get("split")) in wandb_run.PLACES]
     _check(run, records, rebuild=rebuild)
-    if len(records) < len(run.records):
-        left = len(run.records) - len(records)
+    if left := len(run.records) - len(records):
         print(f"WARNING {run.path}: {left} records are of another version and are left out", file=sys.stderr)
     world_size = run.starts[-1].get("world_size", 1) if run.starts else 1
-    identity = identity_of(run.settings, run_id=run.run_id, world_size=world_size)
+    identity = wandb_run.identity_of(run.settings, run_id=run.run_id, world_size=world_size)
     identity["entity"] = entity_for(identity["entity"])
     run_id, missing = _choose_id(run, records, identity, rebuild=rebuild)
-    where = f"{identity['entity']}/{identity['project']}/{run_id} on {base_url()}"
-    note = delivery(run_id, max(map(row_number, records)), finished=run.result is not None)
+    where = f"{identity['entity']}/{identity['project']}/{run_id} on {wandb_run.base_url()}"
+    note = wandb_run.delivery(run_id, max(map(wandb_run.row_number, records)), finished=run.result is not None)
     if missing == 0 and _noted(run) == note:
         return f"{where} is complete: {len(records)} records; nothing was sent"
     is_whole = _send(run, records, identity, run_id)
-    still_missing = _missing(run, records, identity, run_id)
-    if still_missing:
-        raise HarnessError(
-            f"the W&B server lacks {still_missing} of {len(records)} records after the upload",
-            where=where,
-            hint="Run `harness track sync` again.",
-            exit_code=EXIT_FAILED,
-        )
+    if still_missing := _missing(run, records, identity, run_id):
+        what = f"the W&B server lacks {still_missing} of {len(records)} records after the upload"
+        raise HarnessError(what, where=where, hint="Run `harness track sync` again.", exit_code=EXIT_FAILED)
     if is_whole:
-        write_json(run.path / UPLOADED, note)
+        write_json(run.path / wandb_run.UPLOADED, note)
     checked = "its history cannot be read back here" if still_missing is None else "its history equals metrics.jsonl"
     return f"{where}: sent {len(records) if missing is None else missing} of {len(records)} records; {checked}"
 
@@ -152,33 +125,25 @@ def _choose_id(
 
 
 def _noted(run: Run) -> dict[str, Any]:
-    """What was delivered whole the last time."""
     try:
-        noted = json.loads((run.path / UPLOADED).read_text())
+        noted = json.loads((run.path / wandb_run.UPLOADED).read_text())
     except (OSError, ValueError):
         return {}
     return noted if isinstance(noted, dict) else {}
 
 
 def _missing(run: Run, records: Sequence[Record], identity: Mapping[str, Any], run_id: str) -> int | None:
-    """How many records the server lacks; None where it does not give the history.
-
-    Raises:
-        _OtherHistory: it has others.
-        HarnessError: it does not answer.
-    """
+    """How many records the server lacks; None where it does not give the history. Raises _OtherHistory."""
     try:
-        rows = read_history(identity["entity"], identity["project"], run_id)
+        rows = wandb_run.read_history(identity["entity"], identity["project"], run_id)
     except OSError as error:
         raise _no_answer(f"does not answer ({error})") from None
     if rows is None:
         return None
     if (step := first_difference(records, rows)) is not None:
-        raise _OtherHistory(
-            f"the server's history of this run is another one than metrics.jsonl from step {step} on",
-            where=str(run.path),
-            hint="W&B's histories are only added to; --rebuild uploads the run whole as a new W&B run.",
-        )
+        what = f"the server's history of this run is another one than metrics.jsonl from step {step} on"
+        hint = "W&B's histories are only added to; --rebuild uploads the run whole as a new W&B run."
+        raise _OtherHistory(what, where=str(run.path), hint=hint)
     return len(records) - len(rows)
 
 
@@ -191,10 +156,10 @@ def first_difference(records: Sequence[Record], rows: Sequence[Mapping[str, Any]
 
     Times are not compared: a resumed run measures them again.
     """
-    wanted = [_comparable({**values_of(record), "_step": row_number(record)}) for record in records]
+    wanted = [_comparable({**wandb_run.values_of(record), "_step": wandb_run.row_number(record)}) for record in records]
     for index, row in enumerate(map(_comparable, rows)):
         if row != (wanted[index] if index < len(wanted) else None):
-            return int(row["_step"]) // len(PLACES)
+            return int(row["_step"]) // len(wandb_run.PLACES)
     return None
 
 
@@ -214,7 +179,7 @@ def _send(run: Run, records: Sequence[Record], identity: Mapping[str, Any], run_
     """Whether all that the recipe asks for besides curves went with them; what did not is a warning."""
     said: list[str] = []
     with tempfile.TemporaryDirectory(prefix="harness-track-") as folder:  # what is under wandb/ stays as it is
-        tracker = WandbTracker(
+        tracker = wandb_run.WandbTracker(
             mode="online",
             directory=Path(folder),
             run_id=run_id,
@@ -227,18 +192,16 @@ def _send(run: Run, records: Sequence[Record], identity: Mapping[str, Any], run_
         )
         tracker.finish(run.result)
     if not tracker.delivered:
-        raise HarnessError(
-            f"the upload broke off: {said[0] if said else 'the client gave no reason'}",
-            where=str(run.path),
-            hint=f"Run it again: what has arrived is not sent twice. {LIMIT_VARIABLE}=600 gives it ten minutes.",
-            exit_code=EXIT_FAILED,
-        )
+        what = f"the upload broke off: {said[0] if said else 'the client gave no reason'}"
+        more = f"{wandb_run.LIMIT_VARIABLE}=600 gives it ten minutes."
+        hint = f"Run it again; what has arrived is not sent a second time. {more}"
+        raise HarnessError(what, where=str(run.path), hint=hint, exit_code=EXIT_FAILED)
     for text in said:
         print(f"WARNING {run.path}: {text}", file=sys.stderr, flush=True)
     return tracker.is_whole
 
 
-def _artifacts(run: Run) -> Artifacts:
+def _artifacts(run: Run) -> wandb_run.Artifacts:
     """Tables and checkpoints where the recipe asks for them; none where this version cannot read it."""
     if run.setting("tracking.artifacts", "none") == "none" and not run.setting("tracking.predictions_table", False):
         return {}
@@ -257,13 +220,12 @@ def entity_for(named: str | None) -> str:
     Raises:
         HarnessError: no key, a refused key, or no answer.
     """
-    if api_key() is None:
-        raise HarnessError(
-            "there is no W&B API key", hint="Set WANDB_API_KEY, or run `wandb login`; nothing was uploaded."
-        )
+    if wandb_run.api_key() is None:
+        hint = "Set WANDB_API_KEY, or run `wandb login`; nothing was uploaded."
+        raise HarnessError("there is no W&B API key", hint=hint)
     try:
         query = json.dumps({"query": "query Viewer { viewer { entity } }"}).encode()
-        viewer = json.loads(ask("/graphql", query))["data"]["viewer"]
+        viewer = json.loads(wandb_run.ask("/graphql", query))["data"]["viewer"]
         if viewer is not None:
             return str(named or os.environ.get("WANDB_ENTITY") or viewer["entity"])
     except urllib.error.HTTPError as error:
@@ -273,17 +235,10 @@ def entity_for(named: str | None) -> str:
         raise _no_answer(f"does not answer ({getattr(error, 'reason', error)})") from None
     except (ValueError, KeyError, TypeError):
         raise _no_answer("is no W&B server") from None
-    raise HarnessError(
-        "the W&B server refuses the API key",
-        where=base_url(),
-        hint="Set WANDB_API_KEY to a key of this server (WANDB_BASE_URL says which), or run `wandb login --relogin`.",
-    )
+    hint = "Set WANDB_API_KEY to a key of this server (WANDB_BASE_URL says which), or run `wandb login --relogin`."
+    raise HarnessError("the W&B server refuses the API key", where=wandb_run.base_url(), hint=hint)
 
 
 def _no_answer(what: str) -> HarnessError:
-    return HarnessError(
-        f"the W&B server {what}",
-        where=base_url(),
-        hint="Run it again where the server can be reached; metrics.jsonl keeps everything until then.",
-        exit_code=EXIT_FAILED,
-    )
+    hint = "Run it again where the server can be reached; metrics.jsonl keeps everything until then."
+    return HarnessError(f"the W&B server {what}", where=wandb_run.base_url(), hint=hint, exit_code=EXIT_FAILED)

@@ -21,7 +21,7 @@ from harness.errors import HarnessError
 from harness.models.sync_batch_norm import convert_sync_batch_norm
 from harness.recipe import Recipe
 from harness.runtime import Runtime
-from harness.tracking import Tracker
+from harness.tracking.metrics import Tracker
 from harness.training import checkpoint, optimizer_state
 from harness.training.network import Network, open_network
 from harness.training.optim import Mix, Schedule, build_optimizer, build_schedule

@@ -14,9 +14,8 @@ from harness.recipe import Recipe
 from harness.recipe.loading import fingerprint, resolved_yaml
 from harness.run_directory import is_unused
 from harness.runtime import joined, provenance
-from harness.tracking import Tracker, Trackers
 from harness.tracking.console import ConsoleTracker
-from harness.tracking.metrics import JsonlTracker, read
+from harness.tracking.metrics import JsonlTracker, Tracker, Trackers, read
 from harness.tracking.wandb_artifacts import artifacts_at_finish, artifacts_at_start
 from harness.tracking.wandb_run import WandbTracker, identity_of, new_run_id, resolve_mode
 from harness.training import checkpoint

@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 
 from harness.tracking.wandb_run import row_number, values_of
+from tests.faults import conftest as faults
 from tests.faults.check import records
 from tests.faults.fault import NotHere
-from tests.faults.runs import RECIPE, Server, Stage
+from tests.faults.runs import Server, Stage
 from tests.faults.wandb_server import WandbServer, environment
 from tests.tracking.door import Door
+
+work, server = faults.work, faults.server  # fixtures: a folder with a recipe, and a warm process that trains
 
 
 def record(kind: str, split: str, step: int, **values: Any) -> dict[str, Any]:
@@ -71,20 +74,9 @@ def logged_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture(scope="session")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Server]]:
-    """A folder with the recipe, and the process that forks trainings."""
-    work = tmp_path_factory.mktemp("tracked")
-    (work / "faults.yaml").write_text(RECIPE)
-    server = Server(work / "cache")
-    yield work, server
-    server.close()
-
-
 @pytest.fixture
-def stage(warm: tuple[Path, Server], tmp_path: Path) -> Iterator[Stage]:
+def stage(work: Path, server: Server, tmp_path: Path) -> Iterator[Stage]:
     """Trainings of 21 steps in this test's folder."""
-    work, server = warm
     made = Stage(work, tmp_path / "stage", server, random.Random(0))
     yield made
     made.close()

@@ -28,11 +28,11 @@ class Door:
         refuses: paths, or parts of them, that are answered with a status of their own.
     """
 
-    def __init__(self, port: int, *, key: str = KEY) -> None:
+    def __init__(self, port: int) -> None:
         self.asked: list[dict[str, Any]] = []
         self.summaries: list[dict[str, Any]] = []
         self.refuses: dict[str, int] = {}
-        self._to, self._key = port, key
+        self._to = port
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         self.port = int(self._server.server_address[1])
@@ -64,7 +64,7 @@ class Door:
                 signed = self.command == "PUT"  # an upload's address is its own permission
                 if refused := [status for part, status in door.refuses.items() if part in self.path]:
                     self._answer(refused[0], [], b"")
-                elif not signed and base64.b64decode(token).decode().partition(":")[2] != door._key:
+                elif not signed and base64.b64decode(token).decode().partition(":")[2] != KEY:
                     self._answer(401, [], b'{"errors":[{"message":"user is not logged in"}]}')
                 else:
                     with closing(http.client.HTTPConnection("127.0.0.1", door._to, timeout=30)) as inner:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import re
 import time
 from pathlib import Path
 
-from harness.tracking import Tracker, Trackers
-from harness.tracking.metrics import JsonlTracker, Record, read
+import pytest
+
+from harness.tracking.console import ConsoleTracker
+from harness.tracking.metrics import JsonlTracker, Trackers, read
 from tests.tracking.conftest import record
+from tests.tracking.test_console import TEST, Terminal
 
 
 def test_a_resumed_run_drops_what_it_makes_again_and_lines_that_are_broken(tmp_path: Path) -> None:
@@ -27,30 +30,18 @@ def test_a_resumed_run_drops_what_it_makes_again_and_lines_that_are_broken(tmp_p
     assert (read(path)[-1]["loss"], read(path)[-1]["grad_norm"]) == ("nan", "-inf")
 
 
-def test_all_trackers_are_given_everything_and_each_record_with_one_time(tmp_path: Path) -> None:
-    class Remembering(Tracker):
-        def __init__(self) -> None:
-            self.seen: list[object] = []
-
-        def tick(self, step: int) -> None:
-            self.seen.append(step)
-
-        def log(self, record: Record) -> None:
-            self.seen.append(record)
-
-        def note(self, text: str) -> None:
-            self.seen.append(text)
-
-        def finish(self, result: Record | None) -> None:
-            self.seen.append(result)
-
-    one, two = Remembering(), Remembering()
-    every = Trackers([one, JsonlTracker(tmp_path / "m.jsonl"), two])
+def test_several_trackers_are_one(tmp_path: Path) -> None:
+    path, stream = tmp_path / "m.jsonl", Terminal()
+    console = ConsoleTracker(epochs=2, steps_per_epoch=4, total_steps=8, stream=stream)
+    every = Trackers([JsonlTracker(path), console, second := JsonlTracker(tmp_path / "second")])
     every.tick(1)
-    every.log({"step": 1})
-    every.note("x")
-    every.finish({"a": 1})
-    written = json.loads((tmp_path / "m.jsonl").read_text())
-    assert one.seen == two.seen == [1, written, "x", {"a": 1}]
-    assert written["step"] == 1
-    assert abs(written["time_unix_seconds"] - time.time()) < 60
+    every.note("a note")
+    every.log(TEST)
+    every.finish(None)
+    assert re.search("Epoch 1/2.*a note\n.*test: loss", stream.getvalue(), re.DOTALL)
+    (written,) = read(path)
+    assert [written] == read(tmp_path / "second")  # with one time
+    assert abs(written.pop("time_unix_seconds") - time.time()) < 60
+    assert written == TEST
+    with pytest.raises(ValueError, match="closed"):
+        second.log(TEST)
