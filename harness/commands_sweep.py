@@ -86,7 +86,7 @@ def _sweep_on_cluster(sweep: Any, arguments: argparse.Namespace) -> int:
 def _sweep_by_server(sweep: Any, arguments: argparse.Namespace) -> int:
     from harness.recipe.document import dump
     from harness.sweeps.wandb import configuration, run_agent
-    from harness.tracking.wandb_sweep import create_sweep
+    from harness.tracking.wandb_run import create_sweep
 
     if arguments.wandb_agent:
         return run_agent(sweep, arguments.wandb_agent)

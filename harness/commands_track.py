@@ -20,7 +20,7 @@ def build_track(parser: argparse.ArgumentParser) -> None:
 
 
 def _track_sync(arguments: argparse.Namespace) -> int:
-    from harness.training.uploading import sync_runs
+    from harness.tracking.wandb_sync import sync_runs
 
     return sync_runs(arguments.runs, rebuild=arguments.rebuild)
 
@@ -35,7 +35,7 @@ def build_dashboard(parser: argparse.ArgumentParser) -> None:
 
 
 def _dashboard(arguments: argparse.Namespace) -> int:
-    from harness.tracking.dashboard import of_project, specification
+    from harness.tracking.dashboard import of_project, specification, write_workspace
 
     if Path(arguments.what).suffix in (".yaml", ".yml"):
         from harness.recipe import load
@@ -46,7 +46,5 @@ def _dashboard(arguments: argparse.Namespace) -> int:
     if arguments.print:
         print(json.dumps(spec, indent=2))
         return EXIT_DONE
-    from harness.tracking.workspace import write_workspace
-
     print(write_workspace(spec))
     return EXIT_DONE

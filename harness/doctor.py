@@ -9,7 +9,7 @@ from harness.errors import HarnessError
 from harness.files import cache_directory, data_directories
 from harness.recipe import Recipe
 from harness.runtime import joined, provenance
-from harness.tracking.wandb_tracker import resolve_mode
+from harness.tracking.wandb_run import resolve_mode
 from harness.training.network import Network, open_network
 
 

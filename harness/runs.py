@@ -19,7 +19,7 @@ import yaml
 from harness.errors import HarnessError, nearest
 from harness.recipe.document import load_plain
 from harness.run_directory import CHECKPOINTS, JOB, LOCK, RUN_FILES, RUNS, has_checkpoints, is_unused, run_of
-from harness.tracking import jsonl
+from harness.tracking import metrics
 
 METRICS, RESULT = "metrics.jsonl", "result.json"
 State = Literal["running", "finished", "stopped", "empty"]
@@ -296,7 +296,7 @@ def _read(path: Path, steps: bool) -> Run:
     result = None
     if (path / RESULT).exists():
         result = _part(path / RESULT, lambda file: json.loads(file.read_text("utf-8")), Mapping, problems)
-    lines = _part(path / METRICS, partial(jsonl.read, steps=steps), list, problems) or []
+    lines = _part(path / METRICS, partial(metrics.read, steps=steps), list, problems) or []
     records = [{**line, "epoch": float(line.get("epoch", 0))} for line in lines if _is_record(line)]
     if len(records) < len(lines):
         problems.append(f"{METRICS} has {len(lines) - len(records)} lines that are no records")

@@ -36,6 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": GROUND | {"recipe.dual_branch_args"},
     "data": GROUND,
     "tracking": GROUND,
+    "tracking.wandb_artifacts": WORK,
+    "tracking.wandb_sync": WORK,
     "recipe.packaged": set(),
     "recipe.document": GROUND | {"recipe.packaged"},
     "runs": GROUND | {"tracking", "recipe.document"},

@@ -1,5 +1,1 @@
-"""Where a run's figures go: metrics.jsonl, the console, Weights & Biases, all behind one protocol."""
-
-from harness.tracking.base import NullTracker, Tracker, Trackers
-
-__all__ = ["NullTracker", "Tracker", "Trackers"]
+"""Where a run's figures go: metrics.jsonl, the console, Weights & Biases, all through one interface."""

@@ -20,7 +20,7 @@ from harness.errors import HarnessError
 from harness.models.sync_batch_norm import convert_sync_batch_norm
 from harness.recipe import Recipe
 from harness.runtime import Runtime
-from harness.tracking import NullTracker, Tracker
+from harness.tracking.metrics import Tracker
 from harness.training import checkpoint, optimizer_state
 from harness.training.network import Network, open_network
 from harness.training.optim import Mix, Schedule, build_optimizer, build_schedule
@@ -57,7 +57,7 @@ class Parts:
     network: Network
     identity: dict[str, Any]
     startup: Startup
-    tracker: Tracker = field(default_factory=NullTracker)
+    tracker: Tracker = field(default_factory=Tracker)
     profiler: Profiler = field(default_factory=NullProfiler)
 
     def models_to_evaluate(self) -> Iterator[tuple[str, nn.Module]]:

@@ -14,18 +14,16 @@ from harness.recipe import Recipe
 from harness.recipe.loading import fingerprint, resolved_yaml
 from harness.run_directory import is_unused
 from harness.runtime import joined, provenance
-from harness.tracking import NullTracker, Tracker, Trackers
 from harness.tracking.console import ConsoleTracker
-from harness.tracking.identity import identity_of
-from harness.tracking.jsonl import JsonlTracker, read
-from harness.tracking.wandb_tracker import WandbTracker, new_run_id, resolve_mode
+from harness.tracking.metrics import JsonlTracker, Tracker, Trackers, read
+from harness.tracking.wandb_artifacts import artifacts_at_finish, artifacts_at_start
+from harness.tracking.wandb_run import WandbTracker, identity_of, new_run_id, resolve_mode
 from harness.training import checkpoint
 from harness.training.claiming import claim
 from harness.training.loop import Cadence, fit
 from harness.training.parts import Parts, assemble, total_steps
 from harness.training.profiler import Profiler, StepProfiler, TooFewSteps, plan_steps
 from harness.training.resuming import agree_on_start
-from harness.training.showing import extras_of
 from harness.training.startup import Startup
 from harness.training.state import Progress
 from harness.training.stopping import Stopped
@@ -178,7 +176,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _trackers(path: Path, recipe: Recipe, parts: Parts, progress: Progress, steps: int) -> Tracker:
     if not parts.runtime.is_main:
-        return NullTracker()
+        return Tracker()
     per_epoch = parts.plan.steps_per_epoch
     console = ConsoleTracker(
         epochs=round(steps / per_epoch, 2),
@@ -198,7 +196,8 @@ def _trackers(path: Path, recipe: Recipe, parts: Parts, progress: Progress, step
                 identity=identity_of(settings, run_id=path.name, world_size=parts.runtime.world_size),
                 config=settings,
                 before=read(path / "metrics.jsonl"),
-                extras=extras_of(recipe, path, num_classes=len(parts.store.manifest.classes)),
+                at_start=artifacts_at_start(recipe, num_classes=len(parts.store.manifest.classes)),
+                at_finish=artifacts_at_finish(recipe, path),
                 warn=console.note,
             )
         )

@@ -17,8 +17,7 @@ from harness.recipe import load
 from harness.recipe.packaged import RECIPES
 from harness.sweeps.spec import load_sweep
 from harness.sweeps.wandb import configuration
-from harness.tracking.rows import values_of
-from harness.tracking.wandb_tracker import new_run_id
+from harness.tracking.wandb_run import new_run_id, values_of
 from tests.conftest import ROOT, run_limited
 from tests.faults.fault import NotHere
 from tests.faults.wandb_server import WandbServer

@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from harness.tracking.wandb_run import row_number, values_of
+from tests.faults import conftest as faults
+from tests.faults.check import records
 from tests.faults.fault import NotHere
-from tests.faults.runs import RECIPE, Server, Stage
-from tests.faults.wandb_server import WandbServer
+from tests.faults.runs import Server, Stage
+from tests.faults.wandb_server import WandbServer, environment
+from tests.tracking.door import Door
+
+work, server = faults.work, faults.server  # fixtures: a folder with a recipe, and a warm process that trains
+
+
+def record(kind: str, split: str, step: int, **values: Any) -> dict[str, Any]:
+    return {"kind": kind, "split": split, "step": step, "epoch": step / 4, **values}
+
+
+def wandb_id(run: Path) -> str:
+    return str(json.loads((run / "provenance.json").read_text())["wandb_run_id"])
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    """The history that the run's metrics.jsonl stands for, row by row."""
+    return [{"_step": row_number(record), **values_of(record)} for record in records(run)]
 
 
 @pytest.fixture(scope="session")
@@ -34,20 +55,28 @@ def _served(folder: Path) -> Iterator[WandbServer]:
     started.kill()
 
 
-@pytest.fixture(scope="session")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Server]]:
-    """A folder with the recipe, and the process that forks trainings."""
-    work = tmp_path_factory.mktemp("tracked")
-    (work / "faults.yaml").write_text(RECIPE)
-    server = Server(work / "cache")
-    yield work, server
-    server.close()
+@pytest.fixture
+def door(wandb_server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Door]:
+    """A door before the server, which this process's client goes through."""
+    made = Door(wandb_server.port)
+    for name, value in environment(made.port).items():
+        monkeypatch.setenv(name, value)
+    yield made
+    made.close()
 
 
 @pytest.fixture
-def stage(warm: tuple[Path, Server], tmp_path: Path) -> Iterator[Stage]:
+def logged_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No key, no server and no mode; the home folder, which is empty."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_CONFIG_DIR", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def stage(work: Path, server: Server, tmp_path: Path) -> Iterator[Stage]:
     """Trainings of 21 steps in this test's folder."""
-    work, server = warm
     made = Stage(work, tmp_path / "stage", server, random.Random(0))
     yield made
     made.close()

@@ -10,6 +10,7 @@ import base64
 import http.client
 import json
 import threading
+from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -24,12 +25,14 @@ class Door:
     Attributes:
         asked: the variables of each GraphQL request, in order.
         summaries: each summary that was sent, in order; openwandb drops what is nested in them.
+        refuses: paths, or parts of them, that are answered with a status of their own.
     """
 
-    def __init__(self, port: int, *, key: str = KEY) -> None:
+    def __init__(self, port: int) -> None:
         self.asked: list[dict[str, Any]] = []
         self.summaries: list[dict[str, Any]] = []
-        self._to, self._key = port, key
+        self.refuses: dict[str, int] = {}
+        self._to = port
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         self.port = int(self._server.server_address[1])
@@ -59,14 +62,17 @@ class Door:
                     door.summaries += map(json.loads, content)
                 token = self.headers.get("Authorization", "").removeprefix("Basic ")
                 signed = self.command == "PUT"  # an upload's address is its own permission
-                if not signed and base64.b64decode(token).decode().partition(":")[2] != door._key:
+                if refused := [status for part, status in door.refuses.items() if part in self.path]:
+                    self._answer(refused[0], [], b"")
+                elif not signed and base64.b64decode(token).decode().partition(":")[2] != KEY:
                     self._answer(401, [], b'{"errors":[{"message":"user is not logged in"}]}')
-                    return
-                inner = http.client.HTTPConnection("127.0.0.1", door._to, timeout=30)
-                inner.request(self.command, self.path, body, dict(self.headers))
-                answer = inner.getresponse()
-                self._answer(answer.status, answer.getheaders(), answer.read())
-                inner.close()
+                else:
+                    with closing(http.client.HTTPConnection("127.0.0.1", door._to, timeout=30)) as inner:
+                        inner.request(self.command, self.path, body, dict(self.headers))
+                        answer = inner.getresponse()
+                        status, headers, body = answer.status, answer.getheaders(), answer.read()
+                    with suppress(BrokenPipeError):  # nobody waits for it any more
+                        self._answer(status, headers, body)
 
             def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
                 self.send_response(status)

@@ -7,37 +7,34 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from harness.cli import main
 from harness.recipe import load
-from harness.tracking.dashboard import of_project, specification
-from harness.tracking.workspace import build_workspace
-from tests.faults.wandb_server import WandbServer, environment
+from harness.tracking.dashboard import build_workspace, of_project, specification
+from tests.conftest import ROOT
+from tests.tracking.door import Door
 
-ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "dashboard.json"
 RECIPE = str(ROOT / "recipes" / "quickstart.yaml")
 
 
-def test_the_specification_is_the_golden_one() -> None:
-    """After a change that is meant: harness dashboard recipes/quickstart.yaml --print > tests/golden/dashboard.json."""
-    assert specification(load(RECIPE).model_dump(mode="json")) == json.loads(GOLDEN.read_text())
+def spec_of(*overrides: str) -> dict[str, Any]:
+    return specification(load(RECIPE, list(overrides)).model_dump(mode="json"))
 
 
-def test_averaged_weights_have_curves_where_there_are_any() -> None:
-    panels = specification(load(RECIPE, ["ema.decay=0.9"]).model_dump(mode="json"))["sections"][0]["panels"]
-    assert panels[0]["y"] == ["test/accuracy", "test_ema/accuracy", "train/epoch_accuracy"]
-
-
-def test_a_project_is_enough() -> None:
-    spec = of_project("team/cifar", [])
+def test_a_recipe_or_a_project_is_enough() -> None:
+    """Averaged weights have curves where there may be any."""
+    for spec in (spec_of("ema.decay=0.9"), of_project("team/cifar", [])):
+        assert spec["sections"][0]["panels"][0]["y"] == ["test/accuracy", "test_ema/accuracy", "train/epoch_accuracy"]
     assert (spec["entity"], spec["project"]) == ("team", "cifar")
     assert of_project("cifar", [])["entity"] is None
 
 
-def test_print_needs_no_key_no_extra_and_nothing_heavy(tmp_path: Path) -> None:
+def test_print_is_the_golden_one_and_needs_no_key_no_extra_and_nothing_heavy(tmp_path: Path) -> None:
+    """After a change that is meant: harness dashboard recipes/quickstart.yaml --print > tests/golden/dashboard.json."""
     code = (
         "import sys\nfrom harness.cli import main\n"
         "assert main(sys.argv[1:]) == 0\n"
@@ -48,7 +45,7 @@ def test_print_needs_no_key_no_extra_and_nothing_heavy(tmp_path: Path) -> None:
     environment = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == GOLDEN.read_text()
+    assert json.loads(done.stdout) == json.loads(GOLDEN.read_text())
 
 
 @pytest.mark.parametrize(
@@ -60,16 +57,10 @@ def test_print_needs_no_key_no_extra_and_nothing_heavy(tmp_path: Path) -> None:
         (["team/project"], "there is no W&B API key"),
     ],
 )
-def test_mistakes_are_told(
-    words: list[str],
-    said: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_mistakes_are_reported(
+    words: list[str], said: str, logged_out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("wandb_workspaces")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
     assert main(["dashboard", *words]) == 2
     text = capsys.readouterr().err
     assert said in text
@@ -79,18 +70,17 @@ def test_mistakes_are_told(
 def test_without_the_extra_the_pip_line_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)  # as where it is not installed
-    monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
+    monkeypatch.setitem(sys.modules, "wandb_workspaces", None)  # as where it is not installed
     assert main(["dashboard", "project"]) == 2
     assert "HINT: pip install '.[dashboard]'" in capsys.readouterr().err
 
 
 def test_the_package_takes_the_specification() -> None:
     pytest.importorskip("wandb_workspaces")
-    spec = specification(load(RECIPE).model_dump(mode="json"))
+    spec = spec_of()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        view = build_workspace(spec, entity="team")._to_model()
+        view = build_workspace({**spec, "entity": "team"})._to_model()
     bank = view.spec.section.panel_bank_config.sections
     assert [section.name for section in bank] == [section["name"] for section in spec["sections"]]
     shown = view.spec.model_dump_json(by_alias=True)
@@ -99,13 +89,9 @@ def test_the_package_takes_the_specification() -> None:
             assert metric is None or f'{metric}"' in shown
 
 
-def test_a_server_without_workspaces_says_so(
-    wandb_server: WandbServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_server_without_workspaces_says_so(door: Door, capsys: pytest.CaptureFixture[str]) -> None:
     """openwandb has none; saving one needs W&B's own servers."""
     pytest.importorskip("wandb_workspaces")
-    for name, value in environment(wandb_server.port).items():
-        monkeypatch.setenv(name, value)
     assert main(["dashboard", RECIPE]) == 1
     text = capsys.readouterr().err
     assert "the server does not take the workspace" in text

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from harness.cli import main
 from harness.recipe import load
-from harness.tracking.jsonl import read
+from harness.tracking.metrics import read
 from tests.conftest import ROOT, RunRanks
 from tests.training.conftest import Train, metrics, result
 
