@@ -168,10 +168,6 @@ def test_the_nearest_name(name: str, valid: list[str], text: str) -> None:
     assert nearest(name, valid) == text
 
 
-def test_how_many_names_are_shown_can_be_chosen() -> None:
-    assert nearest("qq", ["a", "b", "c"], show_all_up_to=2) == "Valid names begin with: a, b, …"
-
-
 @pytest.mark.parametrize(
     ("rank", "text"),
     [

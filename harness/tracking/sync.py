@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import EXIT_FAILED, HarnessError
-from harness.files import write_json
-from harness.locks import holding
+from harness.files import directory_lock, write_json
 from harness.tracking import wandb_server
 from harness.tracking.base import Record
 from harness.tracking.extras import Extras
@@ -89,7 +88,7 @@ def held(directory: Path) -> AbstractContextManager[None]:
         exit_code=EXIT_FAILED,
     )
     hint = "What was uploaded is noted there: see that it is a folder and may be written to."
-    return holding(directory / "wandb", taken=taken, use="the folder of W&B's files", hint=hint)
+    return directory_lock(directory / "wandb", taken=taken, use="the folder of W&B's files", hint=hint)
 
 
 def _difference(upload: Upload, entity: str) -> Difference | None:

@@ -17,7 +17,7 @@ from harness.errors import EXIT_DONE, HarnessError, print_error
 from harness.models.build import build_model
 from harness.models.inspect import summarise
 from harness.recipe import Recipe
-from harness.run_directory import CHECKPOINTS
+from harness.runs import CHECKPOINTS
 from harness.tracking.extras import Answers, CheckpointFolder, Extras, Guess
 from harness.training import checkpoint
 from harness.training.parts import open_data

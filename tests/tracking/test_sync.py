@@ -16,7 +16,7 @@ import pytest
 from filelock import FileLock
 
 from harness.cli import main
-from harness.run_directory import LOCK
+from harness.files import LOCK
 from harness.tracking.rows import row_number
 from tests.conftest import ROOT
 from tests.faults.check import records
