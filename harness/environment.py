@@ -18,13 +18,7 @@ _HIDDEN = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "XLA_U
 _LAUNCHERS = ("ACCELERATE_USE_CPU", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERATE_LOG_LEVEL")
 # What `accelerate launch` sets where nothing is asked for.
 _NEUTRAL = ("", "no", "none", "false", "0", "off", "default")
-_DISTRIBUTED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
-    "ACCELERATE_USE_SAGEMAKER": "SageMaker",
-}
+_DISTRIBUTED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")  # ACCELERATE_USE_…
 # Read by torch, oneDNN, cuBLAS or timm at import; with the values that change nothing.
 _ARITHMETIC = {
     name: harmless
@@ -75,14 +69,7 @@ def whole_number(name: str, default: int, *, at_least: int = 0) -> int:
 def refuse_arithmetic() -> None:
     """Raise a HarnessError that names all variables that ask for another way of training than the recipe's."""
     errors = list(_refusals())
-    names = (
-        "OMP_NUM_THREADS",
-        "ACCELERATE_USE_CPU",
-        "ACCELERATE_DEBUG_MODE",
-        "ACCELERATE_CPU_AFFINITY",
-        "FORK_LAUNCHED",
-    )
-    for name in names:
+    for name in ("OMP_NUM_THREADS", "FORK_LAUNCHED", *_LAUNCHERS[:3]):
         try:  # Accelerate would end in a traceback
             if name == "OMP_NUM_THREADS":
                 whole_number(name, 1, at_least=1)
@@ -96,11 +83,10 @@ def refuse_arithmetic() -> None:
 
 def _refusals() -> Iterator[HarnessError]:
     given = os.environ
-    for name, other in _DISTRIBUTED.items():
+    for name in (f"ACCELERATE_USE_{kind}" for kind in _DISTRIBUTED):
         if given.get(name, "").lower() not in _NEUTRAL:
-            what = f"{name}={given[name]} asks for {other}, and the harness trains by DDP alone"
-            hint = f"Unset {name}, or choose another distributed type by `accelerate config`."
-            yield HarnessError(what, hint=hint)
+            what = f"{name}={given[name]} asks for another distributed type, and the harness trains by DDP alone"
+            yield HarnessError(what, hint=f"Unset {name}, or choose another distributed type by `accelerate config`.")
     for name, harmless in _ARITHMETIC.items():
         if given.get(name, "").lower() not in ("", *harmless):
             what = f"{name}={given[name]} changes the arithmetic, which the recipe decides"

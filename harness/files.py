@@ -31,14 +31,14 @@ POLL_SECONDS = 0.1
 
 def private_directory(path: Path) -> Path | None:
     """Make a folder for files that could run code, of this user alone; None where that cannot be had."""
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir(mode=0o700, exist_ok=True)
         status = path.lstat()
-    except OSError:
-        return None
-    others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return path if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not others_write else None
+        others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not others_write:
+            return path
+    return None
 
 
 def expand(path: str, *, where: str) -> str:
@@ -76,10 +76,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-        except BaseException:
+        finally:
             with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
+                temporary.unlink()
         fsync_directory(path.parent)
     except OSError as error:
         what = f"cannot be written: {error.strerror or error}"
@@ -266,13 +265,12 @@ def take_over(folder: Path, own: Owner) -> Hold:
 def is_held(folder: Path) -> bool:
     """Whether a process holds a folder now, on this machine or, where the file system tells, another."""
     try:
-        handle = os.open(folder / LOCK, os.O_RDONLY)
+        lock = (folder / LOCK).open()
     except OSError:
         return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(handle)
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
     return False

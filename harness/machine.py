@@ -6,10 +6,12 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 from pathlib import Path
 
 import psutil
 
+CPUINFO = Path("/proc/cpuinfo")
 # Of glibc's malloc.h, and what they are set to: no tensor is mapped on its own, none that is freed goes back to the
 # system, and the heap grows by 64 MiB.
 _MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_TOP_PAD": (-2, 64 << 20)}
@@ -31,15 +33,18 @@ def processor() -> str:
     return f"{fields.get('model name', platform.machine())} {fields.get('model', '')} {digest}"
 
 
-def _cpuinfo(path: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
-    """The fields of a processor as the kernel lists them; empty where it does not. Names need not be UTF-8."""
+def _cpuinfo() -> dict[str, str]:
+    """The fields of a processor as the kernel lists them; empty where it does not."""
+    pairs = (line.split(":", 1) for line in _text(CPUINFO).splitlines() if ":" in line)
+    return {name.strip(): value.strip() for name, value in pairs}
+
+
+def _text(path: Path) -> str:
+    """What the kernel says in a file, which need not be UTF-8; nothing where there is none."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
-        return {}
-    return {
-        name.strip(): value.strip() for name, separator, value in (line.partition(":") for line in lines) if separator
-    }
+        return ""
 
 
 def usable_cores(root: Path = Path("/")) -> int:
@@ -49,7 +54,8 @@ def usable_cores(root: Path = Path("/")) -> int:
     of the control group, as a container or a SLURM job has it. /proc and /sys are looked for below `root`.
     """
     mask = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    cores = len({_siblings(root, cpu) for cpu in mask})
+    topology = (root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list" for cpu in mask)
+    cores = len({_text(siblings) or str(siblings) for siblings in topology})
     quota = cpu_quota(root)
     return cores if quota is None else max(1, min(cores, int(quota)))
 
@@ -67,39 +73,21 @@ def rank_has_its_own_cores() -> bool:
     return tasks == ranks and len(os.sched_getaffinity(0)) * ranks_here <= cpus_here
 
 
-def _siblings(root: Path, cpu: int) -> str:
-    try:
-        path = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
-        return path.read_text().strip() or str(cpu)
-    except OSError:
-        return str(cpu)
-
-
 def cpu_quota(root: Path = Path("/")) -> float | None:
     """CPUs' worth of time that the control groups (version 1 or 2) above this process grant; None without a limit."""
     limits = []
     for group in _control_groups(root):
-        try:
-            if (group / "cpu.max").exists():
-                quota, period = (group / "cpu.max").read_text().split()
-            else:
-                quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-            if quota != "max" and int(quota) > 0:
-                limits.append(int(quota) / int(period))
-        except (OSError, ValueError):
-            continue
+        found = _text(group / "cpu.max") or " ".join(_text(group / f"cpu.cfs_{k}_us") for k in ("quota", "period"))
+        if limit := re.fullmatch(r"([1-9]\d*) ([1-9]\d*)", found):  # "max" and -1 are none
+            limits.append(int(limit[1]) / int(limit[2]))
     return min(limits, default=None)
 
 
 def _control_groups(root: Path) -> list[Path]:
     """Folders of the CPU controller: the group this process is in and its parents, as far as they are mounted."""
     mount = root / "sys/fs/cgroup"
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        lines = []
     folders = [mount, mount / "cpu"]
-    for line in lines:
+    for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers or "cpu" in controllers.split(","):
             inner = Path(path.lstrip("/"))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from harness.errors import HarnessError, nearest
 from harness.files import LOCK, is_held
@@ -31,8 +31,7 @@ LARGEST = 1e15  # a larger number in a file is no figure of a training
 _SAME_EXPERIMENT = ("seed", "name", "tracking", "data.path", "data.loader", "data.workers")
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """A value of a curve."""
 
     step: int

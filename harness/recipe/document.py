@@ -6,6 +6,7 @@ string keys are data; tags, anchors and aliases are refused, so no text can run 
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Mapping
@@ -34,14 +35,10 @@ _CORE_SCHEMA = {
 
 
 class _CoreLoader(yaml.CSafeLoader):
-    """PyYAML (with libyaml, as its wheels have it) and the tags of YAML 1.2's core schema."""
-
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own name and shape
 
 
 class _CoreDumper(yaml.SafeDumper):
-    """Quotes what the core schema would read as something else than a string."""
-
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
     def ignore_aliases(self, data: Any) -> bool:
@@ -92,19 +89,12 @@ def _is_name(path: Path) -> bool:
 
 
 def is_open_file(path: Path) -> bool:
-    """Whether a path is an open file of this process, as `/dev/stdin` and the shell's `<(…)` are.
-
-    Its folder says nothing of where the file came from.
-    """
+    """Whether a path is a file that this process has open, as `/dev/stdin` and the shell's `<(…)` are."""
     return str(path.parent) in ("/dev", "/dev/fd", "/proc/self/fd")
 
 
 def read(path: Path) -> Document:
-    """Read a YAML file.
-
-    Raises:
-        HarnessError: the file is missing, no file, too large, not UTF-8 or not YAML at all.
-    """
+    """Read a YAML file; HarnessError where it is missing, no file, too large, not UTF-8 or not YAML at all."""
     where, encoding = str(path), "Recipes are UTF-8 YAML files."
     try:
         if is_open_file(path) and path.is_fifo():
@@ -123,26 +113,19 @@ def read(path: Path) -> Document:
 
 
 def _neighbours(path: Path) -> str:
-    if _is_name(path) and not path.is_dir():
+    folder = path if os.path.isdir(path) else path.parent
+    if _is_name(path) and folder != path:
         return f"{nearest(path.name, packaged_names())} `harness recipe list` describes them; else give a file."
-    try:
-        folder = path if path.is_dir() else path.parent
-        there = [p.name for p in folder.glob("*.yaml") if not p.name.startswith(".")]
-    except OSError:
-        there = []
-    if not there:
+    names = [os.path.basename(file) for file in glob.glob(f"{glob.escape(str(folder))}/*.yaml")]  # no hidden ones
+    if not names:
         return "Check the path."
     if folder == path:
-        return f"Give a file in {folder}. {nearest('', there)}"
-    return f"In {folder}: {nearest(path.name, there)}"
+        return f"Give a file in {folder}. {nearest('', names)}"
+    return f"In {folder}: {nearest(path.name, names)}"
 
 
 def parse(text: str, where: str) -> Document:
-    """Read YAML text; `where` names it in messages.
-
-    Raises:
-        HarnessError: the text is too long or not YAML, or its root is not a mapping.
-    """
+    """Read YAML text, named `where` in messages; HarnessError where it is too long, not YAML or no mapping."""
     document = Document(where)
     node = _compose(text, where)
     if isinstance(node, yaml.MappingNode):
@@ -154,11 +137,7 @@ def parse(text: str, where: str) -> Document:
 
 
 def parse_value(text: str, where: str) -> Any:
-    """The value of a `key.path=value` override, by the same rules as in a file.
-
-    Raises:
-        HarnessError: the text is not one YAML value.
-    """
+    """The value of a `key.path=value` override, by the same rules as in a file; HarnessError where it is none."""
     document = Document(where)
     node = _compose(text, where)
     value = None if node is None else _value(node, (), document)

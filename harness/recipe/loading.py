@@ -22,11 +22,10 @@ _LENGTH = ("training.epochs", "training.steps")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe with everything it inherits and the overrides of the command line.
+    """Read a recipe with everything it inherits and the overrides (`key.path=value`, in YAML) of the command line.
 
     Args:
         path: a YAML file, a pipe such as /dev/stdin, or the name of a recipe that comes with the package.
-        overrides: `key.path=value` texts; the value is YAML.
 
     Raises:
         HarnessError: all that is wrong with it, each with file:line (or the override) and a HINT.
@@ -40,8 +39,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def load_variants(path: str | Path, variants: Iterable[Sequence[str]]) -> list[Recipe | ManyErrors]:
     """One recipe under several sets of overrides, in their order: for each the recipe or all that is wrong with it.
 
-    Raises:
-        HarnessError: the file, or one that it inherits, is missing, no YAML or a sweep.
+    Raises HarnessError where the file, or one that it inherits, is missing, no YAML or a sweep.
     """
     path = Path("/dev/stdin") if str(path) == "-" else locate(path)
     inherited = _read_with_bases(path)
@@ -78,11 +76,7 @@ def differences(left: Recipe, right: Recipe) -> dict[str, tuple[Any, Any]]:
 
 
 def changed_settings(before: Recipe, now: Recipe, *, other_length: bool = True) -> dict[str, tuple[Any, Any]]:
-    """The differences between two recipes that make them two trainings, as `differences` gives them.
-
-    Args:
-        other_length: a longer or shorter training is the same one.
-    """
+    """The differences between two recipes that make them two trainings; with `other_length` not their lengths."""
     ignored = _MAY_CHANGE + (_LENGTH if other_length else ())
     return {k: v for k, v in differences(before, now).items() if not k.startswith(ignored)}
 
