@@ -226,11 +226,11 @@ def _recipe_validate(arguments: argparse.Namespace) -> int:
 
 
 def _recipe_list(arguments: argparse.Namespace) -> int:
-    from harness.recipe import packaged
+    from harness.recipe.document import RECIPES, describe, packaged_names
 
-    for name in packaged.names():
-        print(f"{name:<12}{packaged.describe(name)}")
-    print(f"files: {packaged.RECIPES}")
+    for name in packaged_names():
+        print(f"{name:<12}{describe(name)}")
+    print(f"files: {RECIPES}")
     return EXIT_DONE
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from harness.errors import EXIT_DONE, HarnessError
 from harness.files import write_text
-from harness.run_directory import RUNS
 
 WATCH_SECONDS = 3.0
 
@@ -84,7 +83,7 @@ def build_runs(parser: argparse.ArgumentParser) -> None:
         "List runs with their state (running, finished, stopped, empty, broken), the newest last: how far they are, "
         "their best test accuracy, and the age of their latest record."
     )
-    parser.add_argument("directory", metavar="DIR", nargs="?", type=Path, default=RUNS, help=f"(default {RUNS})")
+    parser.add_argument("directory", metavar="DIR", nargs="?", type=Path, default=Path("runs"), help="(default runs)")
     parser.add_argument("--recipe", metavar="NAME", help="only runs of this recipe")
     _add_json_option(parser)
     parser.set_defaults(run=_runs)

@@ -7,7 +7,7 @@ Accelerate's are hidden from it while a run lasts; the others, which are read at
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from harness.errors import HarnessError, ManyErrors
@@ -16,44 +16,25 @@ from harness.errors import HarnessError, ManyErrors
 _HIDDEN = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "XLA_USE_BF16", "XLA_DOWNCAST_BF16")
 # ... but for what decides where and how loud, not what.
 _LAUNCHERS = ("ACCELERATE_USE_CPU", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERATE_LOG_LEVEL")
-_NEUTRAL = (
-    "",
-    "no",
-    "none",
-    "false",
-    "0",
-    "off",
-    "default",
-)  # what `accelerate launch` sets where nothing is asked for
-_DISTRIBUTED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
-    "ACCELERATE_USE_SAGEMAKER": "SageMaker",
-}
+# What `accelerate launch` sets where nothing is asked for.
+_NEUTRAL = ("", "no", "none", "false", "0", "off", "default")
+_DISTRIBUTED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")  # ACCELERATE_USE_…
 # Read by torch, oneDNN, cuBLAS or timm at import; with the values that change nothing.
 _ARITHMETIC = {
-    "NVIDIA_TF32_OVERRIDE": (),
-    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": ("0",),
-    "HIPBLASLT_ALLOW_TF32": ("0",),
-    "ONEDNN_DEFAULT_FPMATH_MODE": ("strict",),
-    "DNNL_DEFAULT_FPMATH_MODE": ("strict",),
-    "TORCHDYNAMO_DISABLE": ("0",),  # training.compile would be ignored
-    "TORCH_COMPILE_DISABLE": ("0",),
-    "TORCH_COMPILE_OVERRIDE_BACKENDS": (),
-    "TORCH_COMPILE_OVERRIDE_DYNAMO_CONFIGS": (),
-    "TORCH_COMPILE_OVERRIDE_INDUCTOR_CONFIGS": (),
-    "TORCHDYNAMO_SUPPRESS_ERRORS": ("0",),
-    "TORCHINDUCTOR_USE_FAST_MATH": ("0",),
-    "TORCHINDUCTOR_CPP_ENABLE_UNSAFE_MATH_OPT_FLAG": ("0",),
-    "TORCHINDUCTOR_CPP_ENABLE_FLOATING_POINT_CONTRACT_FLAG": ("off",),
-    "TIMM_FUSED_ATTN": ("1",),
-    "TIMM_REENTRANT_CKPT": ("0", "false", "no", "off"),
-    "TIMM_USE_SCIPY_INTERP": ("0",),
-    "TIMM_USE_NAFLEXVIT": ("false",),
-    "TIMM_USE_NAFLEX": ("0",),
-    "FORK_LAST3": (),  # fastvit
+    name: harmless
+    for harmless, names in {
+        (): "NVIDIA_TF32_OVERRIDE TORCH_COMPILE_OVERRIDE_BACKENDS TORCH_COMPILE_OVERRIDE_DYNAMO_CONFIGS "
+        "TORCH_COMPILE_OVERRIDE_INDUCTOR_CONFIGS FORK_LAST3",  # the last is fastvit's
+        ("0",): "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE HIPBLASLT_ALLOW_TF32 TORCHDYNAMO_DISABLE TORCH_COMPILE_DISABLE "
+        "TORCHDYNAMO_SUPPRESS_ERRORS TORCHINDUCTOR_USE_FAST_MATH TORCHINDUCTOR_CPP_ENABLE_UNSAFE_MATH_OPT_FLAG "
+        "TIMM_USE_SCIPY_INTERP TIMM_USE_NAFLEX",
+        ("1",): "TIMM_FUSED_ATTN",
+        ("strict",): "ONEDNN_DEFAULT_FPMATH_MODE DNNL_DEFAULT_FPMATH_MODE",
+        ("off",): "TORCHINDUCTOR_CPP_ENABLE_FLOATING_POINT_CONTRACT_FLAG",
+        ("false",): "TIMM_USE_NAFLEXVIT",
+        ("0", "false", "no", "off"): "TIMM_REENTRANT_CKPT",
+    }.items()
+    for name in names.split()
 }
 # How MPI and srun count ranks; Accelerate reads them, and the harness by WORLD_SIZE alone.
 _OTHER_LAUNCHERS = ("OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_")
@@ -66,11 +47,7 @@ _NOTED = (
 
 
 def flag(name: str) -> bool:
-    """Whether a variable is switched on, by the words that Accelerate takes.
-
-    Raises:
-        HarnessError: it is neither on nor off.
-    """
+    """Whether a variable is switched on, by the words that Accelerate takes; HarnessError where it is neither."""
     text = os.environ.get(name, "").strip().lower()
     if text in ("1", "true", "yes", "y", "t", "on"):
         return True
@@ -80,56 +57,45 @@ def flag(name: str) -> bool:
 
 
 def whole_number(name: str, default: int, *, at_least: int = 0) -> int:
-    """The number in a variable, `default` where it is unset or empty.
-
-    Raises:
-        HarnessError: it is no number, or too small.
-    """
+    """The number in a variable, `default` where it is unset or empty; HarnessError where it is none, or too small."""
     text = os.environ.get(name, "").strip() or str(default)
     if not text.isdecimal() or int(text) < at_least:
-        raise HarnessError(
-            f'{name} must be a whole number ≥ {at_least}, it is "{text}"',
-            where="environment",
-            hint="Unset it, or start ranks with ./launch.sh, accelerate launch, torchrun or harness submit.",
-        )
+        what = f'{name} must be a whole number ≥ {at_least}, it is "{text}"'
+        hint = "Unset it, or start ranks with ./launch.sh, accelerate launch, torchrun or harness submit."
+        raise HarnessError(what, where="environment", hint=hint)
     return int(text)
 
 
 def refuse_arithmetic() -> None:
-    """See that no variable asks for another way of training than the recipe's.
-
-    Raises:
-        HarnessError: all that do, by name.
-    """
-    errors = [
-        HarnessError(
-            f"{name}={os.environ[name]} asks for {what}, and the harness trains by DDP alone",
-            hint=f"Unset {name}, or choose another distributed type by `accelerate config`.",
-        )
-        for name, what in _DISTRIBUTED.items()
-        if os.environ.get(name, "").lower() not in _NEUTRAL
-    ]
-    errors += [
-        HarnessError(
-            f"{name}={os.environ[name]} changes the arithmetic, which the recipe decides",
-            hint=f"Unset {name}; see training.precision and training.compile.",
-        )
-        for name, harmless in _ARITHMETIC.items()
-        if os.environ.get(name, "") and os.environ[name].lower() not in harmless
-    ]
-    errors += [
-        HarnessError(
-            f"{name}SIZE={os.environ[name + 'SIZE']} says that there are several ranks, and WORLD_SIZE is not set",
-            hint="Start ranks with ./launch.sh, accelerate launch, torchrun, srun or harness submit, not with mpirun.",
-        )
-        for name in _OTHER_LAUNCHERS
-        if os.environ.get(f"{name}SIZE", "1") not in ("", "0", "1") and not os.environ.get("WORLD_SIZE")
-    ]
-    whole_number("OMP_NUM_THREADS", 1, at_least=1)  # Accelerate would end in a traceback
-    for name in ("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", "FORK_LAUNCHED"):
-        flag(name)
+    """Raise a HarnessError that names all variables that ask for another way of training than the recipe's."""
+    errors = list(_refusals())
+    for name in ("OMP_NUM_THREADS", "FORK_LAUNCHED", *_LAUNCHERS[:3]):
+        try:  # Accelerate would end in a traceback
+            if name == "OMP_NUM_THREADS":
+                whole_number(name, 1, at_least=1)
+            else:
+                flag(name)
+        except HarnessError as error:
+            errors.append(error)
     if errors:
         raise errors[0] if len(errors) == 1 else ManyErrors("environment", errors)
+
+
+def _refusals() -> Iterator[HarnessError]:
+    given = os.environ
+    for name in (f"ACCELERATE_USE_{kind}" for kind in _DISTRIBUTED):
+        if given.get(name, "").lower() not in _NEUTRAL:
+            what = f"{name}={given[name]} asks for another distributed type, and the harness trains by DDP alone"
+            yield HarnessError(what, hint=f"Unset {name}, or choose another distributed type by `accelerate config`.")
+    for name, harmless in _ARITHMETIC.items():
+        if given.get(name, "").lower() not in ("", *harmless):
+            what = f"{name}={given[name]} changes the arithmetic, which the recipe decides"
+            yield HarnessError(what, hint=f"Unset {name}; see training.precision and training.compile.")
+    for name in (f"{prefix}SIZE" for prefix in _OTHER_LAUNCHERS):
+        if given.get(name, "") not in ("", "0", "1") and not given.get("WORLD_SIZE"):
+            what = f"{name}={given[name]} says that there are several ranks, and WORLD_SIZE is not set"
+            hint = "Start ranks with ./launch.sh, accelerate launch, torchrun, srun or harness submit, not with mpirun."
+            yield HarnessError(what, hint=hint)
 
 
 @contextmanager
@@ -147,12 +113,8 @@ def accelerate_settings_hidden() -> Iterator[dict[str, str]]:
 
 
 def _take_settings() -> dict[str, str]:
-    names = [
-        name
-        for name, value in os.environ.items()
-        if name.startswith((*_HIDDEN, *_OTHER_LAUNCHERS)) and not (name in _LAUNCHERS and value)
-    ]
-    return {name: os.environ.pop(name) for name in names}
+    names = [name for name in os.environ if name.startswith((*_HIDDEN, *_OTHER_LAUNCHERS))]
+    return {name: os.environ.pop(name) for name in names if name not in _LAUNCHERS or not os.environ[name]}
 
 
 def _asks(name: str, value: str) -> bool:
@@ -164,9 +126,9 @@ def _asks(name: str, value: str) -> bool:
     return not (text in _NEUTRAL or one or (details and name != "ACCELERATE_DYNAMO_BACKEND"))
 
 
-def noted(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+def noted() -> dict[str, str]:
     """The variables that may change speed or rounding, for provenance.json."""
-    return {name: value for name, value in sorted(environment.items()) if name.startswith(_NOTED)}
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(_NOTED)}
 
 
 def calm_openmp() -> None:

@@ -18,16 +18,17 @@ EXIT_BAD_INPUT = 2  # recipe, option or data: nothing was started
 EXIT_DIVERGED = 3  # the loss or a gradient is not finite
 EXIT_REQUEUE = 75  # stopped by a signal, checkpoint written (sysexits.h EX_TEMPFAIL)
 
+MOST_NAMES = 12  # that a hint lists
+
+# What a disk answers that is full or failing: another time it may not.
+_TRANSIENT_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE)
+# And one that is read-only or another's; anything else is a mistake of ours.
+_DISK_ERRORS = (*_TRANSIENT_DISK_ERRORS, errno.EROFS, errno.EACCES, errno.EPERM)
+
 
 class HarnessError(Exception):
-    """A mistake or condition that the user can mend.
-
-    Args:
-        what: one sentence that says what is wrong.
-        where: file:line, key or path it is wrong at.
-        hint: what to do; printed behind `HINT:`.
-        exit_code: the process's exit code, see the EXIT_ constants.
-    """
+    """A mistake or condition that the user can fix: what is wrong in one sentence, where (file:line, key or path), and
+    what to do."""
 
     def __init__(
         self, what: str, *, where: str | None = None, hint: str | None = None, exit_code: int = EXIT_BAD_INPUT
@@ -42,7 +43,7 @@ class HarnessError(Exception):
 
 
 class ManyErrors(HarnessError):
-    """Several errors found in one pass, printed together so that one edit can mend them all."""
+    """Several errors found in one pass, printed together so that one edit can fix them all."""
 
     def __init__(self, title: str, errors: list[HarnessError]) -> None:
         self.errors = errors
@@ -58,10 +59,9 @@ class Diverged(HarnessError):
         super().__init__(what, where=where, hint=hint, exit_code=EXIT_DIVERGED)
 
 
-# What a disk answers that is full or failing: another time it may not.
-TRANSIENT_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE)
-# And one that is read-only or another's; anything else is a mistake of ours.
-_DISK_ERRORS = (*TRANSIENT_DISK_ERRORS, errno.EROFS, errno.EACCES, errno.EPERM)
+def exit_code_of(error: OSError) -> int:
+    """Whether it may pass (EXIT_FAILED), as a full disk does, or the user must change something (EXIT_BAD_INPUT)."""
+    return EXIT_FAILED if error.errno in _TRANSIENT_DISK_ERRORS else EXIT_BAD_INPUT
 
 
 def from_disk(error: OSError) -> HarnessError | None:
@@ -80,37 +80,29 @@ def closest(name: str, valid: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(str(name), names, n=1, cutoff=0.6) or same_letters), None)
 
 
-def _unseen(name: str, close: str) -> str:
-    """What the eye may not see: accents as characters of their own, look-alike letters, spaces without a width."""
-    strange = [c for c in dict.fromkeys(name) if not c.isascii() and c not in close]
-    told = " and ".join(f"U+{ord(c):04X} {unicodedata.name(c, '')}".rstrip() for c in strange)
-    return f" The given name has {told}." if strange else ""
-
-
-def nearest(name: str, valid: Iterable[str], *, within: str = "", show_all_up_to: int = 12) -> str:
+def nearest(name: str, valid: Iterable[str], *, within: str = "") -> str:
     """A phrase that helps with a wrong name: the closest valid one, else the valid names when they are few.
 
     Args:
         within: what stands before the names, such as "training.".
-
-    >>> nearest("epcohs", ["epochs", "seed"])
-    'Did you mean "epochs"?'
     """
     names = sorted({str(v) for v in valid})
     close = closest(name, names)
     if close is not None:
-        return f'Did you mean "{within}{close}"?{_unseen(str(name), close)}'
+        # What the eye may not see: accents as characters of their own, look-alike letters, spaces without a width.
+        strange = [c for c in dict.fromkeys(str(name)) if not c.isascii() and c not in close]
+        listed = " and ".join(f"U+{ord(c):04X} {unicodedata.name(c, '')}".rstrip() for c in strange)
+        return f'Did you mean "{within}{close}"?' + (f" The given name has {listed}." if strange else "")
     if not names:
         return "There are no valid names here."
-    if len(names) <= show_all_up_to:
-        return "Valid names: " + ", ".join(names) + "."
-    return "Valid names begin with: " + ", ".join(names[:show_all_up_to]) + ", …"
+    if len(names) <= MOST_NAMES:
+        return f"Valid names: {', '.join(names)}."
+    return f"Valid names begin with: {', '.join(names[:MOST_NAMES])}, …"
 
 
 def print_error(error: HarnessError) -> None:
-    """Print an error to stderr as the user sees it."""
+    """Print an error to stderr as the user sees it; ranks that fail alike say it once, the others in one line."""
     rank = os.environ.get("RANK", "0")
-    # Ranks that fail alike say it once: the others in one line.
     word = "STOPPED" if error.exit_code == EXIT_REQUEUE else "ERROR"
     text = f"{word} {error}" if rank == "0" else f"{word} (rank {rank}) {str(error).splitlines()[0]}"
     print(text, file=sys.stderr, flush=True)

@@ -1,62 +1,69 @@
-"""What this machine is, told without importing torch: the processor's name and how much of it is ours."""
+"""What this machine is, known without importing torch: the processor's name and how much of it is ours."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import os
 import platform
+import re
 from pathlib import Path
 
+import psutil
+
+CPUINFO = Path("/proc/cpuinfo")
 # Of glibc's malloc.h, and what they are set to: no tensor is mapped on its own, none that is freed goes back to the
 # system, and the heap grows by 64 MiB.
 _MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_TOP_PAD": (-2, 64 << 20)}
 
 
 def cpu_name() -> str:
-    """The processor's model name, or the architecture where the system does not tell."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    """The processor's model name, or the architecture where the system does not name it."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
 def processor() -> str:
     """Model name and a digest of the instruction sets: some virtual machines give several processors one name."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        fields = dict(line.split(":", 1) for line in lines if ":" in line)
-        fields = {name.strip(): value.strip() for name, value in fields.items()}
-        told = [fields.get(name, "") for name in ("flags", "Features", "CPU implementer", "CPU part", "CPU variant")]
-        flags = " ".join(sorted(" ".join(told).split()))  # the latter ones on ARM
-        digest = hashlib.sha256(flags.encode()).hexdigest()[:12]
-        return f"{fields.get('model name', platform.machine())} {fields.get('model', '')} {digest}"
-    return f"{platform.machine()} {platform.processor()}"
+    fields = _cpuinfo()
+    if not fields:
+        return f"{platform.machine()} {platform.processor()}"
+    names = ("flags", "Features", "CPU implementer", "CPU part", "CPU variant")  # all but the first on ARM
+    flags = " ".join(sorted(" ".join(fields.get(name, "") for name in names).split()))
+    digest = hashlib.sha256(flags.encode()).hexdigest()[:12]
+    return f"{fields.get('model name', platform.machine())} {fields.get('model', '')} {digest}"
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The fields of a processor as the kernel lists them; empty where it does not."""
+    pairs = (line.split(":", 1) for line in _text(CPUINFO).splitlines() if ":" in line)
+    return {name.strip(): value.strip() for name, value in pairs}
+
+
+def _text(path: Path) -> str:
+    """What the kernel says in a file, which need not be UTF-8; nothing where there is none."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def usable_cores(root: Path = Path("/")) -> int:
     """Physical cores this process may keep busy, at least 1.
 
-    Counts the cores of the affinity mask, two threads of one core once (arithmetic gains nothing from the second
-    one), and no more than the CPU quota of the control group, as a container or a SLURM job has it.
-
-    Args:
-        root: where /proc and /sys are looked for.
+    Two threads of one core count once (arithmetic gains nothing from the second one), and no more than the CPU quota
+    of the control group, as a container or a SLURM job has it. /proc and /sys are looked for below `root`.
     """
     mask = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    siblings = {_siblings(root, cpu) for cpu in mask}
+    topology = (root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list" for cpu in mask)
+    cores = len({_text(siblings) or str(siblings) for siblings in topology})
     quota = cpu_quota(root)
-    return len(siblings) if quota is None else max(1, min(len(siblings), int(quota)))
+    return cores if quota is None else max(1, min(cores, int(quota)))
 
 
 def rank_has_its_own_cores() -> bool:
-    """Whether SLURM has bound this rank, one task a rank, to cores that no other rank of the node may use.
+    """Whether SLURM has bound this rank, one rank per task, to cores that no other rank of the node may use.
 
-    Then `usable_cores` counts this rank's cores. Elsewhere it counts what all ranks of the machine share.
+    Elsewhere `usable_cores` counts what all ranks of the machine share.
     """
     names = ("SLURM_STEP_NUM_TASKS", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_CPUS_ON_NODE")
     try:
@@ -66,68 +73,37 @@ def rank_has_its_own_cores() -> bool:
     return tasks == ranks and len(os.sched_getaffinity(0)) * ranks_here <= cpus_here
 
 
-def _siblings(root: Path, cpu: int) -> str:
-    """The hardware threads that share a core with this one; its own number where the system does not tell."""
-    try:
-        path = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
-        return path.read_text().strip() or str(cpu)
-    except OSError:
-        return str(cpu)
-
-
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """CPUs' worth of time that the control groups above this process grant, or None without a limit.
-
-    Reads `cpu.max` (version 2) and `cpu.cfs_quota_us` (version 1), of the process's own group and all above it.
-    """
+    """CPUs' worth of time that the control groups (version 1 or 2) above this process grant; None without a limit."""
     limits = []
-    for group in _groups(root):
-        try:
-            if (group / "cpu.max").exists():
-                quota, period = (group / "cpu.max").read_text().split()
-            else:
-                quota = (group / "cpu.cfs_quota_us").read_text()
-                period = (group / "cpu.cfs_period_us").read_text()
-            if quota != "max" and int(quota) > 0:
-                limits.append(int(quota) / int(period))
-        except (OSError, ValueError):
-            continue
+    for group in _control_groups(root):
+        found = _text(group / "cpu.max") or " ".join(_text(group / f"cpu.cfs_{k}_us") for k in ("quota", "period"))
+        if limit := re.fullmatch(r"([1-9]\d*) ([1-9]\d*)", found):  # "max" and -1 are none
+            limits.append(int(limit[1]) / int(limit[2]))
     return min(limits, default=None)
 
 
-def _groups(root: Path) -> list[Path]:
+def _control_groups(root: Path) -> list[Path]:
     """Folders of the CPU controller: the group this process is in and its parents, as far as they are mounted."""
     mount = root / "sys/fs/cgroup"
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        lines = []
     folders = [mount, mount / "cpu"]
-    for line in lines:
+    for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        base = mount / "cpu" if controllers else mount
-        inner = Path(path.lstrip("/"))
-        folders += [base / part for part in (inner, *inner.parents)]
-    return list(dict.fromkeys(folders))
+        if not controllers or "cpu" in controllers.split(","):
+            inner = Path(path.lstrip("/"))
+            folders += [(mount / "cpu" if controllers else mount) / part for part in (inner, *inner.parents)]
+    return folders
 
 
-def available_memory_gib() -> float | None:
-    """Memory that can be had without swapping, GiB, or None where the system does not tell."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) / 2**20
-    except (OSError, ValueError):
-        pass
-    return None
+def available_memory_gib() -> float:
+    """Memory that can be had without swapping, GiB."""
+    return float(psutil.virtual_memory().available / 2**30)
 
 
 def keep_freed_memory() -> bool:
     """Let this process keep the memory of freed tensors for the next ones; says whether the system can.
 
-    glibc gives tensors above 32 MiB back as they are freed, and the next step takes them anew, page fault by page
+    glibc gives tensors above 32 MiB back as they are freed, and the next step takes them again, page fault by page
     fault. Kept, the process holds on to the most it ever used.
     Does nothing without glibc, or where somebody has tuned malloc by its variables (MALLOC_*, GLIBC_TUNABLES).
     """

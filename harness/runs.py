@@ -5,30 +5,33 @@ Nothing here writes, or imports torch. What cannot be read is named in `Run.prob
 
 from __future__ import annotations
 
-import fcntl
+import datetime
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
+from typing import Any, Literal, NamedTuple
 
 from harness.errors import HarnessError, nearest
-from harness.recipe.document import load_plain
-from harness.run_directory import CHECKPOINTS, JOB, LOCK, RUN_FILES, RUNS, has_checkpoints, is_unused, run_of
+from harness.files import LOCK, is_held
 from harness.tracking import metrics
 
-METRICS, RESULT = "metrics.jsonl", "result.json"
+RUNS = Path("runs")
+CHECKPOINTS, METRICS, RESULT = "checkpoints", "metrics.jsonl", "result.json"
+RUN_FILES = ("recipe.yaml", "provenance.json")
+EXIT_CODE = "exit_code"  # how the training ended, as whoever started it wrote it down
+JOB = "slurm"  # what the scheduler's job keeps there: its script, its recipe, what it prints
+# A process holds it; it has a result; it can be resumed; or nothing of a training is there.
 State = Literal["running", "finished", "stopped", "empty"]
 LARGEST = 1e15  # a larger number in a file is no figure of a training
-_BESIDE_THE_EXPERIMENT = ("seed", "name", "tracking")  # sections in which runs of one experiment may differ
+# In these runs of one experiment may differ: on two machines the data lies elsewhere, and another loader reads it.
+_SAME_EXPERIMENT = ("seed", "name", "tracking", "data.path", "data.loader", "data.workers")
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """A value of a curve."""
 
     step: int
@@ -38,25 +41,15 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory, as it was when it was read.
-
-    Attributes:
-        path: of the directory.
-        state: running (a process holds it), finished (it has a result), stopped (it can be resumed), or empty.
-        settings: the resolved recipe as nested mappings; not checked, since another version may have written it.
-        provenance: where it came from, as `provenance.json` has it.
-        result: as `result.json` has it; None before the end.
-        records: of `metrics.jsonl`, in order, each with a step and an epoch.
-        problems: what of it is missing or broken, in words.
-    """
+    """A run directory, as it was when it was read."""
 
     path: Path
     state: State
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)  # not checked: another version may have written them
     provenance: Mapping[str, Any] = field(default_factory=dict)
     result: Mapping[str, Any] | None = None
-    records: Sequence[Mapping[str, Any]] = ()
-    problems: tuple[str, ...] = ()
+    records: Sequence[Mapping[str, Any]] = ()  # of metrics.jsonl, in order, each with a step and an epoch
+    problems: tuple[str, ...] = ()  # what is missing or broken, in words
 
     @property
     def recipe_name(self) -> str:
@@ -84,12 +77,12 @@ class Run:
 
     def setting(self, key: str, default: Any = None) -> Any:
         """A setting of the recipe by its dotted key."""
-        found: Any = self.settings
+        value: Any = self.settings
         for part in key.split("."):
-            if not isinstance(found, Mapping) or part not in found:
+            if not isinstance(value, Mapping) or part not in value:
                 return default
-            found = found[part]
-        return found
+            value = value[part]
+        return value
 
     @property
     def seed(self) -> Any:
@@ -98,12 +91,14 @@ class Run:
 
     @property
     def experiment(self) -> dict[str, Any]:
-        """The recipe by dotted keys, without seed, name and tracking: runs in which it is equal are one experiment.
+        """The recipe by dotted keys, as far as it says what is learned: runs in which it is equal are one experiment.
 
         Empty where the recipe cannot be read; such a run is like no other.
         """
-        settings = {key: value for key, value in self.settings.items() if key not in _BESIDE_THE_EXPERIMENT}
-        return dict(_by_dotted_key(settings))
+        from harness.recipe.document import flatten
+
+        settings = flatten(self.settings).items()
+        return {k: _as_json(v) for k, v in settings if k not in _SAME_EXPERIMENT and not k.startswith("tracking.")}
 
     def curve(self, split: str, key: str, *, kind: str = "epoch") -> list[Point]:
         """Values of one key in order: `split` is train, test or test_ema, `kind` epoch or step.
@@ -119,8 +114,7 @@ class Run:
 
     def last_in(self, split: str, key: str = "accuracy") -> Point | None:
         """The latest value of a split."""
-        points = self.curve(split, key)
-        return points[-1] if points else None
+        return next(reversed(self.curve(split, key)), None)
 
     def best_in(self, split: str) -> Point | None:
         """The highest accuracy of a split, a share from 0 to 1; the first where several are equal."""
@@ -178,63 +172,77 @@ class Run:
             return 0.0
 
 
-def finite(value: Any, *, below: float = LARGEST) -> float | None:
-    """A number from a run's files as a float; None for anything else, NaN, infinity and what is larger than that."""
-    known = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < below
-    return float(value) if known else None
+def runs_of(recipe_name: str) -> Path:
+    """The folder of a recipe's runs, below the working directory."""
+    return RUNS / recipe_name
+
+
+def new_run_directory(recipe_name: str) -> Path:
+    """`runs/<recipe>/<run-id>`: sortable, and unique among runs started in the same second. Nothing is made on disk."""
+    return runs_of(recipe_name) / (datetime.datetime.now().strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2))
+
+
+def is_unused(path: Path) -> bool:
+    """Whether no training has begun in a directory; those who start one, and a process that died, may leave files."""
+    names = [entry.name for entry in path.iterdir()] if path.exists() else []
+    half_written = [name for name in names if name.startswith(".") and name.endswith(".tmp")]
+    return set(names) <= {LOCK, JOB, EXIT_CODE, *half_written}
+
+
+def run_of(checkpoint_or_run: Path) -> Path | None:
+    """The run directory that a checkpoint lies in, or that a path is; None for a checkpoint taken out of its run."""
+    path = checkpoint_or_run.resolve()
+    for run in (path, path.parent.parent if path.parent.name == CHECKPOINTS else path):
+        if (run / CHECKPOINTS).is_dir() and all((run / name).is_file() for name in RUN_FILES):
+            return run
+    return None
+
+
+def has_checkpoints(run: Path) -> bool:
+    """Whether a checkpoint was ever finished in a run."""
+    return any((run / CHECKPOINTS).glob("step_*"))
 
 
 def open_run(path: str | Path, *, steps: bool = True) -> Run:
-    """Read a run by its directory or one of its checkpoints, whatever state it is in.
+    """Read a run by its directory or one of its checkpoints, whatever state it is in; HarnessError where there is none.
 
-    Args:
-        steps: False leaves out the records of single steps, for whoever reads hundreds of runs.
-
-    Raises:
-        HarnessError: there is no run.
+    Without `steps` the records of single steps are left out, for whoever reads hundreds of runs.
     """
     path = Path(path)
-    run = path if _is_run(path) else run_of(path) if path.exists() else None
-    if run is None and not path.exists():
-        raise HarnessError("there is no such run", where=str(path), hint=_hint(path, RUNS))
-    if run is None:
-        raise HarnessError("is not a run directory", where=str(path), hint=_hint(path, path))
-    return _read(run, steps)
+    there = path.exists()
+    if there and (run := path if _is_run(path) else run_of(path)):
+        return _read(run, steps)
+    known = [str(folder) for folder in _run_folders(path if there else RUNS) if _is_run(folder)]
+    if 0 < len(known) < 4:
+        hint = nearest(str(path), known)
+    else:
+        hint = f"The newest here is {known[-1]}" if known else "Give a folder like runs/<recipe>/<run-id>"
+        hint += ";"
+    what = "is not a run directory" if there else "there is no such run"
+    raise HarnessError(what, where=str(path), hint=f"{hint} `harness runs` lists them.")
 
 
 def list_runs(root: Path = RUNS, *, recipe: str | None = None) -> list[Run]:
     """The runs below a folder (`root/<recipe>/<run-id>`, `root/<run-id>` or `root` itself), the newest last.
 
     Records of single steps are left out. No run makes it raise: what cannot be read is in the run's problems.
-
-    Raises:
-        HarnessError: there is no such folder, or no run of that recipe.
+    HarnessError where there is no such folder, or no run of that recipe.
     """
     if not root.is_dir() and root != RUNS:
-        raise HarnessError(
-            "there is no such folder", where=str(root), hint="Give the folder that the runs are in, such as runs."
-        )
+        hint = "Give the folder that the runs are in, such as runs."
+        raise HarnessError("there is no such folder", where=str(root), hint=hint)
     runs = sorted(map(_open_anyway, _run_folders(root)), key=lambda run: (run.updated_unix_seconds, str(run.path)))
-    found = [run for run in runs if recipe is None or run.recipe_name == recipe]
-    if recipe is not None and not found:
+    chosen = [run for run in runs if recipe is None or run.recipe_name == recipe]
+    if recipe is not None and not chosen:
         hint = nearest(recipe, {run.recipe_name for run in runs})
         raise HarnessError(f'no run of the recipe "{recipe}"', where=str(root), hint=hint)
-    return found
+    return chosen
 
 
-def is_held(path: Path) -> bool:
-    """Whether a process trains in a run directory now, on this machine or, where the file system tells, another."""
-    try:
-        handle = os.open(path / LOCK, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(handle)
-    return False
+def finite(value: Any, *, below: float = LARGEST) -> float | None:
+    """A number from a run's files as a float; None for anything else, NaN, infinity and what is larger than that."""
+    known = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < below
+    return float(value) if known else None
 
 
 def _is_run(path: Path) -> bool:
@@ -281,65 +289,52 @@ def _open_anyway(path: Path) -> Run:
         return Run(path, "empty", problems=(why,))
 
 
-def _hint(wanted: Path, root: Path) -> str:
-    there = [str(path) for path in _run_folders(root) if _is_run(path)]
-    if 0 < len(there) < 4:
-        return nearest(str(wanted), there)
-    what = f"The newest here is {there[-1]}" if there else "Give a folder like runs/<recipe>/<run-id>"
-    return f"{what}; `harness runs` lists them."
-
-
 def _read(path: Path, steps: bool) -> Run:
     problems: list[str] = []
-    settings = _part(path / "recipe.yaml", lambda file: load_plain(file.read_text("utf-8")), Mapping, problems)
-    provenance = _part(path / "provenance.json", lambda file: json.loads(file.read_text("utf-8")), Mapping, problems)
-    result = None
-    if (path / RESULT).exists():
-        result = _part(path / RESULT, lambda file: json.loads(file.read_text("utf-8")), Mapping, problems)
+    settings = _part(path / "recipe.yaml", _read_settings, Mapping, problems) or {}
+    provenance = _part(path / "provenance.json", _read_json, Mapping, problems) or {}
+    result = _part(path / RESULT, _read_json, Mapping, problems) if (path / RESULT).exists() else None
     lines = _part(path / METRICS, partial(metrics.read, steps=steps), list, problems) or []
     records = [{**line, "epoch": float(line.get("epoch", 0))} for line in lines if _is_record(line)]
     if len(records) < len(lines):
         problems.append(f"{METRICS} has {len(lines) - len(records)} lines that are no records")
-    if is_held(path):
-        state: State = "running"
-    elif result:
-        state = "finished"
-    else:
-        state = "stopped" if records or has_checkpoints(path) else "empty"
+    stopped: State = "stopped" if records or has_checkpoints(path) else "empty"
+    state: State = "running" if is_held(path) else "finished" if result else stopped
     if state in ("running", "empty"):  # the first record is still to come
         problems = [problem for problem in problems if problem != f"{METRICS} is missing"]
-    return Run(path, state, settings or {}, provenance or {}, result or None, records, tuple(problems))
+    return Run(path, state, settings, provenance, result or None, records, tuple(problems))
 
 
 def _part(path: Path, read: Callable[[Path], Any], kind: type, problems: list[str]) -> Any:
     """What is in one of the run's files; None, with the reason among the problems, where it is not of that kind."""
     try:
-        if isinstance(found := read(path), kind):
-            return found
+        if isinstance(content := read(path), kind):
+            return content
         problem = "is broken"
     except FileNotFoundError:
         problem = "is missing"
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
-    except (ValueError, yaml.YAMLError, RecursionError):
+    except (HarnessError, ValueError, RecursionError):
         problem = "is broken"
     problems.append(f"{path.name} {problem}")
     return None
 
 
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text("utf-8"))
+
+
+def _read_settings(path: Path) -> dict[str, Any] | None:
+    from harness.recipe.document import parse  # heavy, and `--help` imports this module
+
+    text = path.read_text("utf-8")
+    return parse(text, str(path)).data if text.strip() else None
+
+
 def _is_record(record: Any) -> bool:
-    if not isinstance(record, Mapping):
-        return False
-    step = record.get("step")
+    step = record.get("step") if isinstance(record, Mapping) else None
     return isinstance(step, int) and abs(step) < LARGEST and finite(record.get("epoch", 0)) is not None
-
-
-def _by_dotted_key(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in data.items():
-        if isinstance(value, Mapping) and value:
-            yield from _by_dotted_key(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", _as_json(value)
 
 
 def _as_json(value: Any) -> Any:

@@ -24,26 +24,19 @@ _received: list[signal.Signals] = []
 
 @contextmanager
 def noticed() -> Iterator[None]:
-    """Notice stop signals inside the block instead of dying of them; the former handlers come back behind it."""
+    """Notice stop signals inside the block instead of dying of them; the former handlers come back after it."""
     _received.clear()
     under_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     numbers = [number for number in STOP_SIGNALS if not (under_nohup and number == signal.SIGHUP)]
     before = {number: signal.signal(number, _notice) for number in numbers}
-    _notice_launchers_death()
+    if "TORCHELASTIC_RUN_ID" in os.environ or "HARNESS_EXIT_CODE_FILE" in os.environ:
+        end_with_parent()  # a rank without its launcher would train on, and hold the run directory against the restart
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         _received.clear()
-
-
-def _notice_launchers_death() -> None:
-    """Be sent SIGTERM when the launcher of this rank dies: an orphan would train on, and hold the run directory against
-    the restart."""
-    launched = "TORCHELASTIC_RUN_ID" in os.environ or "HARNESS_EXIT_CODE_FILE" in os.environ
-    if launched:
-        end_with_parent()
 
 
 def end_with_parent() -> None:
@@ -64,8 +57,7 @@ def received() -> str | None:
 def _notice(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT and _received:
         raise KeyboardInterrupt
-    first = not _received
     _received.append(signal.Signals(number))
-    if first:
+    if len(_received) == 1:
         with suppress(OSError):  # nobody reads any more, as `| tee log` does not after Ctrl-C
-            os.write(2, f"{signal.Signals(number).name}: stopping after this step, with a checkpoint\n".encode())
+            os.write(2, f"{received()}: stopping after this step, with a checkpoint\n".encode())

@@ -17,12 +17,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.fork_server import ForkServer
 from tests.leaks import Snapshot
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS_LIMIT_SECONDS = 120.0
+_same = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+settings.register_profile("ci", max_examples=60, **_same)
+settings.register_profile("release", max_examples=1500, **_same)
+settings.load_profile("ci")
 RANK_ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 

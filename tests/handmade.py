@@ -17,14 +17,14 @@ def records_of(
     """The records of a training with one test accuracy an epoch."""
     records: list[dict[str, Any]] = []
     for epoch, accuracy in enumerate(accuracies, start=1):
-        at = {"step": epoch * steps_per_epoch, "epoch": epoch, "time_unix_seconds": start_unix_seconds + 60 * epoch}
-        middle = {"step": at["step"] - 5, "epoch": epoch - 0.5, "time_unix_seconds": at["time_unix_seconds"] - 30}
-        training = {"loss": 2 - accuracy, "accuracy": accuracy, "images_per_second": 1000.0, "seconds": 50.0}
-        records.append({"kind": "step", "split": "train", **middle, **training, "lr": 0.1 / epoch})
-        records.append({"kind": "epoch", "split": "train", **at, **training})
-        records.append({"kind": "epoch", "split": "test", **at, "loss": 2 - accuracy, "accuracy": accuracy})
+        step, seconds = epoch * steps_per_epoch, start_unix_seconds + 60 * epoch
+        at = {"kind": "epoch", "step": step, "epoch": epoch, "time_unix_seconds": seconds}
+        middle = {"kind": "step", "step": step - 5, "epoch": epoch - 0.5, "time_unix_seconds": seconds - 30}
+        quality = {"loss": 2 - accuracy, "accuracy": accuracy}
+        training = {"split": "train", **quality, "images_per_second": 1000.0, "seconds": 50.0}
+        records += [{**middle, **training, "lr": 0.1 / epoch}, {**at, **training}, {**at, "split": "test", **quality}]
         if ema:
-            records.append({"kind": "epoch", "split": "test_ema", **at, "loss": 1.0, "accuracy": accuracy + 0.01})
+            records.append({**at, "split": "test_ema", "loss": 1.0, "accuracy": accuracy + 0.01})
     return records
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,103 +39,73 @@ class Snapshot:
     root: Path
     environment: dict[str, str]
     directory: str
-    files: frozenset[str]
-    threads: frozenset[int]
-    children: frozenset[int]
-    torch: dict[str, Any] | None
+    files: set[str]
+    threads: set[threading.Thread]
+    children: set[int]
+    torch: dict[str, Any]
 
     @classmethod
     def take(cls, root: Path) -> Snapshot:
         """The state now; `root` is the folder in which no file may appear."""
-        return cls(
-            root=root,
-            environment=dict(os.environ),
-            directory=os.getcwd(),
-            files=_files(root),
-            threads=frozenset(t.ident for t in threading.enumerate() if t.ident is not None),
-            children=frozenset(child.pid for child in psutil.Process().children(recursive=True)),
-            torch=_torch_state(),
-        )
+        children = {child.pid for child in psutil.Process().children(recursive=True)}
+        threads = set(threading.enumerate())
+        return cls(root, dict(os.environ), os.getcwd(), _files(root), threads, children, _torch_state())
 
     def clear_leaks(self) -> list[str]:
         """What differs now, in words; it is put back as it was, so that only one test fails for it."""
-        return [
-            *self._environment(),
-            *self._directory(),
-            *self._files(),
-            *self._threads(),
-            *self._children(),
-            *self._process_group(),
-            *self._torch(),
-        ]
+        found = []
+        for name in sorted((os.environ.keys() | self.environment.keys()) - LIBRARY_VARIABLES):
+            before, now = self.environment.get(name), os.environ.get(name)
+            if now != before:
+                found.append(f"environment variable {name}: {before!r} → {now!r}")
+                os.environ.pop(name, None)
+                os.environ.update({} if before is None else {name: before})
+        if os.getcwd() != self.directory:
+            found.append(f"working directory: {os.getcwd()}")
+            os.chdir(self.directory)
+        found += [f"file in the repository: {name}" for name in sorted(_files(self.root) - self.files)]
+        found += [f"thread {thread.name}" for thread in _remaining(self._threads)]
+        processes = _remaining(self._children)
+        found += [f"process {_command(process)}" for process in processes]
+        for process in processes:
+            process.kill()
+        psutil.wait_procs(processes, timeout=GRACE_SECONDS)
+        return found + self._torch()
 
-    def _environment(self) -> list[str]:
-        names = (os.environ.keys() | self.environment.keys()) - LIBRARY_VARIABLES
-        changed = sorted(name for name in names if os.environ.get(name) != self.environment.get(name))
-        found = [f"environment variable {n}: {self.environment.get(n)!r} → {os.environ.get(n)!r}" for n in changed]
-        for name in changed:
-            if name in self.environment:
-                os.environ[name] = self.environment[name]
-            else:
-                del os.environ[name]
-        return found
+    def _threads(self) -> list[threading.Thread]:
+        return [t for t in threading.enumerate() if not t.daemon and t.is_alive() and t not in self.threads]
 
-    def _directory(self) -> list[str]:
-        if os.getcwd() == self.directory:
-            return []
-        found = [f"working directory: {os.getcwd()}"]
-        os.chdir(self.directory)
-        return found
-
-    def _files(self) -> list[str]:
-        return [f"file in the repository: {name}" for name in sorted(_files(self.root) - self.files)]
-
-    def _threads(self) -> list[str]:
-        deadline = time.monotonic() + GRACE_SECONDS
-        while alive := [
-            t for t in threading.enumerate() if not t.daemon and t.is_alive() and t.ident not in self.threads
-        ]:
-            if time.monotonic() > deadline:
-                return [f"thread {thread.name}" for thread in alive]
-            time.sleep(0.02)
-        return []
-
-    def _children(self) -> list[str]:
-        deadline = time.monotonic() + GRACE_SECONDS
-        while alive := [p for p in psutil.Process().children(recursive=True) if self._is_leaked(p)]:
-            if time.monotonic() > deadline:
-                found = [f"process {_command(process)}" for process in alive]
-                for process in alive:
-                    process.kill()
-                psutil.wait_procs(alive, timeout=GRACE_SECONDS)
-                return found
-            time.sleep(0.02)
-        return []
-
-    def _is_leaked(self, process: psutil.Process) -> bool:
-        command = _command(process)
-        return process.pid not in self.children and bool(command) and not any(w in command for w in LIBRARY_PROCESSES)
-
-    def _process_group(self) -> list[str]:
-        distributed = sys.modules.get("torch.distributed")
-        if distributed is None or not distributed.is_available() or not distributed.is_initialized():
-            return []
-        distributed.destroy_process_group()
-        return ["a process group of torch.distributed"]
+    def _children(self) -> list[psutil.Process]:
+        new = [process for process in psutil.Process().children(recursive=True) if process.pid not in self.children]
+        return [p for p in new if (command := _command(p)) and not any(word in command for word in LIBRARY_PROCESSES)]
 
     def _torch(self) -> list[str]:
-        _forget_accelerator()
-        now = _torch_state()
-        if self.torch is None or now is None:
-            return []
-        found = [f"torch {name}: {old} → {now[name]}" for name, old in self.torch.items() if now[name] != old]
-        if found:
-            _restore_torch(self.torch)
+        found = []
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is not None and distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
+            found.append("a process group of torch.distributed")
+        if state := sys.modules.get("accelerate.state"):  # it keeps the first Accelerator's settings for good
+            state.AcceleratorState._reset_state(reset_partial_state=True)
+            state.GradientState._reset_state()
+        now = _torch_state() if self.torch else {}
+        for name, value in now.items():
+            if value != self.torch[name]:
+                found.append(f"torch {name}: {self.torch[name]} → {value}")
+                _torch_settings()[name][1](self.torch[name])
         return found
 
 
-def _files(root: Path) -> frozenset[str]:
-    return frozenset(name for name in os.listdir(root) if not name.startswith(ROOT_FILES))
+def _remaining(look: Callable[[], list[Any]]) -> list[Any]:
+    """What is still there after a moment."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    while (alive := look()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return alive
+
+
+def _files(root: Path) -> set[str]:
+    return {name for name in os.listdir(root) if not name.startswith(ROOT_FILES)}
 
 
 def _command(process: psutil.Process) -> str:
@@ -145,36 +116,22 @@ def _command(process: psutil.Process) -> str:
         return ""
 
 
-def _torch_state() -> dict[str, Any] | None:
-    """The settings of torch that would change what later tests compute; None before torch is imported."""
-    torch = sys.modules.get("torch")
-    if torch is None or not hasattr(torch, "get_num_threads"):
-        return None
+def _torch_settings() -> dict[str, tuple[Callable[[], Any], Callable[[Any], None]]]:
+    """The settings of torch that would change what later tests compute, each with how to read and to set it."""
+    torch = sys.modules["torch"]
+    cudnn = torch.backends.cudnn
     return {
-        "default dtype": torch.get_default_dtype(),
-        "number of threads": torch.get_num_threads(),
-        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-        "cudnn.deterministic": torch.backends.cudnn.deterministic,
-        "cudnn.benchmark": torch.backends.cudnn.benchmark,
-        "gradients": torch.is_grad_enabled(),
-        "float32 matmul precision": torch.get_float32_matmul_precision(),
+        "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+        "number of threads": (torch.get_num_threads, torch.set_num_threads),
+        "deterministic algorithms": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+        "cudnn.deterministic": (lambda: cudnn.deterministic, lambda value: setattr(cudnn, "deterministic", value)),
+        "cudnn.benchmark": (lambda: cudnn.benchmark, lambda value: setattr(cudnn, "benchmark", value)),
+        "gradients": (torch.is_grad_enabled, torch.set_grad_enabled),
+        "float32 matmul precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     }
 
 
-def _restore_torch(state: dict[str, Any]) -> None:
-    torch = sys.modules["torch"]
-    torch.set_default_dtype(state["default dtype"])
-    torch.set_num_threads(state["number of threads"])
-    torch.use_deterministic_algorithms(state["deterministic algorithms"])
-    torch.backends.cudnn.deterministic = state["cudnn.deterministic"]
-    torch.backends.cudnn.benchmark = state["cudnn.benchmark"]
-    torch.set_grad_enabled(state["gradients"])
-    torch.set_float32_matmul_precision(state["float32 matmul precision"])
-
-
-def _forget_accelerator() -> None:
-    """Accelerate keeps the first Accelerator's settings for the whole process; the next test starts without them."""
-    state = sys.modules.get("accelerate.state")
-    if state is not None:
-        state.AcceleratorState._reset_state(reset_partial_state=True)
-        state.GradientState._reset_state()
+def _torch_state() -> dict[str, Any]:
+    """Empty before torch is imported."""
+    imported = hasattr(sys.modules.get("torch"), "get_num_threads")
+    return {name: read() for name, (read, _) in _torch_settings().items()} if imported else {}

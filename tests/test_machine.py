@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from harness import machine
 from harness.machine import available_memory_gib, cpu_name, cpu_quota, keep_freed_memory, usable_cores
+
+CGROUP, CPU = "sys/fs/cgroup", "sys/fs/cgroup/cpu"
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -25,51 +28,51 @@ def write(root: Path, files: dict[str, str]) -> Path:
     ("files", "quota"),
     [
         ({}, None),
-        ({"sys/fs/cgroup/cpu.max": "max 100000\n"}, None),
-        ({"sys/fs/cgroup/cpu.max": "150000 100000\n"}, 1.5),
-        # The limit of a parent holds for its children.
-        (
+        ({f"{CGROUP}/cpu.max": "max 100000\n"}, None),
+        ({f"{CGROUP}/cpu.max": "150000 100000\n"}, 1.5),
+        ({f"{CGROUP}/cpu.max": "what\n"}, None),
+        (  # the limit of a parent holds for its children
             {
                 "proc/self/cgroup": "0::/job/step\n",
-                "sys/fs/cgroup/job/cpu.max": "200000 100000\n",
-                "sys/fs/cgroup/job/step/cpu.max": "max 100000\n",
+                f"{CGROUP}/job/cpu.max": "200000 100000\n",
+                f"{CGROUP}/job/step/cpu.max": "max 100000\n",
             },
             2.0,
         ),
         (
             {
                 "proc/self/cgroup": "4:memory:/m\n3:cpu,cpuacct:/box\n",
-                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
-                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
-                "sys/fs/cgroup/cpu/box/cpu.cfs_quota_us": "50000\n",
-                "sys/fs/cgroup/cpu/box/cpu.cfs_period_us": "100000\n",
+                f"{CPU}/cpu.cfs_quota_us": "-1\n",
+                f"{CPU}/cpu.cfs_period_us": "100000\n",
+                f"{CPU}/box/cpu.cfs_quota_us": "50000\n",
+                f"{CPU}/box/cpu.cfs_period_us": "100000\n",
             },
             0.5,
         ),
-        ({"sys/fs/cgroup/cpu.max": "what\n"}, None),
     ],
 )
 def test_quota(tmp_path: Path, files: dict[str, str], quota: float | None) -> None:
     assert cpu_quota(write(tmp_path, files)) == quota
 
 
-def test_two_threads_of_a_core_count_once(tmp_path: Path) -> None:
+def test_threads_of_a_core_count_once_and_a_small_quota_still_gives_one(tmp_path: Path) -> None:
     mask = os.sched_getaffinity(0)
     one_core = {f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list": "0-7\n" for cpu in mask}
-    assert usable_cores(tmp_path / "tells nothing") == len(mask)
-    assert usable_cores(write(tmp_path, one_core)) == 1
+    assert usable_cores(tmp_path / "says nothing") == len(mask)
+    assert usable_cores(write(tmp_path / "a", one_core)) == 1
+    assert usable_cores(write(tmp_path / "b", {f"{CGROUP}/cpu.max": "20000 100000\n"})) == 1
 
 
-def test_a_quota_below_one_cpu_still_gives_one_core(tmp_path: Path) -> None:
-    assert usable_cores(write(tmp_path, {"sys/fs/cgroup/cpu.max": "20000 100000\n"})) == 1
-
-
-def test_this_machine() -> None:
+def test_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu_name()
     assert 1 <= usable_cores() <= len(os.sched_getaffinity(0))
-    memory = available_memory_gib()
-    assert memory is not None
-    assert 0 < memory < 1e5
+    assert 0 < available_memory_gib() < 1e5
+    (tmp_path / "cpuinfo").write_bytes(b"processor\t: 0\nmodel name\t: Caf\xe9 3000\nflags\t\t: b a\n\n")
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    assert cpu_name() == "Caf\N{REPLACEMENT CHARACTER} 3000"  # some name themselves in Latin-1
+    assert machine.processor().startswith("Caf")
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "none")
+    assert cpu_name()
 
 
 FAULTS_OF_64_MIB = """
@@ -87,10 +90,7 @@ print(max(faults[1:]))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-@pytest.mark.parametrize(
-    ("how", "least", "most"),
-    [("given back", 1000, 1 << 20), ("kept", 0, 100)],
-)
+@pytest.mark.parametrize(("how", "least", "most"), [("given back", 1000, 1 << 20), ("kept", 0, 100)])
 def test_the_memory_of_a_freed_tensor_is_there_for_the_next(how: str, least: int, most: int) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
     command = [sys.executable, "-c", FAULTS_OF_64_MIB, how]

@@ -11,25 +11,41 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.conftest import ROOT
+
+PYTHON = """#!/bin/sh
+case "$*" in
+  *"-m pip install"*"[ffcv"*) echo "$*" >>{folder}/pip-calls; exit ${{FFCV_BUILD:-0}} ;;
+  *"-m pip install"*) echo "$*" >>{folder}/pip-calls; echo no network; exit ${{PIP:-0}} ;;
+  *"import ffcv"*) exit ${{FFCV_IMPORT:-0}} ;;
+esac
+exec {python} "$@"
+"""
 
 
-@dataclass
 class Clone:
     """A copy of what set-up reads, with an environment whose pip only takes notes."""
 
-    folder: Path
-    env: dict[str, str]
-    calls_seen: int = field(default=0)
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.venv, self.project = folder, folder / ".venv", folder / "pyproject.toml"
+        self.env = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "HARNESS_NO_APT": "1"}
+        self.env.pop("HARNESS_VENV", None)
+        for part in ("scripts", "bin", ".venv/bin"):
+            (folder / part).mkdir(parents=True)
+        shutil.copy(ROOT / "scripts" / "setup.sh", folder / "scripts")
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        quoted = {"folder": shlex.quote(str(folder)), "python": shlex.quote(sys.executable)}
+        self.stand_in(".venv/bin/python", PYTHON.format(**quoted))
+        self.stand_in("bin/pkg-config", '#!/bin/sh\ncase "$2" in $LACKING) exit 1 ;; esac\n')
+        self.stand_in("bin/g++", "#!/bin/sh\n")
 
-    @property
-    def venv(self) -> Path:
-        return self.folder / ".venv"
+    def stand_in(self, name: str, text: str) -> None:
+        (self.folder / name).write_text(text)
+        (self.folder / name).chmod(0o755)
 
     def setup(self, *arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
         command = [str(self.folder / "scripts" / "setup.sh"), *arguments]
@@ -39,39 +55,13 @@ class Clone:
         """The extras of the calls of pip since the last look ("" for none)."""
         log = self.folder / "pip-calls"
         calls = log.read_text().splitlines() if log.exists() else []
-        new, self.calls_seen = calls[self.calls_seen :], len(calls)
-        return [call.rpartition(str(self.folder))[2].strip("[]") for call in new]
-
-    def stand_in(self, name: str, text: str) -> None:
-        path = self.folder / "bin" / name
-        path.write_text(f"#!/bin/sh\n{text}\n")
-        path.chmod(0o755)
+        log.unlink(missing_ok=True)
+        return [call.rpartition(str(self.folder))[2].strip("[]") for call in calls]
 
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Clone:
-    folder = tmp_path / "a clone"
-    (folder / "scripts").mkdir(parents=True)
-    (folder / "bin").mkdir()
-    shutil.copy(ROOT / "scripts" / "setup.sh", folder / "scripts")
-    shutil.copy(ROOT / "pyproject.toml", folder)
-    (folder / ".venv" / "bin").mkdir(parents=True)
-    python = folder / ".venv" / "bin" / "python"
-    python.write_text(f"""#!/bin/sh
-case "$*" in
-  *"-m pip install"*"[ffcv"*) echo "$*" >>{shlex.quote(str(folder))}/pip-calls; exit ${{FFCV_BUILD:-0}} ;;
-  *"-m pip install"*) echo "$*" >>{shlex.quote(str(folder))}/pip-calls; echo no network; exit ${{PIP:-0}} ;;
-  *"import ffcv"*) exit ${{FFCV_IMPORT:-0}} ;;
-esac
-exec {shlex.quote(sys.executable)} "$@"
-""")
-    python.chmod(0o755)
-    env = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "HARNESS_NO_APT": "1"}
-    env.pop("HARNESS_VENV", None)
-    made = Clone(folder, env)
-    made.stand_in("pkg-config", 'case "$2" in $LACKING) exit 1 ;; esac')
-    made.stand_in("g++", "exit 0")
-    return made
+    return Clone(tmp_path / "a clone")
 
 
 def test_the_first_time_installs_and_the_second_does_nothing_quickly(clone: Clone) -> None:
@@ -82,27 +72,18 @@ def test_the_first_time_installs_and_the_second_does_nothing_quickly(clone: Clon
     again = clone.setup()
     assert time.perf_counter() - start < 3  # an installation takes minutes
     assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+    clone.project.write_text(clone.project.read_text().replace("timeout = 300", "timeout = 301"))
+    clone.setup()  # settings of tools are no reason to install again
     assert clone.pip_calls() == []
 
 
 def test_the_tools_of_developers_are_added_once_and_stay(clone: Clone) -> None:
-    clone.setup()
-    clone.setup("--dev")
-    clone.setup("--dev")
-    clone.setup()
+    for arguments in ((), ("--dev",), ("--dev",), ()):
+        clone.setup(*arguments)
     assert clone.pip_calls() == ["ffcv", "ffcv,dev"]
-    project = clone.folder / "pyproject.toml"
-    project.write_text(project.read_text().replace('"timm>=', '"timm>1,>='))
+    clone.project.write_text(clone.project.read_text().replace('"timm>=', '"timm>1,>='))
     clone.setup()
     assert clone.pip_calls() == ["ffcv,dev"]
-
-
-def test_settings_of_tools_are_no_reason_to_install_again(clone: Clone) -> None:
-    clone.setup()
-    project = clone.folder / "pyproject.toml"
-    project.write_text(project.read_text().replace("timeout = 300", "timeout = 301"))
-    clone.setup()
-    assert clone.pip_calls() == ["ffcv"]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +133,7 @@ def test_a_failed_installation_is_told_and_tried_again(clone: Clone) -> None:
 def test_no_python_that_fits_is_told(clone: Clone) -> None:
     shutil.rmtree(clone.venv)
     for name in ("python3", "python3.11", "python3.12", "python"):
-        clone.stand_in(name, '[ "$1" = --version ] && echo Python 3.9.2 && exit 0; exit 1')
+        clone.stand_in(f"bin/{name}", '#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2 && exit 0; exit 1\n')
     done = clone.setup()
     assert done.returncode == 2
     assert "no Python 3.11 or 3.12 found; python3 is Python 3.9.2" in done.stderr

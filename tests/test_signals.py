@@ -1,4 +1,4 @@
-"""What a process notices: that the launcher above it died."""
+"""What a process notices: that the launcher above it died, and signals though nobody reads its output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.conftest import ROOT
+
 RANK = """
 import sys, time
 from pathlib import Path
@@ -24,7 +25,9 @@ with signals.noticed():
     (folder / "part").write_text(str(signals.received()))
     (folder / "part").rename(folder / "received")
 """
-LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
+LAUNCHER = [sys.executable, "-c", "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])", RANK]
+CONTAINER = ["unshare", "--pid", "--fork", "--kill-child"]
+ENVIRONMENT = os.environ | {"TORCHELASTIC_RUN_ID": "none", "PYTHONPATH": str(ROOT)}
 
 
 def wait_for(path: Path) -> None:
@@ -36,8 +39,7 @@ def wait_for(path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
 def test_a_rank_stops_when_its_launcher_is_killed(tmp_path: Path) -> None:
-    environment = os.environ | {"TORCHELASTIC_RUN_ID": "none", "PYTHONPATH": str(ROOT)}
-    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, RANK, str(tmp_path)], env=environment, cwd=ROOT)
+    launcher = subprocess.Popen([*LAUNCHER, str(tmp_path)], env=ENVIRONMENT, cwd=ROOT)
     wait_for(tmp_path / "ready")
     launcher.kill()
     launcher.wait()
@@ -47,9 +49,7 @@ def test_a_rank_stops_when_its_launcher_is_killed(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="a process 1 of its own needs root, on Linux")
 def test_a_launcher_that_is_process_1_as_in_a_container_is_no_dead_one(tmp_path: Path) -> None:
-    environment = os.environ | {"TORCHELASTIC_RUN_ID": "none", "PYTHONPATH": str(ROOT)}
-    command = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c", LAUNCHER, RANK, str(tmp_path)]
-    with subprocess.Popen(command, env=environment, cwd=ROOT) as container:
+    with subprocess.Popen([*CONTAINER, *LAUNCHER, str(tmp_path)], env=ENVIRONMENT, cwd=ROOT) as container:
         wait_for(tmp_path / "ready")
         time.sleep(0.2)
         assert not (tmp_path / "received").exists()
@@ -57,19 +57,11 @@ def test_a_launcher_that_is_process_1_as_in_a_container_is_no_dead_one(tmp_path:
 
 
 def test_a_signal_counts_though_nobody_reads_the_output() -> None:
-    """As behind `| tee log`, which Ctrl-C ends first."""
-    script = """
-import os, signal
-from harness import signals
-with signals.noticed():
-    signal.raise_signal(signal.SIGINT)
-    code = 0 if signals.received() == "SIGINT" else 1
-os._exit(code)
-"""
+    """As in front of `| tee log`, which Ctrl-C ends first."""
+    script = "import os, signal\nfrom harness import signals\nwith signals.noticed():\n"
+    script += "    signal.raise_signal(signal.SIGINT)\n    os._exit(signals.received() != 'SIGINT')\n"
     reader, writer = os.pipe()
     os.close(reader)
-    try:
-        done = subprocess.run([sys.executable, "-c", script], stderr=writer, cwd=ROOT, timeout=60, check=False)
-    finally:
-        os.close(writer)
+    with os.fdopen(writer) as nobody:
+        done = subprocess.run([sys.executable, "-c", script], stderr=nobody, cwd=ROOT, timeout=60, check=False)
     assert done.returncode == 0

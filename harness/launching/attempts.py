@@ -6,7 +6,7 @@ from pathlib import Path
 
 from harness.errors import HarnessError
 from harness.recipe import load
-from harness.run_directory import has_checkpoints, new_run_directory, run_of
+from harness.runs import has_checkpoints, new_run_directory, run_of
 
 
 def with_run_directory(words: list[str]) -> list[str]:

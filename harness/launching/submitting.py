@@ -16,7 +16,7 @@ from typing import Any
 
 from harness.errors import EXIT_BAD_INPUT, EXIT_FAILED, HarnessError
 from harness.launching.slurm import Job, log_path, sbatch_text
-from harness.run_directory import JOB, is_unused, new_run_directory
+from harness.runs import JOB, is_unused, new_run_directory
 
 SCRIPT = "job.sbatch"
 RECIPE = "recipe.yaml"
@@ -75,8 +75,8 @@ def submit(
             nothing is left of it then.
     """
     from harness.recipe import load
+    from harness.recipe.document import locate
     from harness.recipe.loading import resolved_yaml
-    from harness.recipe.packaged import locate
 
     recipe = load(recipe_path, overrides)
     job = Job(

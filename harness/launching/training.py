@@ -14,7 +14,7 @@ from harness.errors import HarnessError
 from harness.launching.local import choose_split
 from harness.machine import usable_cores
 from harness.recipe import Recipe
-from harness.recipe.packaged import RECIPES
+from harness.recipe.document import RECIPES
 
 
 @dataclass(frozen=True)

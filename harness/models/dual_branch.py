@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from harness.errors import HarnessError, nearest
 from harness.models.units import AvgPool2d, Merge, branch, conv_stem, transition
-from harness.recipe.dual_branch_args import DualBranchArgs, parse_settings
+from harness.recipe.schema import DualBranchArgs, parse_settings
 
 # Not `from __future__ import annotations`: torch.fx writes forward's annotations into its code, as text they break it.
 
@@ -57,7 +57,7 @@ class DualBranchNet(nn.Module):
         drop_rate: share of the hidden features dropped before the classifier.
         device: where the weights are made; "meta" for none.
         dtype: of the weights.
-        **settings: fields of `harness.recipe.dual_branch_args.DualBranchArgs`.
+        **settings: fields of `harness.recipe.schema.DualBranchArgs`.
 
     Raises:
         HarnessError: settings that are unknown (a TypeError too) or out of range, or images too small for the

@@ -1,4 +1,4 @@
-"""YAML documents as plain data with the place of every key: the layer below recipes.
+"""Recipe files: where they are, and their YAML as plain data with the place of every key.
 
 YAML 1.2's core schema is used (`no` is a string, `1e-3` a number). Only scalars, lists and mappings with
 string keys are data; tags, anchors and aliases are refused, so no text can run code or grow when it is read.
@@ -6,62 +6,144 @@ string keys are data; tags, anchors and aliases are refused, so no text can run 
 
 from __future__ import annotations
 
+import glob
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from harness.errors import HarnessError
-from harness.recipe.packaged import is_name, names
+from harness.errors import HarnessError, nearest
 
 KeyPath = tuple[str | int, ...]
-# More is refused unread: ours have 1 kB.
-MAX_BYTES = 50_000
+# The recipes that come with the package: in a checkout a link to the top level's recipes/; in a wheel the files.
+RECIPES = (Path(__file__).parents[1] / "recipes").resolve()
+MAX_BYTES = 50_000  # ours have 1 kB
 MAX_DEPTH = 20
 MAX_DIGITS = 1000
 
-_RESOLVERS = (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        list("-+.0123456789"),
-    ),
-)
+_CORE_SCHEMA = {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
 
 
 class _CoreLoader(yaml.CSafeLoader):
-    """PyYAML (with libyaml, as its wheels have it) and the tags of YAML 1.2's core schema."""
-
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own name and shape
 
 
 class _CoreDumper(yaml.SafeDumper):
-    """Quotes what the core schema would read as something else than a string."""
-
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-for _name, _pattern, _first in _RESOLVERS:
+for _tag, _pattern in _CORE_SCHEMA.items():
     for _class in (_CoreLoader, _CoreDumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first)
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), None)
 
 
 @dataclass
 class Document:
-    """Plain data, the place of each key (`file:line`), and what was wrong on the way."""
+    """Plain data, the place of each key (`file:line`), and what was wrong on the way; `where` names the file."""
 
+    where: str
     data: dict[str, Any] = field(default_factory=dict)
     places: dict[KeyPath, str] = field(default_factory=dict)
     errors: list[HarnessError] = field(default_factory=list)
+
+    def error_at(self, path: KeyPath, what: str, hint: str) -> HarnessError:
+        """An error at the place of the deepest part of `path` that was written somewhere."""
+        known = (self.places[path[:end]] for end in range(len(path), 0, -1) if path[:end] in self.places)
+        return HarnessError(what, where=next(known, self.where), hint=hint)
+
+
+def packaged_names() -> list[str]:
+    """The names of the packaged recipes, sorted: `harness train quickstart` works from any folder."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def describe(name: str) -> str:
+    """The first sentence of a packaged recipe's comment."""
+    lines = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    comment = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
+    return comment.partition(". ")[0].rstrip(".")
+
+
+def locate(path: str | Path, folder: Path = Path()) -> Path:
+    """The file of a recipe: `path` from `folder`, or the packaged one of that name where there is no such file."""
+    packaged = RECIPES / f"{path}.yaml"
+    found = folder / path
+    return packaged if _is_name(Path(path)) and packaged.is_file() and not found.is_file() else found
+
+
+def _is_name(path: Path) -> bool:
+    return len(path.parts) == 1 and not path.suffix
+
+
+def is_open_file(path: Path) -> bool:
+    """Whether a path is a file that this process has open, as `/dev/stdin` and the shell's `<(…)` are."""
+    return str(path.parent) in ("/dev", "/dev/fd", "/proc/self/fd")
+
+
+def read(path: Path) -> Document:
+    """Read a YAML file; HarnessError where it is missing, no file, too large, not UTF-8 or not YAML at all."""
+    where, encoding = str(path), "Recipes are UTF-8 YAML files."
+    try:
+        if is_open_file(path) and path.is_fifo():
+            if (os.environ.get("WORLD_SIZE") or "1") != "1":
+                raise HarnessError("several ranks cannot read one pipe", where=where, hint="Write it to a file first.")
+        # Reading a device might never end, and a named pipe may have no writer.
+        elif path.exists() and not path.is_file() and not path.is_dir():
+            raise HarnessError("is not a file", where=where, hint=encoding)
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        return parse(raw.decode("utf-8"), where)
+    except OSError as error:
+        raise HarnessError(f"cannot be read ({error.strerror})", where=where, hint=_neighbours(path)) from None
+    except UnicodeDecodeError as error:
+        raise HarnessError(f"not UTF-8 text (byte {error.start})", where=where, hint=encoding) from None
+
+
+def _neighbours(path: Path) -> str:
+    folder = path if os.path.isdir(path) else path.parent
+    if _is_name(path) and folder != path:
+        return f"{nearest(path.name, packaged_names())} `harness recipe list` describes them; else give a file."
+    names = [os.path.basename(file) for file in glob.glob(f"{glob.escape(str(folder))}/*.yaml")]  # no hidden ones
+    if not names:
+        return "Check the path."
+    if folder == path:
+        return f"Give a file in {folder}. {nearest('', names)}"
+    return f"In {folder}: {nearest(path.name, names)}"
+
+
+def parse(text: str, where: str) -> Document:
+    """Read YAML text, named `where` in messages; HarnessError where it is too long, not YAML or no mapping."""
+    document = Document(where)
+    node = _compose(text, where)
+    if isinstance(node, yaml.MappingNode):
+        document.data = _mapping(node, (), document)
+    elif node is not None:
+        hint = "Begin with lines like `seed: 0`."
+        raise HarnessError("a recipe is a mapping of keys to values", where=f"{where}:1", hint=hint)
+    return document
+
+
+def parse_value(text: str, where: str) -> Any:
+    """The value of a `key.path=value` override, by the same rules as in a file; HarnessError where it is none."""
+    document = Document(where)
+    node = _compose(text, where)
+    value = None if node is None else _value(node, (), document)
+    if document.errors:
+        raise document.errors[0]
+    return value
 
 
 def dump(data: Any) -> str:
@@ -69,216 +151,82 @@ def dump(data: Any) -> str:
     return yaml.dump(data, Dumper=_CoreDumper, sort_keys=False, width=100)
 
 
-def load_plain(text: str) -> Any:
-    """What `dump` wrote, as plain data without places; nothing is checked.
-
-    Raises:
-        yaml.YAMLError, ValueError: it is no YAML, too much of it, or more than plain data.
-    """
-    if len(text) > MAX_BYTES:
-        raise ValueError(f"more than {MAX_BYTES:,} bytes are no recipe")
-    if any(getattr(event, "anchor", None) for event in yaml.parse(text, Loader=_CoreLoader)):
-        raise ValueError("anchors are not used in recipes, and may go round in circles")
-    return yaml.load(text, Loader=_CoreLoader)
+def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one by dotted keys; empty ones are values."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return flat
 
 
-def read(path: Path) -> Document:
-    """Read a YAML file.
-
-    Raises:
-        HarnessError: the file is missing, no file, too large, not UTF-8 or not YAML at all.
-    """
-    where = str(path)
-    try:
-        if is_pipe(path):
-            if (os.environ.get("WORLD_SIZE") or "1") != "1":
-                raise HarnessError("several ranks cannot read one pipe", where=where, hint="Write it to a file first.")
-        elif path.exists() and not path.is_file() and not path.is_dir():  # reading a device might never end
-            raise HarnessError("is not a file", where=where, hint="Recipes are UTF-8 YAML files.")
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise HarnessError(f"cannot be read ({error.strerror})", where=where, hint=_neighbours(path)) from None
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise HarnessError(
-            f"not UTF-8 text (byte {error.start})", where=where, hint="Recipes are UTF-8 YAML files."
-        ) from None
-    return parse(text, where)
-
-
-def is_pipe(path: Path) -> bool:
-    """Whether a path is a pipe that this process was given, as `/dev/stdin` and the shell's `<(…)` are.
-
-    One with a name on disk may have no writer, and opening it would never return.
-    """
-    return is_given(path) and path.is_fifo()
-
-
-def is_given(path: Path) -> bool:
-    """Whether a path is an open file of this process, a pipe or not; its folder says nothing of where it came from."""
-    return str(path.parent) in ("/dev", "/dev/fd", "/proc/self/fd")
-
-
-def parse(text: str, where: str) -> Document:
-    """Read YAML text; `where` names it in messages.
-
-    Raises:
-        HarnessError: the text is too long or not YAML, or its root is not a mapping.
-    """
-    document = Document()
-    node = _compose(text, where)
-    if node is None:
-        return document
-    if not isinstance(node, yaml.MappingNode):
-        raise HarnessError(
-            "a recipe is a mapping of keys to values",
-            where=f"{where}:1",
-            hint="Begin with lines like `seed: 0`.",
-        )
-    document.data = _mapping(node, (), where, document, 0)
-    return document
-
-
-def parse_value(text: str, where: str) -> Any:
-    """The value of a `key.path=value` override, by the same rules as in a file.
-
-    Raises:
-        HarnessError: the text is not one YAML value.
-    """
-    document = Document()
-    node = _compose(text, where)
-    value = None if node is None else _value(node, (), where, document, 0)
-    if document.errors:
-        raise document.errors[0]
-    return value
+def too_deep(where: str) -> HarnessError:
+    return HarnessError("nested too deeply", where=where, hint="A recipe has three levels.")
 
 
 def _compose(text: str, where: str) -> yaml.Node | None:
     if len(text) > MAX_BYTES:
         raise HarnessError(f"more than {MAX_BYTES:,} bytes are no recipe", where=where, hint="Is it a recipe?")
     try:
-        _refuse_aliases_and_depth(text, where)
-        return yaml.compose(text, Loader=_CoreLoader)
+        for event in yaml.parse(text, Loader=_CoreLoader):
+            assert event.start_mark is not None
+            place = f"{where}:{event.start_mark.line + 1}"
+            if getattr(event, "anchor", None):  # of an alias too
+                hint = "Share settings through `base: other.yaml`."
+                raise HarnessError("anchors and aliases are not used in recipes", where=place, hint=hint)
+            if tag := getattr(event, "tag", None):
+                raise HarnessError(f'the tag "{tag}" is not used in recipes', where=place, hint="Write a plain value.")
+        return yaml.compose(text, Loader=_CoreLoader)  # libyaml itself refuses more than 1000 levels
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark is not None else ""
-        if "maximum nesting depth" in str(error):  # libyaml looks ahead for a key
-            raise _too_deep(where + line) from None
+        place = where if mark is None else f"{where}:{mark.line + 1}"
+        if "maximum nesting depth" in str(error):
+            raise too_deep(place) from None
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error).split("\n")[0]
-        raise HarnessError(
-            f"not valid YAML: {problem}", where=where + line, hint="Check the indentation and quotes there."
-        ) from None
-    except RecursionError:
-        raise _too_deep(where) from None
+        hint = "Check the indentation and quotes there."
+        raise HarnessError(f"not valid YAML: {problem}", where=place, hint=hint) from None
     except UnicodeEncodeError:
         shown = where.encode("utf-8", "backslashreplace").decode()
         raise HarnessError("not UTF-8 text", where=shown, hint="Recipes and overrides are UTF-8.") from None
 
 
-def _too_deep(where: str) -> HarnessError:
-    return HarnessError("nested too deeply", where=where, hint="A recipe has three levels.")
-
-
-def _refuse_aliases_and_depth(text: str, where: str) -> None:
-    """Before anything is built from it."""
-    depth = 0
-    for event in yaml.parse(text, Loader=_CoreLoader):
-        assert event.start_mark is not None
-        place = f"{where}:{event.start_mark.line + 1}"
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-            if depth > MAX_DEPTH + 1:  # the root is one
-                raise _too_deep(place)
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        if isinstance(event, yaml.NodeEvent) and event.anchor:  # of an alias too
-            raise HarnessError(
-                "anchors and aliases are not used in recipes",
-                where=place,
-                hint="Share settings through `base: other.yaml`.",
-            )
-
-
-def _value(node: yaml.Node, path: KeyPath, where: str, document: Document, depth: int) -> Any:
-    place = f"{where}:{node.start_mark.line + 1}"
+def _value(node: yaml.Node, path: KeyPath, document: Document) -> Any:
+    place = f"{document.where}:{node.start_mark.line + 1}"
     document.places.setdefault(path, place)
-    if depth > MAX_DEPTH:
-        document.errors.append(_too_deep(place))
+    if len(path) > MAX_DEPTH:
+        document.errors.append(too_deep(place))
         return None
-    if not isinstance(node, yaml.ScalarNode) and node.tag.rpartition(":")[2] not in ("map", "seq"):
-        return _refuse_tag(node, place, document)
     if isinstance(node, yaml.MappingNode):
-        return _mapping(node, path, where, document, depth)
+        return _mapping(node, path, document)
     if isinstance(node, yaml.SequenceNode):
-        return [_value(n, (*path, i), where, document, depth + 1) for i, n in enumerate(node.value)]
-    return _scalar(node, place, document)
+        return [_value(item, (*path, index), document) for index, item in enumerate(node.value)]
+    text = str(node.value)
+    match node.tag.rpartition(":")[2]:
+        case "null":
+            return None
+        case "bool":
+            return text.lower() == "true"
+        case "int" | "float" if len(text) > MAX_DIGITS:
+            document.errors.append(HarnessError("the number is too long", where=place, hint="Write a shorter one."))
+            return None
+        case "int":
+            return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+        case "float":
+            return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    return text
 
 
-def _mapping(node: yaml.MappingNode, path: KeyPath, where: str, document: Document, depth: int) -> dict[str, Any]:
+def _mapping(node: yaml.MappingNode, path: KeyPath, document: Document) -> dict[str, Any]:
     data: dict[str, Any] = {}
     for key_node, value_node in node.value:
-        place = f"{where}:{key_node.start_mark.line + 1}"
+        place = f"{document.where}:{key_node.start_mark.line + 1}"
+        key = key_node.value
         if not isinstance(key_node, yaml.ScalarNode):
             document.errors.append(HarnessError("a key must be a word", where=place, hint="Write `key: value`."))
-            continue
-        key = key_node.value
-        if key in data:
-            document.errors.append(
-                HarnessError(
-                    f'duplicate key "{".".join(map(str, (*path, key)))}"',
-                    where=place,
-                    hint=f"It already stands at {document.places[(*path, key)]}; keep one of them.",
-                )
-            )
-            continue
-        document.places[(*path, key)] = place
-        data[key] = _value(value_node, (*path, key), where, document, depth + 1)
+        elif key in data:
+            what = f'duplicate key "{".".join(map(str, (*path, key)))}"'
+            hint = f"It already stands at {document.places[(*path, key)]}; keep one of them."
+            document.errors.append(HarnessError(what, where=place, hint=hint))
+        else:
+            document.places[(*path, key)] = place
+            data[key] = _value(value_node, (*path, key), document)
     return data
-
-
-def _scalar(node: yaml.Node, place: str, document: Document) -> Any:
-    kind = node.tag.removeprefix("tag:yaml.org,2002:")
-    text = str(node.value)
-    try:
-        match kind:
-            case "null":
-                return None
-            case "bool":
-                return text.lower() == "true"
-            case "int":
-                if len(text) > MAX_DIGITS:  # hexadecimal ones have no limit of their own
-                    raise ValueError
-                return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
-            case "float":
-                return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-            case "str":
-                return text
-    except ValueError:
-        document.errors.append(HarnessError("the number is too long", where=place, hint="Write a shorter one."))
-        return None
-    return _refuse_tag(node, place, document)
-
-
-def _refuse_tag(node: yaml.Node, place: str, document: Document) -> None:
-    tag = f'the tag "{node.tag}" is not used in recipes'
-    document.errors.append(HarnessError(tag, where=place, hint="Write a plain value."))
-
-
-def _neighbours(path: Path) -> str:
-    from harness.errors import nearest
-
-    if is_name(path) and not path.is_dir():
-        return f"{nearest(path.name, names())} `harness recipe list` describes them; else give a file."
-    try:
-        is_folder = path.is_dir()
-        folder = path if is_folder else path.parent
-        there = [p.name for p in folder.glob("*.yaml") if not p.name.startswith(".")]
-    except OSError:
-        there = []
-    if not there:
-        return "Check the path."
-    return (
-        f"Give a file in {folder}. {nearest('', there)}" if is_folder else f"In {folder}: {nearest(path.name, there)}"
-    )

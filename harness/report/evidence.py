@@ -18,8 +18,7 @@ from harness.data.prepare import PreparedDataset
 from harness.errors import HarnessError
 from harness.models.build import build_model
 from harness.recipe import Recipe, load
-from harness.run_directory import CHECKPOINTS
-from harness.runs import Run
+from harness.runs import CHECKPOINTS, Run
 from harness.training import checkpoint
 from harness.training.parts import open_data
 from harness.training.predictions import Predictions, predict_test_split

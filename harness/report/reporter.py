@@ -17,8 +17,7 @@ from harness.report.network import architecture_body, fields_body, layers_body
 from harness.report.page import Section, check_target, missing, page
 from harness.report.predictions import BINS, calibration_body, class_body, confusion_body
 from harness.report.sections import curves_section, origin_section, rates_section, summary_section
-from harness.run_directory import CHECKPOINTS
-from harness.runs import METRICS, RESULT, is_held, open_run
+from harness.runs import CHECKPOINTS, METRICS, RESULT, is_held, open_run
 from harness.training import checkpoint
 
 FILE = "report.html"

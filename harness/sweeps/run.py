@@ -16,14 +16,12 @@ from typing import Literal, get_args
 
 from harness import signals
 from harness.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, HarnessError
-from harness.files import write_text
+from harness.files import directory_lock, write_text
 from harness.launching.ranks import CODE_FILE_VARIABLE
 from harness.launching.training import Ranks, loader_override
-from harness.locks import holding
 from harness.recipe import load
 from harness.recipe.loading import changed_settings
-from harness.run_directory import EXIT_CODE, is_unused
-from harness.runs import Run, is_held, open_run
+from harness.runs import EXIT_CODE, Run, is_held, is_unused, open_run
 from harness.sweeps.spec import Sweep, SweepRun, label
 
 FAILURES = {EXIT_FAILED: "broke off", EXIT_BAD_INPUT: "bad input", EXIT_DIVERGED: "diverged"}
@@ -126,7 +124,7 @@ def held(sweep: Sweep) -> AbstractContextManager[None]:
         hint="Wait for it (harness sweep SWEEP.yaml --table shows how far it is), or give the sweep another name.",
     )
     hint = "Start in a folder that can be written to."
-    return holding(sweep.folder, taken=taken, use="the sweep's folder", hint=hint)
+    return directory_lock(sweep.folder, taken=taken, use="the sweep's folder", hint=hint)
 
 
 def training_words(sweep: Sweep, run: SweepRun) -> list[str]:

@@ -17,7 +17,7 @@ from harness.files import write_json, write_text
 from harness.launching.slurm import Job, sbatch_text
 from harness.launching.submitting import MAX_ARRAY, RECIPE, SCRIPT, submit_script
 from harness.recipe.loading import resolved_yaml
-from harness.run_directory import JOB
+from harness.runs import JOB
 from harness.sweeps.run import held, statuses
 from harness.sweeps.spec import Sweep, SweepRun
 

@@ -12,18 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from harness.errors import HarnessError, ManyErrors
 from harness.recipe import Recipe
 from harness.recipe import document as yaml_document
-from harness.recipe.document import Document, KeyPath, parse_value
-from harness.recipe.dual_branch_args import DualBranchArgs
-from harness.recipe.explaining import at, explain
+from harness.recipe.document import Document, KeyPath, locate, parse_value
+from harness.recipe.explaining import check
 from harness.recipe.loading import fingerprint, load_variants
-from harness.recipe.packaged import locate
-from harness.recipe.schema import PositiveInt, Section
-from harness.run_directory import runs_of
+from harness.recipe.schema import DualBranchArgs, RecipeName, Section
+from harness.runs import runs_of
 
 MAX_RUNS = 10_000
 ID_LETTERS = 10
@@ -58,16 +56,14 @@ class Metric(Section):
 class Spec(Section):
     """The root of the file."""
 
-    name: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$")] = Field(
-        description="names the folder of the runs; default: the file's name"
-    )
+    name: RecipeName = Field(description="names the folder of the runs; default: the file's name")
     recipe: Annotated[str, Field(min_length=1)] = Field(
         description="the recipe to begin with: a path relative to this file, or the name of a packaged one"
     )
     method: Literal["grid", "random"] = Field(
         description="grid: all combinations of values; random: points drawn from them"
     )
-    points: PositiveInt | None = Field(None, description="how many points are drawn (method random)")
+    points: int | None = Field(None, ge=1, description="how many points are drawn (method random)")
     sampling_seed: Seed = Field(0, description="of the points that are drawn")
     seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)] | None = Field(
         None, description="each point is trained with each of them; default: the recipe's own seed"
@@ -122,7 +118,7 @@ class Sweep:
 
     def error(self, key: KeyPath, what: str, hint: str) -> HarnessError:
         """An error at the line of a key, or of the deepest part of it that is written in the file."""
-        return at(self.document, str(self.path), key, what, hint)
+        return self.document.error_at(key, what, hint)
 
 
 def load_sweep(path: str | Path) -> Sweep:
@@ -262,16 +258,11 @@ def _read(path: Path) -> Sweep:
     if keys & {"base", *Recipe.model_fields} - {"name"} and not keys & {"recipe", "method", "parameters"}:
         raise HarnessError("this is a recipe, not a sweep", where=str(path), hint=f"harness train {path}")
     document.data.setdefault("name", path.stem)
-    errors = document.errors
-    try:
-        sweep = Sweep(path, Spec.model_validate(document.data), document)
-        errors += [sweep.error(*broken) for broken in _broken_rules(sweep.spec)]
-    except ValidationError as error:
-        found = error.errors(include_url=False)
-        errors += [explain(e, document, str(path), Spec, (), otherwise=PARAMETER_HINT) for e in found]
-    if errors:
-        raise ManyErrors(str(path), errors)
-    return sweep
+    spec = check(Spec, document.data, document, otherwise=PARAMETER_HINT)
+    document.errors += [document.error_at(*broken) for broken in (_broken_rules(spec) if spec else ())]
+    if spec is None or document.errors:
+        raise ManyErrors(str(path), document.errors)
+    return Sweep(path, spec, document)
 
 
 Broken = tuple[KeyPath, str, str]

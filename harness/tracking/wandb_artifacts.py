@@ -23,7 +23,7 @@ from harness.files import write_text
 from harness.models.build import build_model
 from harness.models.inspect import summarise
 from harness.recipe import Recipe
-from harness.run_directory import CHECKPOINTS
+from harness.runs import CHECKPOINTS
 from harness.tracking.wandb_run import CONFUSION_TABLE, WORST_TABLE, Artifacts
 from harness.training import checkpoint
 from harness.training.parts import open_data

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import EXIT_DONE, EXIT_FAILED, HarnessError, from_disk, print_error
-from harness.files import write_json
-from harness.locks import holding
+from harness.files import directory_lock, write_json
 from harness.recipe import load
 from harness.runs import Run, open_run
 from harness.tracking import wandb_run
@@ -52,7 +51,7 @@ def _held(directory: Path) -> AbstractContextManager[None]:
     hint = "Wait for it: two at once would send each record twice."
     taken = HarnessError("another process uploads this run", where=str(directory), hint=hint, exit_code=EXIT_FAILED)
     hint = "What was uploaded is noted there: see that it is a folder and may be written to."
-    return holding(directory / "wandb", taken=taken, use="the folder of W&B's files", hint=hint)
+    return directory_lock(directory / "wandb", taken=taken, use="the folder of W&B's files", hint=hint)
 
 
 def _sync(run: Run, *, rebuild: bool) -> str:

@@ -8,9 +8,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from harness.errors import EXIT_BAD_INPUT, EXIT_FAILED, HarnessError
+from harness.files import LOCK, LOCK_SECONDS, POLL_SECONDS, Hold, Owner, take, take_over, usable
 from harness.heartbeat import collective_limit_seconds, seconds_of_environment
-from harness.locks import LOCK_SECONDS, POLL_SECONDS, Hold, Owner, take, take_over, usable
-from harness.run_directory import LOCK
 
 WAIT_VARIABLE, WAIT_SECONDS = "HARNESS_LOCK_SECONDS", 60.0
 

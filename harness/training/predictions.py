@@ -17,7 +17,7 @@ from torch import Tensor
 
 from harness.errors import HarnessError
 from harness.files import hex_digest, replacing
-from harness.run_directory import CHECKPOINTS
+from harness.runs import CHECKPOINTS
 from harness.training import checkpoint
 from harness.training.evaluate import classified
 from harness.training.finished import Opened, opened

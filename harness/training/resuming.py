@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.errors import EXIT_BAD_INPUT, EXIT_FAILED, TRANSIENT_DISK_ERRORS, HarnessError, nearest
-from harness.locks import Hold
+from harness.errors import HarnessError, exit_code_of, nearest
+from harness.files import Hold
 from harness.recipe import Recipe, load
 from harness.recipe.loading import changed_settings, differences
-from harness.run_directory import CHECKPOINTS, is_unused, new_run_directory, run_of, runs_of
+from harness.runs import CHECKPOINTS, is_unused, new_run_directory, run_of, runs_of
 from harness.runtime import Runtime, broadcast_text
 from harness.training import checkpoint
 from harness.training.claiming import claim
@@ -66,7 +66,7 @@ def agree_on_start(
         except OSError as error:
             where = str(error.filename or run_directory)
             hint = "Give a --run-dir that can be made and written to."
-            code = EXIT_FAILED if error.errno in TRANSIENT_DISK_ERRORS else EXIT_BAD_INPUT
+            code = exit_code_of(error)
             message = {"what": f"cannot be used ({error.strerror})", "where": where, "hint": hint, "exit_code": code}
     agreed = json.loads(broadcast_text(json.dumps(message), runtime))
     if "what" in agreed:

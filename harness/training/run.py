@@ -12,7 +12,7 @@ from harness.errors import HarnessError
 from harness.files import write_json, write_text
 from harness.recipe import Recipe
 from harness.recipe.loading import fingerprint, resolved_yaml
-from harness.run_directory import is_unused
+from harness.runs import is_unused
 from harness.runtime import joined, provenance
 from harness.tracking.console import ConsoleTracker
 from harness.tracking.metrics import JsonlTracker, Tracker, Trackers, read

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from harness.cli import main
-from harness.run_directory import EXIT_CODE
+from harness.runs import EXIT_CODE
 from tests.cluster.conftest import STEPS, Task
 from tests.cluster.sandbox import Sandbox
 

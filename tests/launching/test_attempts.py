@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from harness.launching.attempts import next_attempt, value_of, with_run_directory
-from harness.run_directory import RUN_FILES, is_unused, run_of
+from harness.runs import RUN_FILES, is_unused, run_of
 
 TRAIN = ["python", "-m", "harness", "train"]
 

@@ -20,7 +20,7 @@ from harness.errors import HarnessError
 from harness.launching import submitting
 from harness.launching.ports import free_port
 from harness.launching.slurm import BODY, Job, job_name, log_path, sbatch_text
-from harness.run_directory import is_unused
+from harness.runs import is_unused
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "sbatch"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from harness.errors import HarnessError
 from harness.models.dual_branch import DualBranchNet
 from harness.models.units import DepthwiseConv2d, branch_unit
-from harness.recipe.dual_branch_args import DualBranchArgs, parse_settings
+from harness.recipe.schema import DualBranchArgs, parse_settings
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL = {"widths": [[6, 8], [12]], "transition_widths": [10], "head_width": 7}
@@ -226,5 +226,5 @@ def test_settings_are_immutable_and_have_a_description_each() -> None:
 
 
 def test_settings_are_checked_without_importing_torch() -> None:
-    code = "import sys, harness.recipe.dual_branch_args; sys.exit(bool({'torch', 'timm'} & set(sys.modules)))"
+    code = "import sys, harness.recipe.schema; sys.exit(bool({'torch', 'timm'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

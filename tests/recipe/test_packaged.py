@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from harness.cli import main
-from harness.recipe import packaged
+from harness.recipe.document import packaged_names
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,4 +41,4 @@ def test_a_wheel_carries_them(tmp_path: Path) -> None:
     )
     assert "dual_branch_seed" in shown.stdout
     assert {p.name for p in (installed / "harness" / "recipes" / "launch").iterdir()} >= {"cpu.yaml", "multi_gpu.yaml"}
-    assert len(packaged.names()) == len(list((installed / "harness" / "recipes").glob("*.yaml")))
+    assert len(packaged_names()) == len(list((installed / "harness" / "recipes").glob("*.yaml")))

@@ -18,12 +18,12 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from harness.cli import main
+from harness.files import LOCK
 from harness.report.evidence import Evidence
 from harness.report.explain import EXPLAINED, grad_cam_body
 from harness.report.reporter import _CHECKPOINT_SECTIONS, Reporter
 from harness.report.sections import duration
 from harness.report.serve import Server
-from harness.run_directory import LOCK
 from harness.runs import Run, open_run
 from harness.training.predictions import predict_test_split
 from tests.handmade import write_run

@@ -22,9 +22,9 @@ from filelock import FileLock
 
 from harness.cli import main
 from harness.errors import HarnessError
+from harness.files import LOCK
 from harness.report.charts import Series
 from harness.report.terminal import curves_of, draw, draw_runs, parse_what
-from harness.run_directory import LOCK
 from harness.runs import open_run
 from tests.handmade import records_of, write_run
 

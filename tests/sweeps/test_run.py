@@ -20,9 +20,10 @@ from filelock import FileLock
 
 from harness.cli import main
 from harness.errors import HarnessError
+from harness.files import LOCK
 from harness.launching.training import Ranks
 from harness.recipe.loading import resolved_yaml
-from harness.run_directory import EXIT_CODE, LOCK
+from harness.runs import EXIT_CODE
 from harness.sweeps.run import Trainer, check_ranks, check_unchanged, held, run_here, status_of, statuses
 from harness.sweeps.spec import load_sweep
 from tests.conftest import ROOT, kill_tree, run_limited

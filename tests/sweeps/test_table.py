@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from harness.cli import main
-from harness.run_directory import EXIT_CODE
+from harness.runs import EXIT_CODE
 from harness.sweeps.spec import load_sweep
 from tests.sweeps.conftest import finish
 

@@ -14,7 +14,7 @@ import yaml
 from harness.cli import main
 from harness.launching.training import Ranks
 from harness.recipe import load
-from harness.recipe.packaged import RECIPES
+from harness.recipe.document import RECIPES
 from harness.sweeps.spec import load_sweep
 from harness.sweeps.wandb import configuration
 from harness.tracking.wandb_run import new_run_id, values_of

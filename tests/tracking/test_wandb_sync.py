@@ -12,7 +12,7 @@ import pytest
 from filelock import FileLock
 
 from harness.cli import main
-from harness.run_directory import LOCK
+from harness.files import LOCK
 from harness.tracking.wandb_run import row_number, values_of
 from harness.tracking.wandb_sync import first_difference
 from tests.faults.check import differences, reached, records

@@ -15,7 +15,7 @@ import pytest
 
 from harness.cli import main
 from harness.errors import HarnessError
-from harness.locks import Owner
+from harness.files import Owner
 from harness.runs import is_held
 from harness.training.claiming import claim
 from tests.conftest import ROOT
@@ -31,7 +31,7 @@ HOLDER = """
 import sys
 from pathlib import Path
 from harness.errors import HarnessError
-from harness.locks import Owner, take
+from harness.files import Owner, take
 hold = take(Path(sys.argv[1]), Owner.this_process())
 hold.sign()
 print("held", flush=True)
