@@ -20,7 +20,7 @@ from harness.sweeps.wandb import configuration
 from harness.tracking.rows import values_of
 from harness.tracking.wandb_tracker import new_run_id
 from tests.conftest import ROOT, run_limited
-from tests.faults.fault import NotHere
+from tests.faults.runs import NotHere
 from tests.faults.wandb_server import WandbServer
 from tests.faults.wandb_server import environment as to_server
 from tests.sweeps.sweep_server import SWEEP_ID, sweep_server

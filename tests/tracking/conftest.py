@@ -1,4 +1,4 @@
-"""The real W&B client against a real server of its protocol, openwandb: one a session, and a warm process to train."""
+"""The real W&B client against a real server of its protocol, openwandb: one a session."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.fault import NotHere
-from tests.faults.runs import RECIPE, Server, Stage
+from tests.faults.runs import NotHere, Stage
 from tests.faults.wandb_server import WandbServer
+from tests.fork_server import ForkServer
 
 
 @pytest.fixture(scope="session")
@@ -35,19 +35,13 @@ def _served(folder: Path) -> Iterator[WandbServer]:
 
 
 @pytest.fixture(scope="session")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Server]]:
-    """A folder with the recipe, and the process that forks trainings."""
-    work = tmp_path_factory.mktemp("tracked")
-    (work / "faults.yaml").write_text(RECIPE)
-    server = Server(work / "cache")
-    yield work, server
-    server.close()
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tracked")
 
 
 @pytest.fixture
-def stage(warm: tuple[Path, Server], tmp_path: Path) -> Iterator[Stage]:
+def stage(work: Path, fork_server: ForkServer, tmp_path: Path) -> Iterator[Stage]:
     """Trainings of 21 steps in this test's folder."""
-    work, server = warm
-    made = Stage(work, tmp_path / "stage", server, random.Random(0))
+    made = Stage(work, tmp_path / "stage", fork_server, random.Random(0))
     yield made
     made.close()
