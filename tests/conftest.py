@@ -15,20 +15,17 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.fork_server import ForkServer
+from tests.fork_server import LIMIT_SECONDS, ONE_THREAD, ForkServer, Process, kill_tree
 from tests.leaks import Snapshot
 
 ROOT = Path(__file__).resolve().parents[1]
-RANKS_LIMIT_SECONDS = 120.0
 _same = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 settings.register_profile("ci", max_examples=60, **_same)
 settings.register_profile("release", max_examples=1500, **_same)
 settings.load_profile("ci")
-RANK_ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -92,16 +89,12 @@ def _no_slurm() -> str | None:
 @pytest.fixture(scope="session", autouse=True)
 def session_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """`$HARNESS_CACHE` of the whole session, all its workers: data is converted and machines are measured once."""
-    before = os.environ.get("HARNESS_CACHE")
     own = tmp_path_factory.getbasetemp()  # of several workers each has its own within that of the session
     folder = (own.parent if hasattr(request.config, "workerinput") else own) / "harness-cache"
     folder.mkdir(exist_ok=True)
-    os.environ["HARNESS_CACHE"] = str(folder)
-    yield folder
-    if before is None:
-        del os.environ["HARNESS_CACHE"]
-    else:
-        os.environ["HARNESS_CACHE"] = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HARNESS_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture
@@ -163,14 +156,14 @@ RunRanks = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def fork_server(session_cache: Path) -> Iterator[ForkServer]:
-    """A warm process that forks ranks with one thread each."""
-    server = ForkServer({**os.environ, **RANK_ENVIRONMENT})
+    """A warm process that forks commands and ranks, with one thread each."""
+    server = ForkServer(os.environ)
     yield server
     server.close()
 
 
 @pytest.fixture
-def run_ranks(fork_server: ForkServer, tmp_path: Path) -> RunRanks:
+def run_ranks(fork_server: ForkServer) -> RunRanks:
     """`run_ranks(n, *words, timeout=…, env=…, cwd=…)`: n connected processes on the CPU.
 
     The words are a script and its arguments, or "-m", "harness", "train", …. Returns code and texts as torchrun does: 1
@@ -181,22 +174,19 @@ def run_ranks(fork_server: ForkServer, tmp_path: Path) -> RunRanks:
     def run(
         ranks: int,
         *words: str | Path,
-        timeout: float = RANKS_LIMIT_SECONDS,
+        timeout: float = LIMIT_SECONDS,
         env: dict[str, str] | None = None,
-        cwd: Path | None = None,
+        cwd: Path = ROOT,
     ) -> subprocess.CompletedProcess[str]:
         from harness.launching.ports import free_port
 
         words = words[2:] if words[0] == "-m" else words
+        common = {**os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+        common |= {"MASTER_PORT": str(free_port()), **ONE_THREAD, **(env or {})}
         with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
             files = {"out": Path(folder, "out"), "err": Path(folder, "err")}
-            place = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_PORT": str(free_port())}
-            place |= {"MASTER_ADDR": "127.0.0.1", **RANK_ENVIRONMENT, **(env or {})}
-            pids = []
-            for rank in map(str, range(ranks)):
-                variables = {**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank}
-                pids.append(fork_server.fork(words, cwd=cwd or ROOT, env=variables, **files))
-            codes = _wait_for_ranks(fork_server, pids, timeout)
+            places = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+            codes = _codes_of([fork_server.fork(words, cwd=cwd, env=place, **files) for place in places], timeout)
             out, err = (path.read_text(errors="replace") for path in files.values())
         if None in codes:
             pytest.fail(f"took longer than {timeout} s: {' '.join(map(str, words))}\n{out}\n{err}", pytrace=False)
@@ -205,21 +195,21 @@ def run_ranks(fork_server: ForkServer, tmp_path: Path) -> RunRanks:
     return run
 
 
-def _wait_for_ranks(server: ForkServer, pids: list[int], timeout: float) -> list[int | None]:
+def _codes_of(ranks: list[Process], timeout: float) -> list[int | None]:
     """Their exit codes; None for those that the time limit ended."""
-    codes: list[int | None] = [None] * len(pids)
-    told, deadline = False, time.monotonic() + timeout
+    codes: list[int | None] = [None] * len(ranks)
+    stopping, deadline = False, time.monotonic() + timeout
     while None in codes and time.monotonic() < deadline:
         time.sleep(0.01)
-        codes = [server.code_of(pid) for pid in pids]
-        if any(codes) and not told:
-            told = True
-            for pid, code in zip(pids, codes, strict=True):
-                if code is None:
-                    os.kill(pid, signal.SIGTERM)
-    for pid, code in zip(pids, codes, strict=True):
+        codes = [rank.poll() for rank in ranks]
+        running = [rank for rank, code in zip(ranks, codes, strict=True) if code is None]
+        if any(codes) and not stopping:
+            stopping = True
+            for rank in running:
+                rank.send(signal.SIGTERM)
+    for rank, code in zip(ranks, codes, strict=True):
         if code is None:
-            kill_tree(pid)
+            kill_tree(rank.pid)
     return codes
 
 
@@ -234,22 +224,8 @@ def run_limited(command: list[str], timeout: float, env: dict[str, str], cwd: Pa
         kill_tree(process.pid)
         out, err = process.communicate()
         pytest.fail(f"took longer than {timeout} s: {' '.join(command)}\n{out}\n{err}", pytrace=False)
-    finally:
+    finally:  # of a test that was interrupted too
         if process.poll() is None:
             kill_tree(process.pid)
             process.communicate()
     return subprocess.CompletedProcess(command, process.returncode, out, err)
-
-
-def kill_tree(pid: int) -> None:
-    """SIGKILL a process and all below it; torchrun's workers have sessions of their own, so the group is not enough."""
-    try:
-        family = [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]
-    except psutil.NoSuchProcess:
-        return
-    for process in family:
-        try:
-            process.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(family, timeout=5)

@@ -17,31 +17,72 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-ROOT = Path(__file__).resolve().parents[1]
+import psutil
 
+ROOT = Path(__file__).resolve().parents[1]
 MODULES = ("harness.cli", "harness.training.run", "harness.training.finished", "harness.data.prepare", "numpy.random")
+LIMIT_SECONDS = 120.0
+# On the CPU and with one thread, whatever else the machine has.
+ONE_THREAD = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+class Hang(Exception):
+    """Something did not end in its time."""
+
+
+class Process:
+    """A process under test: its id, what it wrote to stderr, and its end."""
+
+    def __init__(self, pid: int, err: Path, poll: Callable[[], int | None]) -> None:
+        self.pid, self.poll, self._err = pid, poll, err
+        self.started_at = time.monotonic()
+
+    def wait(self, seconds: float = LIMIT_SECONDS) -> int:
+        """The exit code (negative: the signal it died of). Raises Hang when the process does not end."""
+        deadline = time.monotonic() + seconds
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                kill_tree(self.pid)
+                raise Hang(f"no end within {seconds:g} s: {self.text()[-2000:]}")
+            time.sleep(0.002)
+        return code
+
+    def send(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def text(self) -> str:
+        return self._err.read_text(errors="replace") if self._err.exists() else ""
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL a process and all below it; torchrun's workers have sessions of their own, so the group is not enough."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        top = psutil.Process(pid)
+        family = [*top.children(recursive=True), top]
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family, timeout=5)
 
 
 class ForkServer:
-    """The warm process and the children that it forks, each by its process id.
-
-    Args:
-        environment: that it has when it imports torch; OpenMP reads it then.
-    """
+    """The warm process; `environment` is what it has when it imports torch, since OpenMP reads it then."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        self._process = subprocess.Popen(
+        self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.fork_server"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             bufsize=1,
             cwd=ROOT,
-            env={**environment, "PYTHONPATH": str(ROOT)},
+            env={**environment, **ONE_THREAD, "PYTHONPATH": str(ROOT)},
         )
         self._lock = threading.Lock()
         assert "ready" in self._answer()
@@ -55,8 +96,8 @@ class ForkServer:
         out: Path,
         err: Path,
         faults: Sequence[Any] = (),
-    ) -> int:
-        """Start `harness WORDS`, or a script where the first word ends in .py; the process id.
+    ) -> Process:
+        """Start `harness WORDS`, or a script where the first word ends in .py.
 
         Args:
             env: the child's whole environment.
@@ -64,31 +105,27 @@ class ForkServer:
             faults: that `tests.faults.inject` puts into the child.
         """
         files = {"cwd": str(cwd), "out": str(out), "err": str(err)}
-        words, variables = list(map(str, words)), dict(env)
-        return int(self._ask({"start": {"words": words, "env": variables, "faults": list(faults), **files}}))
-
-    def code_of(self, pid: int) -> int | None:
-        """The exit code of a child (negative: the signal it died of), or None while it runs."""
-        code = self._ask({"code_of": pid})
-        return None if code is None else int(code)
+        what = {"words": list(map(str, words)), "env": dict(env), "faults": list(faults), **files}
+        pid = int(self._ask({"start": what}))
+        return Process(pid, err, lambda: self._ask({"code_of": pid}))
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=30)
-        self._process.stdout.close()
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.close()
+        self._server.wait(timeout=30)
+        self._server.stdout.close()
 
     def _ask(self, request: dict[str, Any]) -> Any:
-        assert self._process.stdin is not None
+        assert self._server.stdin is not None
         with self._lock:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
+            self._server.stdin.write(json.dumps(request) + "\n")
+            self._server.stdin.flush()
             return self._answer()
 
     def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        assert self._server.stdout is not None
+        line = self._server.stdout.readline()
         assert line, "the fork server ended"
         return json.loads(line)
 
@@ -106,19 +143,12 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if "start" in request:
-            answer: Any = _start(request["start"])
+            answer: Any = os.fork() or _child(request["start"])
             codes.pop(answer, None)  # of an earlier child whose number has come round again
         else:
             _collect(codes)
             answer = codes.get(request["code_of"])
         print(json.dumps(answer), file=answers, flush=True)
-
-
-def _start(what: dict[str, Any]) -> int:
-    pid = os.fork()
-    if pid == 0:
-        _child(what)
-    return pid
 
 
 def _child(what: dict[str, Any]) -> NoReturn:
@@ -152,20 +182,15 @@ def _run(words: list[str], faults: list[Any]) -> int:
         sys.argv, sys.path[0] = words, str(Path(words[0]).parent)
         runpy.run_path(words[0], run_name="__main__")
         return 0
-    from tests.faults.child import run
+    from tests.faults.inject import run
 
     return run(words, faults)
 
 
 def _collect(codes: dict[int, int]) -> None:
-    while True:
-        try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if pid == 0:
-            return
-        codes[pid] = os.waitstatus_to_exitcode(status)
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            codes[ended[0]] = os.waitstatus_to_exitcode(ended[1])
 
 
 if __name__ == "__main__":

@@ -9,24 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.faults.fault import Outcome
-from tests.faults.runs import TIMING, Process, Stage
+from tests.faults.runs import Stage
+from tests.fork_server import Process
 
-CLOCKS = {*TIMING, "train_seconds", "epoch_seconds", "epoch_loader_wait_seconds"}
+CLOCKS = {
+    *("time_unix_seconds", "images_per_second", "milliseconds_per_step", "seconds", "startup_seconds"),
+    *("loader_wait_seconds", "train_seconds", "epoch_seconds", "epoch_loader_wait_seconds"),
+}
 Record = dict[str, Any]
 
 
 def records(run: Path) -> list[Record]:
     """The whole lines of metrics.jsonl."""
-    try:
-        lines = (run / "metrics.jsonl").read_text(errors="replace").splitlines()
-    except OSError:
-        return []
     found = []
+    lines = (run / "metrics.jsonl").read_text(errors="replace").splitlines() if (run / "metrics.jsonl").exists() else []
     for line in lines:
         try:
             found.append(json.loads(line))
@@ -36,22 +35,14 @@ def records(run: Path) -> list[Record]:
 
 
 def reached(run: Path) -> int:
-    """The last step that metrics.jsonl tells of."""
+    """The last step in metrics.jsonl."""
     return max((r["step"] for r in records(run) if r["kind"] == "step"), default=0)
 
 
-def from_step(run: Path) -> int:
-    """The step that the latest start went on from."""
-    return int(json.loads((run / "provenance.json").read_text())["starts"][-1]["from_step"])
-
-
-def contents(folder: Path, *, leave_out: Sequence[str] = (".lock",)) -> dict[str, str]:
-    """SHA-256 of every file, by its path in the folder."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name not in leave_out and not path.name.endswith(".lock"):
-            found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
+def contents(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file but locks, by its path in the folder."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.endswith(".lock")]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def differences(run: Path, reference: Path) -> list[str]:
@@ -67,7 +58,8 @@ def differences(run: Path, reference: Path) -> list[str]:
     states = [json.loads((c / "state.json").read_text()) for c in (last, its) if (c / "state.json").exists()]
     if len(states) < 2 or _without_clocks(states[0]) != _without_clocks(states[1]):
         found.append("state.json is not equal")
-    return [*found, *_other_metrics(run, reference), *_left_behind(run)]
+    left = [f"left behind: {path.name}" for path in (run / "checkpoints").glob("*.tmp")]
+    return [*found, *_other_metrics(run, reference), *left]
 
 
 def _other_metrics(run: Path, reference: Path) -> list[str]:
@@ -84,53 +76,47 @@ def _other_metrics(run: Path, reference: Path) -> list[str]:
     return [f"metrics.jsonl: other values in {wrong[:3]}"] if wrong else []
 
 
-def _left_behind(run: Path) -> list[str]:
-    return [f"left behind: {p.name}" for p in (run / "checkpoints").glob("*.tmp")]
-
-
 def _without_clocks(data: Any) -> Any:
     if isinstance(data, dict):
         return {k: _without_clocks(v) for k, v in data.items() if k not in CLOCKS}
     return [_without_clocks(v) for v in data] if isinstance(data, list) else data
 
 
-def said_well(text: str) -> list[str]:
-    """What is wrong with how a process told of its trouble."""
-    found = []
-    if "Traceback (most recent call last)" in text:
-        found.append("a traceback: " + text.strip().splitlines()[-1])
-    if "HINT:" not in text:
-        found.append(f"no HINT in {text[-300:]!r}")
-    return found
+def says_why(process: Process) -> None:
+    """See that a process told of its trouble well."""
+    text = process.text()
+    assert "Traceback (most recent call last)" not in text, f"a traceback: {text.strip().splitlines()[-1]}"
+    assert "HINT:" in text, f"no HINT in {text[-300:]!r}"
 
 
-def restarted(
-    stage: Stage, process: Process, reference: Path, *, lost_from: int, detect: float | None = None, note: str = ""
-) -> Outcome:
-    """The outcome of the restart under way: it must finish as if nothing had been."""
-    recover = first_new_step_seconds(stage.run, process)
-    code = process.wait()
-    if code != 0:
-        return Outcome(False, 0, detect, recover, f"{note} restart: exit code {code}: {process.text()[-1500:]}")
-    wrong = differences(stage.run, reference)
-    lost = max(0, lost_from - from_step(stage.run))
-    return Outcome(not wrong, lost, detect, recover, "; ".join([note, *wrong]).strip("; "))
+def refused(stage: Stage, process: Process, code: int = 2, *, since: float | None = None) -> None:
+    """See that a process ends with this code and says why."""
+    ended = stage.end(process, since=since)
+    assert ended == code, f"exit code {ended}: {process.text()[-500:]}"
+    says_why(process)
 
 
-def first_new_step_seconds(run: Path, process: Process) -> float | None:
-    """Seconds until the process has done a step (or has ended, having none to do)."""
+def restarted(stage: Stage, process: Process, reference: Path, *, lost_from: int) -> None:
+    """See that the restart under way finishes as if nothing had been; steps up to `lost_from` were done before it."""
     begin_unix = time.time()
-    while process.poll() is None:
-        if any(r["kind"] == "step" and r["time_unix_seconds"] >= begin_unix for r in records(run)):
-            break
-        if time.monotonic() - process.started_at > 300:
-            return None
+    while process.poll() is None and not any(_is_step_since(begin_unix, r) for r in records(stage.run)):
+        assert time.monotonic() - process.started_at < 300, "no new step in five minutes"
         time.sleep(0.005)
-    return time.monotonic() - process.started_at
+    stage.recover = time.monotonic() - process.started_at
+    code = process.wait()
+    assert code == 0, f"restart: exit code {code}: {process.text()[-1500:]}"
+    wrong = differences(stage.run, reference)
+    assert not wrong, "; ".join(wrong)
+    start = json.loads((stage.run / "provenance.json").read_text())["starts"][-1]
+    stage.lost = max(0, lost_from - int(start["from_step"]))
+
+
+def _is_step_since(begin_unix: float, record: Record) -> bool:
+    return record["kind"] == "step" and record["time_unix_seconds"] >= begin_unix
 
 
 def wait_for_step(stage: Stage, process: Process, step: int) -> int:
-    """Wait until a step is told of, or the process has ended; returns the last step told of."""
+    """Wait until a step is recorded, or the process has ended; returns the last one."""
     while (now := reached(stage.run)) < step and process.poll() is None:
         time.sleep(0.001)
         assert time.monotonic() - process.started_at < 120, f"no step {step} in two minutes"

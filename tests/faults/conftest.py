@@ -1,26 +1,22 @@
-"""One warm process and one folder of undisturbed runs for all fault tests of a session."""
+"""One folder of undisturbed runs for all fault tests of a session."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
 from pathlib import Path
 
 import pytest
 
-from tests.faults.runs import RECIPE, Server
+from tests.faults.runs import Stage
+from tests.fork_server import ForkServer
 
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that all trials share: recipe, cache, undisturbed runs."""
-    folder = tmp_path_factory.mktemp("faults")
-    (folder / "faults.yaml").write_text(RECIPE)
-    return folder
+    return tmp_path_factory.mktemp("faults")
 
 
-@pytest.fixture(scope="session")
-def server(work: Path) -> Iterator[Server]:
-    """The warm process that forks the trainings."""
-    started = Server(work / "cache")
-    yield started
-    started.close()
+@pytest.fixture
+def stage(work: Path, fork_server: ForkServer, tmp_path: Path) -> Stage:
+    return Stage(work, tmp_path / "stage", fork_server, random.Random(0))

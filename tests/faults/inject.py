@@ -4,27 +4,33 @@ The harness knows nothing of this: what is used are Python's audit events (every
 process, whoever calls it and from whichever thread), `os.fsync`, and torch's own global hooks of steps and layers.
 
 A fault is a JSON object: `kind` and what that kind takes, see `KINDS`; `rank` restricts it to one rank.
+`python -m tests.faults.inject train …` takes them from `$HARNESS_TEST_FAULTS`.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 Fault = dict[str, Any]
-_WRITING = os.O_WRONLY | os.O_RDWR
+VARIABLE = "HARNESS_TEST_FAULTS"
 
 
-def install(faults: list[Fault]) -> None:
-    """Arm faults in this process, leaving out those that are meant for another rank."""
+def run(words: Sequence[str], faults: list[Fault]) -> int:
+    """Arm the faults, leaving out those that are meant for another rank, then do what the command line does."""
+    from harness.cli import main
+
     for fault in faults:
         if fault.get("rank") in (None, int(os.environ.get("RANK", "0"))):
             KINDS[fault["kind"]](fault)
+    sys.argv = ["harness", *words]
+    return main(words)
 
 
 class FileTouches:
@@ -47,7 +53,7 @@ class FileTouches:
 
     def _audit(self, event: str, args: tuple[Any, ...]) -> None:
         if event == "open":
-            if isinstance(args[2], int) and args[2] & _WRITING:
+            if isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR):
                 self._touch("write", args[0])
         elif event in ("os.mkdir", "os.remove", "os.rmdir"):
             # shutil.rmtree names its files relative to an open folder.
@@ -60,28 +66,27 @@ class FileTouches:
 
     def _sync(self, descriptor: int) -> None:
         path = os.readlink(f"/proc/self/fd/{descriptor}")
-        self._touch("fsync", path, descriptor=path)
+        self._touch("fsync", path, torn=path)
         self._fsync(descriptor)
 
-    def _touch(self, what: str, path: Any, *, inside: bool = False, descriptor: str | None = None) -> None:
+    def _touch(self, what: str, path: Any, *, inside: bool = False, torn: str = "") -> None:
         if not isinstance(path, str | bytes | os.PathLike):
             return  # an open descriptor
         if not inside and self._under not in os.fsdecode(path):
             return
         self._count += 1
-        action = self._actions.get(self._count)
         if self._log is not None:
             os.write(self._log, f"{what} {os.path.basename(os.fsdecode(path))}\n".encode())
+        action = self._actions.get(self._count)
+        if action == "tear" and os.path.isfile(torn):  # cut the file about to be synced, as a power cut would
+            os.truncate(torn, self._random.randrange(os.path.getsize(torn) + 1))
         if action is not None:
-            act(action, torn=descriptor, rng=self._random)
+            act("kill" if action == "tear" else action)
 
 
-def act(action: str, *, torn: str | None = None, rng: random.Random | None = None) -> None:
-    """Do it now: "kill", "tear" (cut the file about to be synced, as a power cut would, and kill), a signal's name,
-    "throw", or the name of an errno to fail with."""
-    if action == "tear" and torn is not None and os.path.isfile(torn):
-        os.truncate(torn, (rng or random).randrange(os.path.getsize(torn) + 1))
-    if action in ("kill", "tear"):
+def act(action: str) -> None:
+    """Do it now: "kill", a signal's name, "throw", or the name of an errno to fail with."""
+    if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif action.startswith("SIG"):
         os.kill(os.getpid(), getattr(signal, action))
@@ -135,17 +140,8 @@ def in_batches(fault: Fault) -> None:
     register_module_forward_pre_hook(hook)
 
 
-def small_files(fault: Fault) -> None:
-    """Writing a file beyond `bytes` fails, for machines where no small disk can be mounted."""
-    import resource
-
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does: the write then fails with EFBIG
-    resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+KINDS: dict[str, Callable[[Fault], Any]] = {"files": FileTouches, "step": at_step, "batch": in_batches}
 
 
-KINDS: dict[str, Callable[[Fault], Any]] = {
-    "files": FileTouches,
-    "step": at_step,
-    "batch": in_batches,
-    "small files": small_files,
-}
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:], json.loads(os.environ.get(VARIABLE) or "[]")))

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
-import psutil
+from tests.faults.inject import VARIABLE, Fault
+from tests.fork_server import LIMIT_SECONDS, ONE_THREAD, ROOT, ForkServer, Process, kill_tree
 
-from tests.faults.child import VARIABLE
-from tests.faults.inject import Fault
-from tests.fork_server import ForkServer
-
-ROOT = Path(__file__).resolve().parents[2]
-LIMIT_SECONDS = 120.0
 STEPS = 21
 INTERVAL_STEPS = 3
+STOP_AT = 11  # the checkpoints then are steps 7 (the best), 9 and 11
 # Everything that a resumption could get wrong is on: shuffling, augmentation, dropout, mixing, accumulation, EMA,
 # warm-up, clipping. 816 parameters, 3 epochs of 7 steps, a checkpoint every 3 steps and at each epoch's end.
 RECIPE = """
@@ -51,117 +46,45 @@ tracking: {wandb: disabled, log_every_steps: 1}
 """
 # Draws of dropout and mixing belong to a rank, so curves on other numbers of ranks agree only without them.
 WITHOUT_DRAWS = ("model.args.dropout=0.0", "mix.mixup_alpha=0.0", "mix.cutmix_alpha=0.0")
-TIMING = {
-    *("time_unix_seconds", "images_per_second", "milliseconds_per_step", "seconds"),
-    *("loader_wait_seconds", "startup_seconds"),
-}
-ONE_THREAD = {
-    "OMP_NUM_THREADS": "1",
-    "ACCELERATE_USE_CPU": "true",
-    "CUDA_VISIBLE_DEVICES": "",
-    "WANDB_MODE": "disabled",
-}
+_ONCE = threading.Lock()  # what all trials share is made by the first that needs it
 
 
-class Process:
-    """A process under test: its id, what it printed, and its end."""
-
-    def __init__(self, pid: int, err: Path, code: Callable[[], int | None]) -> None:
-        self.pid, self._err, self._code = pid, err, code
-        self.started_at = time.monotonic()
-
-    def poll(self) -> int | None:
-        return self._code()
-
-    def wait(self, seconds: float = LIMIT_SECONDS) -> int:
-        """The exit code (negative: the signal it died of). Raises Hang when the process does not end."""
-        deadline = time.monotonic() + seconds
-        while (code := self._code()) is None:
-            if time.monotonic() > deadline:
-                self.kill_all()
-                raise Hang(f"no end within {seconds:g} s: {self.text()[-2000:]}")
-            time.sleep(0.002)
-        return code
-
-    def send(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, number)
-
-    def kill_all(self) -> None:
-        """SIGKILL to it and to everything below it."""
-        try:
-            family = [*psutil.Process(self.pid).children(recursive=True), psutil.Process(self.pid)]
-        except psutil.NoSuchProcess:
-            return
-        for process in family:
-            try:
-                process.send_signal(signal.SIGKILL)
-            except psutil.NoSuchProcess:
-                continue
-
-    def text(self) -> str:
-        return self._err.read_text(errors="replace") if self._err.exists() else ""
-
-
-class Hang(Exception):
-    """Something did not end in its time."""
-
-
-class Server:
-    """Trainings by a fork server that shares a cache."""
-
-    def __init__(self, cache: Path) -> None:
-        self._environment = {k: v for k, v in os.environ.items() if not k.startswith(("HARNESS_", "WANDB_"))}
-        self._environment |= ONE_THREAD | {"HARNESS_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-        self._forks = ForkServer(self._environment)
-
-    def start(
-        self,
-        argv: Sequence[str | Path],
-        log: Path,
-        *,
-        env: Mapping[str, str] | None = None,
-        faults: Sequence[Fault] = (),
-    ) -> Process:
-        environment = {**self._environment, **(env or {})}
-        out = log.with_name(f"{log.name}.out")
-        pid = self._forks.fork(argv, cwd=log.parent, env=environment, out=out, err=log, faults=faults)
-        return Process(pid, log, lambda: self._forks.code_of(pid))
-
-    def close(self) -> None:
-        self._forks.close()
+class NotHere(Exception):
+    """This machine lacks what the fault needs; says what."""
 
 
 class Stage:
-    """What a trial works with: a folder of its own, the server, the shared cache and the undisturbed runs.
+    """What a trial works with: a folder of its own, the shared cache and undisturbed runs, and what it has found out.
 
     Args:
         work: a folder that all stages of a session share.
         folder: of this trial alone.
     """
 
-    def __init__(self, work: Path, folder: Path, server: Server, rng: random.Random) -> None:
-        self.work, self.folder, self.server, self.rng = work, folder, server, rng
-        self.cache = work / "cache"
-        self.recipe = work / "faults.yaml"
-        self.run = folder / "run"
-        self.disks: list[Path] = []
-        self._logs = 0
+    def __init__(self, work: Path, folder: Path, forks: ForkServer, rng: random.Random) -> None:
+        self.work, self.folder, self.forks, self.rng = work, folder, forks, rng
+        self.cache, self.recipe, self.run = work / "cache", work / "faults.yaml", folder / "run"
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("HARNESS_", "WANDB_"))}
+        self.environment |= ONE_THREAD | {"HARNESS_CACHE": str(self.cache)}
+        self.environment |= {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        self.notes: list[str] = []
+        self.lost = 0
+        self.detect: float | None = None
+        self.recover: float | None = None
+        self._disks: list[Path] = []
         self._processes: list[Process] = []
         folder.mkdir(parents=True)
+        if not self.recipe.exists():
+            self.recipe.write_text(RECIPE)
 
     def close(self) -> None:
         """End what a trial that failed may have left: its processes, its small disks."""
         for process in self._processes:
             if process.poll() is None:
-                process.kill_all()
+                kill_tree(process.pid)
                 process.wait(30)
-        for disk in self.disks:
+        for disk in self._disks:
             subprocess.run(["umount", "--lazy", str(disk)], check=False, capture_output=True)
-
-    def command(self, *overrides: str, run: Path | None = None) -> list[str]:
-        """The same for the first start and for every restart."""
-        return ["train", str(self.recipe), *overrides, "--run-dir", str(run or self.run), "--resume", "auto"]
 
     def train(
         self,
@@ -170,31 +93,26 @@ class Stage:
         faults: Sequence[Fault] = (),
         env: Mapping[str, str] | None = None,
     ) -> Process:
-        return self.harness(*self.command(*overrides, run=run), faults=faults, env=env)
+        """The same command for the first start and for every restart."""
+        return self.harness(*self._command(overrides, run), faults=faults, env=env)
 
-    def harness(self, *argv: str, faults: Sequence[Fault] = (), env: Mapping[str, str] | None = None) -> Process:
-        return self._keep(self.server.start(argv, self.log(), env=env, faults=faults))
+    def harness(self, *words: str, faults: Sequence[Fault] = (), env: Mapping[str, str] | None = None) -> Process:
+        log, env = self._log(), {**self.environment, **(env or {})}
+        out = log.with_suffix(".out")
+        return self._keep(self.forks.fork(words, cwd=self.folder, env=env, out=out, err=log, faults=faults))
 
     def launch(
-        self,
-        *overrides: str,
-        ranks: int = 2,
-        faults: Sequence[Fault] = (),
-        options: Sequence[str] = (),
-        env: Mapping[str, str] | None = None,
+        self, *overrides: str, run: Path | None = None, faults: Sequence[Fault] = (), options: Sequence[str] = ()
     ) -> Process:
-        """Several ranks, as launch.sh starts them; faults are put into the ranks that they name."""
-        log = self.log()
-        module = "harness" if not faults else "tests.faults.child"
+        """Two ranks, as launch.sh starts them; faults are put into the ranks that they name."""
         command = [sys.executable, "-m", "harness.launching.ranks", "accelerate", "launch"]
-        command += ["--config_file", str(ROOT / "recipes/launch/cpu.yaml"), "--num_processes", str(ranks), *options]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("HARNESS_", "WANDB_"))}
-        environment |= ONE_THREAD | {"HARNESS_CACHE": str(self.cache), "PYTHONPATH": str(ROOT), **(env or {})}
-        if faults:
-            environment[VARIABLE] = json.dumps(list(faults))
+        command += ["--config_file", str(ROOT / "recipes/launch/cpu.yaml"), "--num_processes", "2", *options]
+        command += ["-m", "tests.faults.inject" if faults else "harness", *self._command(overrides, run)]
+        environment = self.environment | {VARIABLE: json.dumps(list(faults))}
+        log = self._log()
         with log.open("w") as err:
             process = subprocess.Popen(
-                [*command, "-m", module, *self.command(*overrides)],
+                command,
                 stdout=subprocess.DEVNULL,
                 stderr=err,
                 env=environment,
@@ -203,38 +121,79 @@ class Stage:
             )
         return self._keep(Process(process.pid, log, process.poll))
 
+    def end(self, process: Process, *, since: float | None = None, seconds: float = LIMIT_SECONDS) -> int:
+        """The exit code; the fault is detected by then, after `since` or the process's start."""
+        code = process.wait(seconds)
+        self.detect = time.monotonic() - (since or process.started_at)
+        return code
+
+    def reference(self, *overrides: str, ranks: int = 1) -> Path:
+        """The run directory of an undisturbed training, made once."""
+        run = self.work / f"reference-{hashlib.sha256(json.dumps([overrides, ranks]).encode()).hexdigest()[:12]}"
+        with _ONCE:
+            if not (run / "result.json").exists():
+                shutil.rmtree(run, ignore_errors=True)
+                process = (self.train if ranks == 1 else self.launch)(*overrides, run=run)
+                assert process.wait() == 0, process.text()
+        return run
+
+    def stopped(self) -> None:
+        """A copy, at `run`, of a run that a signal stopped after step 11, made once."""
+        original = self.work / "stopped"
+        with _ONCE:
+            if not original.exists():
+                partial = self.folder / "stopped"
+                process = self.train(run=partial, faults=[{"kind": "step", "step": STOP_AT, "action": "SIGTERM"}])
+                assert process.wait() == 75, process.text()
+                partial.rename(original)
+        shutil.copytree(original, self.run, symlinks=True)
+
+    def touches(self, under: str, name: str, env: dict[str, str] | None = None) -> list[str]:
+        """What an undisturbed training does to the files under a path: one line each, in order; counted once."""
+        log = self.work / f"touches-{name}.txt"
+        with _ONCE:
+            if not log.exists():
+                partial = self.folder / "touches.txt"
+                process = self.train(faults=[{"kind": "files", "under": under, "log": str(partial)}], env=env)
+                assert process.wait() == 0, process.text()
+                shutil.rmtree(self.run)
+                partial.rename(log)
+        return log.read_text().splitlines()
+
+    def small_disk(self, name: str, kilobytes: int) -> Path:
+        """A mounted tmpfs in the trial's folder, unmounted with it. Raises NotHere."""
+        if reason := _no_disks():
+            raise NotHere(reason)
+        path = self.folder / name
+        path.mkdir(parents=True)
+        _mount("-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(path))
+        self._disks.append(path)
+        return path
+
+    def _command(self, overrides: Sequence[str], run: Path | None) -> list[str]:
+        return ["train", str(self.recipe), *overrides, "--run-dir", str(run or self.run), "--resume", "auto"]
+
+    def _log(self) -> Path:
+        return self.folder / f"log{len(self._processes)}.txt"
+
     def _keep(self, process: Process) -> Process:
         self._processes.append(process)
         return process
 
-    def log(self) -> Path:
-        self._logs += 1
-        return self.folder / f"log{self._logs}.txt"
 
-    def reference(self, *overrides: str, ranks: int = 1) -> Path:
-        """The run directory of an undisturbed training, made once."""
-        name = hashlib.sha256(json.dumps([overrides, ranks]).encode()).hexdigest()[:12]
-        run = self.work / f"reference-{name}"
-        with _REFERENCES:
-            if not (run / "result.json").exists():
-                shutil.rmtree(run, ignore_errors=True)
-                here, self.run = self.run, run
-                process = self.train(*overrides) if ranks == 1 else self.launch(*overrides, ranks=ranks)
-                self.run = here
-                code = process.wait()
-                assert code == 0, process.text()
-        return run
-
-    def stopped_run(self, step: int) -> Path:
-        """A run that a signal stopped after a step, made once; to be copied."""
-        run = self.work / f"stopped-{step}"
-        with _REFERENCES:
-            if not run.exists():
-                partial = self.folder / f"stopped-{step}"
-                process = self.train(run=partial, faults=[{"kind": "step", "step": step, "action": "SIGTERM"}])
-                assert process.wait() == 75, process.text()
-                partial.rename(run)
-        return run
+def remount(path: Path, options: str) -> None:
+    """Give a small disk another size ("size=16m"), or make it read-only ("ro")."""
+    _mount("-o", f"remount,{options}", str(path))
 
 
-_REFERENCES = threading.Lock()
+@lru_cache
+def _no_disks() -> str | None:
+    """Why this machine mounts none."""
+    if os.geteuid() != 0:
+        return "mounting a small disk needs root"
+    done = subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, check=False)
+    return None if done.returncode == 0 else f"this root may not mount: {done.stderr.decode().strip()}"
+
+
+def _mount(*words: str) -> None:
+    subprocess.run(["mount", *words], check=True, capture_output=True)

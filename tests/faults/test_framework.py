@@ -1,30 +1,57 @@
-"""The fault tests see what they claim to see: a survival that is none, a touch, a pickle that runs; and the table."""
+"""The fault tests see what they claim to see: a survival that is none, a touch, a pickle that runs, a bad answer."""
 
 from __future__ import annotations
 
 import json
-import os
+import math
 import pickle
 import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.faults import report, run_all
-from tests.faults.check import contents, differences, records, said_well
-from tests.faults.fault import Outcome
-from tests.faults.fault import fault as register
+from tests.faults import long_form
+from tests.faults.check import contents, differences, records, says_why
+from tests.faults.fault import Outcome, fault, run_trial
+from tests.faults.inputs import KINDS, Kind, changed, limited, paths_of, run_kind
 from tests.faults.rows import REGISTRY
+from tests.faults.rows_files import Bad
 from tests.faults.rows_kill import saves
-from tests.faults.rows_malice import Bad
-from tests.faults.runs import Hang, Server, Stage
+from tests.faults.runs import Stage
+from tests.fork_server import ForkServer, Hang, Process
+
+INPUTS = 320  # of all kinds together; scripts/faults.sh tries 10,000
 
 
-@pytest.fixture
-def stage(work: Path, server: Server, tmp_path: Path) -> Stage:
-    import random
+@pytest.mark.parametrize("name", KINDS)
+def test_bad_inputs_are_answered(name: str, tmp_path: Path) -> None:
+    count = math.ceil(INPUTS * KINDS[name].share)
+    tried, problem = run_kind(KINDS[name], count, tmp_path / "inputs")
+    assert problem is None
+    assert tried >= count / 2  # hypothesis may try fewer where it has seen them all
 
-    return Stage(work, tmp_path / "stage", server, random.Random(0))
+
+def test_what_an_input_does_is_seen(tmp_path: Path) -> None:
+    assert sum(kind.share for kind in KINDS.values()) == pytest.approx(1)
+
+    def finding(attempt: object) -> str | None:
+        return run_kind(Kind("", KINDS["overrides"].examples, lambda folder: attempt, 1), 5, tmp_path / "inputs")[1]
+
+    assert finding(lambda example: None) is None
+    assert "ZeroDivisionError" in str(finding(lambda example: 1 / 0))
+    assert finding(lambda example: (tmp_path / "inputs" / "canary").touch()) == "an input ran code"
+    assert finding(lambda example: (tmp_path / "inputs" / "other").touch()) == "an input changed files"
+    with pytest.raises(TimeoutError), limited(0.05):
+        time.sleep(5)
+
+
+def test_changes_reach_every_value_and_bear_one_another() -> None:
+    data = {"a": [1, {"b": 2}], "c": 3}
+    assert paths_of(data) == [(), ("a",), ("a", 0), ("a", 1), ("a", 1, "b"), ("c",)]
+    assert changed(data, [(("a", 1, "b"), 9), (("c",), None)]) == {"a": [1, {"b": 9}], "c": None}
+    assert changed(data, [(("a",), {}), (("a", 1, "b"), 9), (("a", 0), 7)]) == {"a": {}, "c": 3}
 
 
 def test_a_run_equals_itself_and_nothing_that_was_changed(stage: Stage) -> None:
@@ -76,15 +103,39 @@ def test_the_pickle_would_run(tmp_path: Path) -> None:
     assert (tmp_path / "canary").exists()
 
 
-def test_a_message_needs_a_hint_and_no_traceback() -> None:
-    assert said_well("ERROR x\n  HINT: y") == []
-    assert len(said_well("Traceback (most recent call last)\nValueError: x")) == 2
+def test_a_message_needs_a_hint_and_no_traceback(tmp_path: Path) -> None:
+    process = Process(0, tmp_path / "err", lambda: 2)
+    for text, wrong in (
+        ("ERROR x\n  HINT: y", None),
+        ("Traceback (most recent call last)\nx", "traceback"),
+        ("", "no"),
+    ):
+        (tmp_path / "err").write_text(text)
+        if wrong is None:
+            says_why(process)
+        else:
+            with pytest.raises(AssertionError, match=wrong):
+                says_why(process)
 
 
 def test_contents_leave_locks_out(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text("")
     (tmp_path / "a").write_text("a")
     assert list(contents(tmp_path)) == ["a"]
+
+
+def test_what_was_not_survived_is_seen(work: Path, fork_server: ForkServer) -> None:
+    def loses(stage: Stage, index: int) -> None:
+        stage.lost = 7
+        stage.notes.append("a note")
+        assert index == 0, "other weights"
+
+    row = replace(REGISTRY["kill"], name="one", run=loses)
+    outcome = run_trial(row, 0, work, fork_server)
+    assert (outcome.survived, outcome.note) == (False, "a note; AssertionError: 7 steps lost, more than 6")
+    assert "other weights" in run_trial(row, 1, work, fork_server).note
+    with pytest.raises(AssertionError, match="kill"):  # a name stands for one row
+        fault("kill", "", "", trials=1)(loses)
 
 
 TRIALS = [
@@ -104,32 +155,27 @@ ABOUT = {
 
 
 def test_the_page_says_what_the_trials_say() -> None:
-    results = report.summarise(TRIALS, {"overrides": {"tried": 1600, "problem": None}}, ABOUT)
+    results = long_form.summarise(TRIALS, {"overrides": {"tried": 1600, "problem": None}}, ABOUT)
     assert json.loads(json.dumps(results)) == results
-    page = report.render(results)
+    page = long_form.render(results)
     kill, signal, stalls = (REGISTRY[name] for name in ("kill", "signal", "rank-stalls"))
     assert f"| {kill.title} | 2 | **1** | 9 | 0.5 | 1.2 | {kill.how} |" in page
     assert f"| {signal.title} | 1 | 1 | 0 | – | – | {signal.how} |" in page
     assert f"| {stalls.title} | 0 | skipped | – | – | – | no time-out |" in page
     assert "**2 of 3 faults survived; 1,600 bad inputs, 0 of 8 kinds with a finding.**" in page
     assert "- SIGKILL at a random moment: other \\| weights" in page
-    assert (
-        "Made by `scripts/faults.sh` on 2026-11-24: a CPU, 2 cores, Linux 6; Python 3.11.2, torch 2.14.1. Quiet."
-        in page
-    )
+    where = "on 2026-11-24: a CPU, 2 cores, Linux 6; Python 3.11.2, torch 2.14.1. Quiet."
+    assert f"Made by `scripts/faults.sh` {where}" in page
     assert page.count("\n| SIGKILL") == sum("SIGKILL" in row.title[:7] for row in REGISTRY.values())
 
 
-def test_the_long_form_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_long_form_resumes_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--work", str(tmp_path), "--page", str(tmp_path / "page.md"), "--jobs", "1", "--only", "malice"]
     for _ in range(2):
-        assert run_all.main(["--work", str(tmp_path), "--jobs", "1", "--only", "malice", "--trials", "1"]) == 0
+        assert long_form.main([*words, "--trials", "1", "--inputs", "16"]) == 0
     out = capsys.readouterr().out
     assert "1 trials to do, 0 done before" in out
     assert "0 trials to do, 1 done before" in out
     assert len((tmp_path / "trials.jsonl").read_text().splitlines()) == 1
-    assert os.listdir(tmp_path / "trials") == []
-
-
-def test_a_name_stands_for_one_row() -> None:
-    with pytest.raises(AssertionError, match="kill"):
-        register("kill", "", "", trials=1)(lambda stage, index: Outcome(True))
+    assert "**1 of 1 faults survived; " in (tmp_path / "page.md").read_text()
+    assert not list((tmp_path / "trials").iterdir())

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.launching.ports import free_port
-from tests.faults.fault import NotHere
-from tests.faults.runs import ROOT
+from tests.faults.runs import ROOT, NotHere
 
 KEY = "local" + "0" * 40
 START_SECONDS = 60.0

@@ -19,7 +19,7 @@ from harness.sweeps.spec import load_sweep
 from harness.sweeps.wandb import configuration
 from harness.tracking.wandb_run import new_run_id, values_of
 from tests.conftest import ROOT, run_limited
-from tests.faults.fault import NotHere
+from tests.faults.runs import NotHere
 from tests.faults.wandb_server import WandbServer
 from tests.faults.wandb_server import environment as to_server
 from tests.sweeps.sweep_server import SWEEP_ID, sweep_server

@@ -1,4 +1,4 @@
-"""The real W&B client against a real server of its protocol, openwandb: one a session, and a warm process to train."""
+"""The real W&B client against a real server of its protocol, openwandb: one a session."""
 
 from __future__ import annotations
 
@@ -11,14 +11,11 @@ from typing import Any
 import pytest
 
 from harness.tracking.wandb_run import row_number, values_of
-from tests.faults import conftest as faults
 from tests.faults.check import records
-from tests.faults.fault import NotHere
-from tests.faults.runs import Server, Stage
+from tests.faults.runs import NotHere, Stage
 from tests.faults.wandb_server import WandbServer, environment
+from tests.fork_server import ForkServer
 from tests.tracking.door import Door
-
-work, server = faults.work, faults.server  # fixtures: a folder with a recipe, and a warm process that trains
 
 
 def record(kind: str, split: str, step: int, **values: Any) -> dict[str, Any]:
@@ -74,9 +71,14 @@ def logged_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tracked")
+
+
 @pytest.fixture
-def stage(work: Path, server: Server, tmp_path: Path) -> Iterator[Stage]:
+def stage(work: Path, fork_server: ForkServer, tmp_path: Path) -> Iterator[Stage]:
     """Trainings of 21 steps in this test's folder."""
-    made = Stage(work, tmp_path / "stage", server, random.Random(0))
+    made = Stage(work, tmp_path / "stage", fork_server, random.Random(0))
     yield made
     made.close()
