@@ -123,7 +123,7 @@ def nothing_left_behind() -> Iterator[None]:
 @pytest.fixture
 def free_port() -> int:
     """A TCP port that nothing listens on, below the range that outgoing connections take theirs from."""
-    from harness.launching.ports import free_port
+    from harness.launch.rank_env import free_port
 
     return free_port()
 
@@ -180,7 +180,7 @@ def run_ranks(fork_server: ForkServer, tmp_path: Path) -> RunRanks:
         env: dict[str, str] | None = None,
         cwd: Path | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        from harness.launching.ports import free_port
+        from harness.launch.rank_env import free_port
 
         words = words[2:] if words[0] == "-m" else words
         with tempfile.TemporaryDirectory(prefix="ranks-") as folder:

@@ -19,7 +19,8 @@ MAX_FUNCTION_LINES = 60
 
 # Each room and the rooms it may import. A module with its own entry is a room of its own, and who may import the
 # room around it may import it too.
-GROUND = {"environment", "errors", "files", "locks", "machine", "network", "run_directory", "signals", "srun"}
+GROUND = {"environment", "errors", "files", "locks", "machine", "network", "run_directory", "signals"}
+GROUND |= {"launch.rank_env"}
 WORK = GROUND | {"recipe", "models", "data", "tracking", "preflight", "heartbeat", "runtime", "runs", "training"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -30,7 +31,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "network": set(),
     "locks": {"errors", "run_directory"},
     "run_directory": set(),
-    "srun": set(),
     "recipe.dual_branch_args": GROUND,  # the schema of the network's settings: recipes are checked with it
     "recipe": GROUND,
     "models": GROUND | {"recipe.dual_branch_args"},
@@ -43,18 +43,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "heartbeat": GROUND,
     "runtime": GROUND | {"data", "preflight", "heartbeat"},
     "training": WORK,
-    "launching": WORK,
-    "launching.ports": set(),
-    "launching.trial": GROUND,  # processes for a measurement, whoever makes it
+    "launch": WORK | {"bench"},
+    "launch.rank_env": set(),
     "report": WORK,
     "scaling": WORK,
-    "sweeps": WORK | {"launching"},
-    "bench": WORK | {"launching.ports"},
+    "sweeps": WORK | {"launch"},
+    "bench": WORK | {"launch.rank_env"},
     "doctor": WORK,
-    "commands": WORK | {"launching", "doctor"},
+    "commands": WORK | {"launch", "doctor"},
     "commands_speed": WORK | {"bench", "scaling"},
     "commands_look": WORK | {"report"},
-    "commands_sweep": WORK | {"launching", "report", "sweeps"},
+    "commands_sweep": WORK | {"launch", "report", "sweeps"},
     "commands_track": WORK,
     "cli": GROUND | {"commands", "commands_look", "commands_speed", "commands_sweep", "commands_track"},
     "__main__": {"cli"},
@@ -133,7 +132,7 @@ def test_there_is_a_house_to_look_at() -> None:
         "harness/errors.py",
         "harness/models/kernels/kernels.cpp",
         "harness/data/order.py",
-        "harness/launching/local.py",
+        "harness/launch/local.py",
     } <= set(map(name_of, FILES + CPP_FILES))
     unknown = {name_of(path): room_of(module_of(path)) for path in FILES if room_of(module_of(path)) not in MAY_IMPORT}
     assert not unknown, f"rooms without rules, add them to MAY_IMPORT: {unknown}"
@@ -277,9 +276,9 @@ def test_the_sandbox_is_executable() -> None:
     "module",
     [
         "harness.recipe",
-        "harness.launching.local",
-        "harness.launching.ranks",
-        "harness.launching.submitting",
+        "harness.launch.local",
+        "harness.launch.torchrun",
+        "harness.launch.slurm",
         "harness.sweeps.spec",
         "harness.sweeps.run",
     ],

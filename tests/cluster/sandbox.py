@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness.launching.ports import free_port
+from harness.launch.rank_env import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 START_LIMIT_SECONDS = 60.0

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from harness.launching.ports import free_port
+from harness.launch.rank_env import free_port
 from tests.faults.check import reached, records, restarted, said_well, wait_for_step
 from tests.faults.fault import NotHere, Outcome, fault
 from tests.faults.inject import Fault

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from harness.launching.ports import free_port
+from harness.launch.rank_env import free_port
 from tests.faults.check import differences, wait_for_step
 from tests.faults.disks import small_disk
 from tests.faults.fault import Outcome, fault

@@ -186,7 +186,7 @@ class Stage:
         """Several ranks, as launch.sh starts them; faults are put into the ranks that they name."""
         log = self.log()
         module = "harness" if not faults else "tests.faults.child"
-        command = [sys.executable, "-m", "harness.launching.ranks", "accelerate", "launch"]
+        command = [sys.executable, "-m", "harness.launch.torchrun", "accelerate", "launch"]
         command += ["--config_file", str(ROOT / "recipes/launch/cpu.yaml"), "--num_processes", str(ranks), *options]
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("HARNESS_", "WANDB_"))}
         environment |= ONE_THREAD | {"HARNESS_CACHE": str(self.cache), "PYTHONPATH": str(ROOT), **(env or {})}

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness.launching.ports import free_port
+from harness.launch.rank_env import free_port
 from tests.faults.fault import NotHere
 from tests.faults.runs import ROOT
 
