@@ -45,7 +45,6 @@ WORTH_MEASURING_IMAGES = 4_000  # a training of fewer images ends before the mea
 # Images in the training split of sources whose size is known without opening them.
 KNOWN_IMAGES = {"cifar10": 50_000, "digits": 1_438}
 CACHE_FORMAT = 2
-USAGE = "./launch.sh RECIPE [key=value …] [--gpus N] [--ranks N] [--max-restarts N] [options of harness train]"
 
 
 # --- how many ranks
@@ -312,7 +311,8 @@ def plan(arguments: Sequence[str], *, measure: bool) -> tuple[list[str], dict[st
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options of launch.sh itself, and all other words in their order."""
-    parser = argparse.ArgumentParser(prog="launch", usage=USAGE, add_help=False, allow_abbrev=False)
+    usage = "./launch.sh RECIPE [key=value …] [options]; see ./launch.sh --help"
+    parser = argparse.ArgumentParser(prog="launch", usage=usage, add_help=False, allow_abbrev=False)
     parser.add_argument("--slurm", action="store_true")
     parser.add_argument("--ranks", type=int, default=os.environ.get("NPROC") or None)
     parser.add_argument("--gpus", type=int)

@@ -24,7 +24,6 @@ SCRIPT = "job.sbatch"
 RECIPE = "recipe.yaml"
 BODY = "set -uo pipefail\n"  # what SCRIPT begins with after its comment
 SBATCH_LIMIT_SECONDS = 120
-MAX_ARRAY = 1001  # tasks; SLURM's own default
 # All others are those of a job that we may be in ourselves; the new job gets its own.
 KEPT_SLURM_VARIABLES = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"}
 NO_ANSWER = r"contact slurm controller|timed out|munge|authentication|temporarily|standby|Communication connection"
@@ -93,6 +92,12 @@ def request_of(arguments: argparse.Namespace, others: Sequence[str] = ()) -> Req
     if gpus and tasks not in (None, gpus):
         what = f"--tasks-per-node {tasks} and --gpus-per-node {gpus}: one rank per GPU"
         raise HarnessError(what, hint="Give one of them.")
+    seconds = limit_seconds(given["time"])
+    if seconds is not None and seconds <= arguments.signal_seconds:
+        raise HarnessError(
+            f"--time {given['time']} is over as soon as --signal-seconds {arguments.signal_seconds} begin",
+            hint="Ask for more time or give a smaller --signal-seconds: a job must get on before it is queued again.",
+        )
     # Each task sees all GPUs of its node and takes the one of its LOCAL_RANK.
     given["ntasks-per-node"] = given.pop("tasks-per-node") or gpus or 1
     given["signal"] = f"B:USR1@{arguments.signal_seconds}"
@@ -105,6 +110,16 @@ def request_of(arguments: argparse.Namespace, others: Sequence[str] = ()) -> Req
         ranks=(nodes or 1) * (tasks or gpus or 1),
         max_restarts=arguments.max_restarts,
     )
+
+
+def limit_seconds(text: str | None) -> int | None:
+    """A time limit as sbatch has it (M, M:S, H:M:S, D-H, D-H:M, D-H:M:S), in seconds; None for anything else."""
+    if text is None or not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", text):
+        return None
+    numbers = [int(number) for number in re.split("[-:]", text)]
+    if "-" not in text:
+        numbers = [0] * (1 if len(numbers) == 3 else 2) + numbers
+    return sum(number * unit for number, unit in zip(numbers, (86400, 3600, 60, 1), strict=False))
 
 
 def script_text(
@@ -120,10 +135,8 @@ def script_text(
     """The batch script: of one run, of a run `<run>-seed_<n>` per seed, or of a sweep.
 
     Args:
-        recipe: absolute path of the recipe as the user named it.
-        run: absolute; with `sweep_runs` the folder for what the job prints.
-        sweep_runs: one task each, in this order: run directories whose recipes are frozen.
-        sweep_again: what resumes the runs of a sweep.
+        recipe, run: absolute paths; of a sweep, `run` is the folder for what the job prints.
+        sweep_runs: run directories whose recipes are frozen, one task each; `sweep_again` resumes them.
 
     Raises:
         HarnessError: something in it cannot stand on a `#SBATCH` line.

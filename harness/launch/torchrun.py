@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] == "--max-restarts":
         max_restarts, words = int(words[1]), words[2:]
     for attempt in range(max_restarts + 1):
-        code, was_stopped = _attempt(words[2:])
+        with tempfile.TemporaryDirectory(prefix="harness-ranks-") as folder:
+            code, was_stopped = _launch(words[2:], Path(folder, "exit_code"))
         again = next_attempt(words)
         if code != EXIT_FAILED or was_stopped or attempt == max_restarts or again is None:
             break
@@ -67,15 +68,8 @@ def option_value(words: Sequence[str], option: str) -> str | None:
     return value
 
 
-def _attempt(options: list[str]) -> tuple[int, bool]:
-    """`accelerate launch`; returns the exit code, and whether a signal stopped the launcher."""
-    with tempfile.TemporaryDirectory(prefix="harness-ranks-") as folder:
-        code_file = Path(folder, "exit_code")
-        os.environ[CODE_FILE_VARIABLE] = str(code_file)
-        return _launch(options, code_file)
-
-
 def _launch(options: list[str], code_file: Path) -> tuple[int, bool]:
+    """`accelerate launch`; returns the exit code, and whether a signal stopped the launcher."""
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -83,26 +77,26 @@ def _launch(options: list[str], code_file: Path) -> tuple[int, bool]:
     from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
 
     rendezvous_handler_registry.register("loopback", _meet_on_loopback)
+    os.environ[CODE_FILE_VARIABLE] = str(code_file)
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(number.name for number in FORWARDED_SIGNALS))
     os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
     # The ranks have said what went wrong; the launcher's view of it is shown only where no rank could.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     # Accelerate always gives the option `master_addr`, and torch warns of it where the ranks meet in another way.
     torchrun.logger.addFilter(lambda record: "master_addr is only used" not in record.getMessage())
+    code, was_stopped = EXIT_DONE, False
     try:
         launch_command(launch_command_parser().parse_args(["--rdzv_backend", "loopback", *options]))
     except ChildFailedError as error:
         _, first = error.get_first_failure()
-        code = exit_code(first.exitcode, read_codes(code_file))
+        code = exit_code(first.exitcode, _read_codes(code_file))
         if code == EXIT_FAILED:
             print(f"launch: a rank failed\n{error}", file=sys.stderr)
-        return code, False
     except SignalException as error:
-        written = read_codes(code_file)
-        if str(len(written)) == option_value(options, "--num_processes") and not any(written):
-            return EXIT_DONE, False  # all had ended when the signal came
-        return exit_code(-int(error.sigval), written, was_stopped=True), True
-    return EXIT_DONE, False
+        written = _read_codes(code_file)
+        if any(written) or str(len(written)) != option_value(options, "--num_processes"):  # else all had ended before
+            code, was_stopped = exit_code(-int(error.sigval), written, was_stopped=True), True
+    return code, was_stopped
 
 
 def _meet_on_loopback(parameters: Any) -> Any:
@@ -135,13 +129,9 @@ def _meet_on_loopback(parameters: Any) -> Any:
 def exit_code(first_failure: int, written: Sequence[int], *, was_stopped: bool = False) -> int:
     """What the whole command returns when not every rank returned 0.
 
-    Args:
-        first_failure: exit code of the rank that ended first with one; negative: the signal that ended it.
-        written: what ranks wrote, in that order; those that were killed wrote nothing.
-        was_stopped: the launcher itself was sent the signal.
-
-    A rank that stops with a checkpoint only because another one died has no orderly stop to report: 75 would ask for
-    the job to be queued again, and again.
+    `first_failure` is the exit code of the rank that ended first with one (negative: the signal that ended it),
+    `written` what ranks wrote, in that order: those that were killed wrote nothing. A rank that stops with a checkpoint
+    only because another one died has no orderly stop to report: 75 would ask for the job to be queued again, and again.
     """
     for code in written:
         if code in (EXIT_BAD_INPUT, EXIT_DIVERGED):
@@ -154,8 +144,7 @@ def exit_code(first_failure: int, written: Sequence[int], *, was_stopped: bool =
     return EXIT_FAILED
 
 
-def read_codes(code_file: Path) -> list[int]:
-    """The numbers that ranks wrote."""
+def _read_codes(code_file: Path) -> list[int]:
     return [int(line) for line in code_file.read_text().split()] if code_file.exists() else []
 
 

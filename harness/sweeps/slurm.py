@@ -12,7 +12,7 @@ from typing import Any
 
 from harness.errors import EXIT_FAILED, HarnessError
 from harness.files import write_json, write_text
-from harness.launch.slurm import MAX_ARRAY, RECIPE, SCRIPT, Request, make_folder, script_text, submit_script
+from harness.launch.slurm import RECIPE, SCRIPT, Request, make_folder, script_text, submit_script
 from harness.recipe.loading import resolved_yaml
 from harness.run_directory import JOB
 from harness.sweeps.run import held, statuses
@@ -20,6 +20,7 @@ from harness.sweeps.spec import Sweep, SweepRun
 
 SUBMITTED = "submitted.json"
 SQUEUE_LIMIT_SECONDS = 60
+MAX_ARRAY = 1001  # tasks; SLURM's own default
 
 
 def submit(

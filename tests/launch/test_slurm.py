@@ -111,6 +111,7 @@ def test_secrets_do_not_get_into_the_text(monkeypatch: pytest.MonkeyPatch, capsy
         (["--dry-run"], 0, ""),
         (["training.epochs=-1", "optimizer.lr=0"], 2, "2 errors"),
         (["--gpus-per-node", "a100:2", "--tasks-per-node", "4"], 2, "one rank per GPU"),
+        (["--time", "2"], 2, "--time 2 is over as soon as --signal-seconds 120 begin"),
         (["--partition", "a\n#SBATCH --wrap=x"], 2, "cannot be given to sbatch as --partition"),
         (["--comment=a\x00"], 2, "cannot be given to sbatch as --comment"),
         (["--run-dir", "/a\\b"], 2, "cannot be given to sbatch as --output"),
@@ -233,6 +234,15 @@ def test_seeds_of_an_array(array: str, seeds: list[int]) -> None:
     assert seeds_of(array) == seeds
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("1:30", 90), ("4:00:01", 14401), ("1-12", 129600), ("1-0:30", 88200), ("2-0:0:5", 172805)]
+    + [(text, None) for text in ("UNLIMITED", "1:2:3:4", None)],
+)
+def test_time_limits(text: str | None, seconds: int | None) -> None:
+    assert slurm.limit_seconds(text) == seconds
+
+
 @pytest.mark.parametrize("python", ["nowhere/python", "bare/python"])
 def test_a_python_that_cannot_train_is_reported_once(tmp_path: Path, python: str) -> None:
     """Before anything is made or started: another try would not fix it."""
@@ -250,3 +260,18 @@ def test_a_python_that_cannot_train_is_reported_once(tmp_path: Path, python: str
     assert "HINT: ./scripts/setup.sh" in done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_signal_that_comes_before_the_ranks_queues_the_job_again(tmp_path: Path) -> None:
+    """Stand-ins, since a real SLURM's signal cannot be timed so: Python is still looking for torch when it comes."""
+    for name, text in (
+        ("python", "kill -USR1 $PPID"),
+        ("scontrol", "echo $* >>asked; echo ' JobState=RUNNING Requeue=1 Restarts=0 '"),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "HARNESS_PYTHON": str(tmp_path / "python")}
+    environment = os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", JOB_SCRIPT, DEBUG], env=environment, cwd=tmp_path, capture_output=True, timeout=60)
+    assert done.returncode == 75, done.stderr
+    assert (tmp_path / "asked").read_text().splitlines()[-1] == "requeue 7"
