@@ -7,7 +7,7 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,12 +124,12 @@ def submitting(cluster: Sandbox, folder: Path) -> Iterator[Submit]:
 
 
 @contextmanager
-def own_cluster(folder: Path, extra: Sequence[str] = ()) -> Iterator[tuple[Sandbox, Submit]]:
+def own_cluster(folder: Path, **settings: Any) -> Iterator[tuple[Sandbox, Submit]]:
     """A cluster of one test, whose daemons it may kill."""
     # Not pytest's folder: no other user may enter it, and munge wants its socket within the reach of all.
     with (
         tempfile.TemporaryDirectory(prefix="slurm-") as state,
-        Sandbox(Path(state), extra=extra) as cluster,
+        Sandbox(Path(state), **settings) as cluster,
         submitting(cluster, folder) as submit,
     ):
         yield cluster, submit

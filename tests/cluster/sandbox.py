@@ -109,7 +109,7 @@ class Sandbox:
             self._spawn("slurmctld", 0, ["slurmctld", "-D", "-i", "-c"])
             for number in range(1, self.nodes + 1):
                 self.start_node(number)
-            self._wait_for(lambda: self._states() == ["idle"] * self.nodes)
+            self._wait_for(self._is_idle)
         except BaseException:
             self.__exit__()
             raise
@@ -161,8 +161,9 @@ class Sandbox:
                         found.append((int(entry.name), environment))
         return found
 
-    def _states(self) -> list[str]:
-        return self.run("sinfo", "-h", "-N", "-o", "%T", check=False).split()
+    def _is_idle(self) -> bool:
+        states = self.run("sinfo", "-h", "-N", "-o", "%T", check=False).split()  # of each node in each partition
+        return len(states) >= self.nodes and set(states) == {"idle"}
 
     def _spawn(self, name: str, number: int, command: Sequence[str]) -> None:
         path = program(command[0])

@@ -112,7 +112,7 @@ def test_a_rank_that_dies_is_started_again_within_the_job(undisturbed: Task, sub
 @pytest.mark.long
 def test_a_job_that_is_preempted_makes_room_and_resumes(undisturbed: Task, tmp_path: Path) -> None:
     """By a job of a better partition, as clusters have it: the signal of the job's own choice, then time to end."""
-    with own_cluster(tmp_path, PREEMPTION) as (cluster, submit):
+    with own_cluster(tmp_path, cpus=1, extra=PREEMPTION) as (cluster, submit):
         (task,) = submit(*TWO_NODES, "--partition", "low")
         task.wait_for_step(8)
         cluster.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=other", "--wrap=sleep 1")
