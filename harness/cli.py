@@ -13,9 +13,10 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import harness
-from harness import commands, commands_look, commands_speed, commands_sweep, commands_track, srun
+from harness import commands, commands_look, commands_speed, commands_sweep, commands_track
 from harness.environment import calm_openmp, refuse_arithmetic
 from harness.errors import EXIT_BAD_INPUT, EXIT_DONE, HarnessError, from_disk, nearest, print_error
+from harness.launch.rank_env import set_from_srun
 
 # Groups of `harness --help`, each command with its line.
 GROUPS = {
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         began_at -= time.process_time()  # what Python worked before; the process may be as old as a shell that waited
         calm_openmp()
-    srun.take_place()
+    set_from_srun()
     words = sys.argv[1:] if argv is None else list(argv)
     with _carrying_on(words if argv is None else ()):
         code = _exit_code(words, began_at)
@@ -201,6 +202,9 @@ def _parser() -> argparse.ArgumentParser:
 def take_overrides(arguments: argparse.Namespace, unknown: list[str]) -> None:
     """Overrides may stand before or behind options; anything else that is left over is a mistake."""
     options = [a for a in unknown if a.startswith("-")]
+    if hasattr(arguments, "sbatch_options"):  # `submit` hands them on
+        arguments.sbatch_options = options
+        unknown, options = [a for a in unknown if a not in options], []
     takes = hasattr(arguments, "overrides")
     if options or (unknown and not takes):
         wrong = (options or unknown)[0]

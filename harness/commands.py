@@ -282,7 +282,7 @@ def _data_verify(arguments: argparse.Namespace) -> int:
 
 
 def build_submit(parser: argparse.ArgumentParser) -> None:
-    from harness.launching.submitting import add_options
+    from harness.launch.slurm import add_options
 
     _recipe_arguments(parser)
     add_options(parser)
@@ -290,24 +290,26 @@ def build_submit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the batch script; nothing is written or submitted"
     )
-    parser.set_defaults(run=_submit)
+    parser.epilog = "Other options of sbatch are handed on to it; they are written --name=value."
+    parser.allow_abbrev = False  # --gpus is an option of sbatch too
+    parser.set_defaults(run=_submit, sbatch_options=[])
 
 
 def _submit(arguments: argparse.Namespace) -> int:
-    from harness.launching.submitting import request_of, submit
+    from harness.launch.slurm import request_of, submit
 
-    done = submit(
+    script, job_id, tasks = submit(
         arguments.recipe,
         arguments.overrides,
         run_directory=arguments.run_dir,
         dry_run=arguments.dry_run,
-        request=request_of(arguments),
+        request=request_of(arguments, arguments.sbatch_options),
     )
-    if done.job_id is None:
-        print(done.text, end="")
+    if job_id is None:
+        print(script, end="")
         return EXIT_DONE
-    print(f"job {done.job_id}")
-    for run_directory, log in done.places():
+    print(f"job {job_id}")
+    for run_directory, log in tasks:
         print(f"run directory {run_directory}\nlog {log}")
     return EXIT_DONE
 

@@ -14,7 +14,7 @@ from harness.errors import EXIT_DONE, HarnessError
 
 
 def build_sweep(parser: argparse.ArgumentParser) -> None:
-    from harness.launching.submitting import add_options
+    from harness.launch.slurm import add_options
 
     parser.add_argument("sweep", metavar="SWEEP", type=Path, help="a YAML file: recipe, parameters, seeds, metric")
     how = parser.add_mutually_exclusive_group()
@@ -66,12 +66,12 @@ def _sweep_here(sweep: Any, arguments: argparse.Namespace) -> int:
 
 
 def _sweep_on_cluster(sweep: Any, arguments: argparse.Namespace) -> int:
-    from harness.launching.submitting import request_of
+    from harness.launch.slurm import request_of
     from harness.sweeps.run import check_ranks
     from harness.sweeps.slurm import submit
 
     request = request_of(arguments)
-    check_ranks(sweep, request["nodes"] * request["tasks_per_node"])
+    check_ranks(sweep, request.ranks)
     retry, dry_run = arguments.retry_failed, arguments.dry_run
     script, job_id, tasks = submit(sweep, request=request, retry_failed=retry, dry_run=dry_run)
     if arguments.json:
@@ -103,11 +103,10 @@ def _sweep_by_server(sweep: Any, arguments: argparse.Namespace) -> int:
 
 def _ranks(sweep: Any, arguments: argparse.Namespace) -> Any:
     """The ranks of every training, the same for all so that their figures can be compared."""
-    from harness.launching.training import choose_ranks
+    from harness.launch.local import choose_ranks
     from harness.sweeps.run import check_ranks
 
-    overrides, measure = sweep.runs[0].overrides, not arguments.dry_run
-    ranks = choose_ranks(sweep.recipe_path, overrides, arguments.ranks, measure=measure)
+    ranks = choose_ranks(sweep.runs[0].recipe, arguments.ranks, measure=not arguments.dry_run)
     check_ranks(sweep, ranks.count)
     if ranks.note:
         print(f"sweep: {ranks.note}", file=sys.stderr)
@@ -125,14 +124,14 @@ def _print_table(sweep: Any, arguments: argparse.Namespace) -> None:
 
 def _refuse_lost_options(arguments: argparse.Namespace) -> None:
     """Options that would do nothing are mistakes."""
-    from harness.launching.submitting import add_options
+    from harness.launch.slurm import add_options
 
     cluster = argparse.ArgumentParser(add_help=False)
     add_options(cluster, array_of_seeds=False)
     usual = vars(cluster.parse_args([]))
     given = [name.replace("_", "-") for name, value in usual.items() if getattr(arguments, name) != value]
     if given and not arguments.slurm:
-        options = ", ".join(f"--{name}" for name in given).replace("--time-limit", "--time")
+        options = ", ".join(f"--{name}" for name in given)
         raise HarnessError(f"{options}: only with --slurm", hint="Add --slurm, or leave it out.")
     if arguments.slurm and arguments.ranks is not None:
         raise HarnessError("--ranks is for this machine only", hint="With --slurm: --nodes N --tasks-per-node R.")

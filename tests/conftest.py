@@ -121,7 +121,7 @@ def nothing_left_behind() -> Iterator[None]:
 @pytest.fixture
 def free_port() -> int:
     """A TCP port that nothing listens on, below the range that outgoing connections take theirs from."""
-    from harness.launching.ports import free_port
+    from harness.launch.rank_env import free_port
 
     return free_port()
 
@@ -178,7 +178,7 @@ def run_ranks(fork_server: ForkServer) -> RunRanks:
         env: dict[str, str] | None = None,
         cwd: Path = ROOT,
     ) -> subprocess.CompletedProcess[str]:
-        from harness.launching.ports import free_port
+        from harness.launch.rank_env import free_port
 
         words = words[2:] if words[0] == "-m" else words
         common = {**os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}

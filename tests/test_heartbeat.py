@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from harness.errors import HarnessError
 from harness.heartbeat import Heartbeat, RankLost, collective_limit_seconds
-from harness.launching.ports import free_port
+from harness.launch.rank_env import free_port
 from tests.conftest import ROOT, RunRanks
 
 Beats = Callable[..., list[Heartbeat]]

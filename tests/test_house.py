@@ -20,7 +20,7 @@ MAX_FUNCTION_LINES = 60
 
 # Each room and the rooms it may import. A module with its own entry is a room of its own, and who may import the
 # room around it may import it too.
-GROUND = {"environment", "errors", "files", "machine", "network", "signals", "srun"}
+GROUND = {"environment", "errors", "files", "machine", "network", "signals", "launch.rank_env"}
 WORK = GROUND | {"recipe", "models", "data", "tracking", "preflight", "heartbeat", "runtime", "runs", "training"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -29,7 +29,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "machine": set(),
     "signals": set(),
     "network": set(),
-    "srun": set(),
     "recipe.schema": GROUND,  # of the network's settings too: recipes are checked with it
     "recipe": GROUND,
     "models": GROUND | {"recipe.schema"},
@@ -42,18 +41,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "heartbeat": GROUND,
     "runtime": GROUND | {"data", "preflight", "heartbeat"},
     "training": WORK,
-    "launching": WORK,
-    "launching.ports": set(),
-    "launching.trial": GROUND,  # processes for a measurement, whoever makes it
+    "launch": WORK | {"bench"},
+    "launch.rank_env": set(),
     "report": WORK,
     "scaling": WORK,
-    "sweeps": WORK | {"launching"},
-    "bench": WORK | {"launching.ports"},
+    "sweeps": WORK | {"launch"},
+    "bench": WORK | {"launch.rank_env"},
     "doctor": WORK,
-    "commands": WORK | {"launching", "doctor"},
+    "commands": WORK | {"launch", "doctor"},
     "commands_speed": WORK | {"bench", "scaling"},
     "commands_look": WORK | {"report"},
-    "commands_sweep": WORK | {"launching", "report", "sweeps"},
+    "commands_sweep": WORK | {"launch", "report", "sweeps"},
     "commands_track": WORK,
     "cli": GROUND | {"commands", "commands_look", "commands_speed", "commands_sweep", "commands_track"},
     "__main__": {"cli"},
@@ -247,7 +245,7 @@ def test_scripts_are_executable_and_stop_at_the_first_error() -> None:
 
 def test_what_runs_before_training_does_not_import_torch() -> None:
     """Recipes are checked and remembered splits are read in milliseconds, torch takes a second or more."""
-    rooms = ("recipe", "launching.local", "launching.ranks", "launching.submitting", "sweeps.spec", "sweeps.run")
+    rooms = ("recipe", "launch.local", "launch.torchrun", "launch.slurm", "sweeps.spec", "sweeps.run")
     code = "import sys\n" + "".join(
         f"import harness.{room}\nif 'torch' in sys.modules: sys.exit('{room} imports torch')\n" for room in rooms
     )

@@ -25,7 +25,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from harness.errors import EXIT_FAILED, HarnessError
-from harness.launching.ports import free_port
+from harness.launch.rank_env import free_port
 from harness.machine import cpu_name
 from harness.network import GLOO_VARIABLE, interface_towards
 

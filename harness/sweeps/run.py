@@ -17,8 +17,8 @@ from typing import Literal, get_args
 from harness import signals
 from harness.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, HarnessError
 from harness.files import directory_lock, write_text
-from harness.launching.ranks import CODE_FILE_VARIABLE
-from harness.launching.training import Ranks, loader_override
+from harness.launch.local import Ranks, loader_override
+from harness.launch.torchrun import CODE_FILE_VARIABLE
 from harness.recipe import load
 from harness.recipe.loading import changed_settings
 from harness.runs import EXIT_CODE, Run, is_held, is_unused, open_run

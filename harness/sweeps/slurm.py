@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 from harness.errors import EXIT_FAILED, HarnessError
 from harness.files import write_json, write_text
-from harness.launching.slurm import Job, sbatch_text
-from harness.launching.submitting import MAX_ARRAY, RECIPE, SCRIPT, submit_script
+from harness.launch.slurm import RECIPE, SCRIPT, Request, make_folder, script_text, submit_script
 from harness.recipe.loading import resolved_yaml
 from harness.runs import JOB
 from harness.sweeps.run import held, statuses
@@ -23,15 +20,16 @@ from harness.sweeps.spec import Sweep, SweepRun
 
 SUBMITTED = "submitted.json"
 SQUEUE_LIMIT_SECONDS = 60
+MAX_ARRAY = 1001  # tasks; SLURM's own default
 
 
 def submit(
-    sweep: Sweep, *, request: Mapping[str, Any], retry_failed: bool, dry_run: bool
+    sweep: Sweep, *, request: Request, retry_failed: bool, dry_run: bool
 ) -> tuple[str, str | None, list[dict[str, str]]]:
     """Submit all runs that are due and in no job yet.
 
     Args:
-        request: fields of `Job` about what a task asks for.
+        request: what a task asks for.
         retry_failed: failed runs too.
         dry_run: write and submit nothing.
 
@@ -54,16 +52,14 @@ def submit(
         if not runs:
             return "", None, tasks
         folder = sweep.folder.absolute()
-        job = Job(
+        script = script_text(
+            request,
             name=sweep.spec.name,
             recipe=str(sweep.recipe_path.absolute()),
-            run_directory=str(folder),
-            python=sys.executable,
-            runs=tuple(task["run_directory"] for task in tasks),
-            again=f"harness sweep {shlex.quote(str(sweep.path.absolute()))} --slurm, in {Path.cwd()}",
-            **request,
+            run=folder,
+            sweep_runs=[task["run_directory"] for task in tasks],
+            sweep_again=f"harness sweep {shlex.quote(str(sweep.path.absolute()))} --slurm, in {Path.cwd()}",
         )
-        script = sbatch_text(job)
         if dry_run:
             return script, None, tasks
         job_id = _submit(sweep, runs, script)
@@ -90,21 +86,13 @@ def _submit(sweep: Sweep, runs: Sequence[SweepRun], script: str) -> str:
     folder = sweep.folder / JOB
     with ExitStack() as undo:
         for run in runs:
-            _make(run.directory / JOB, undo)
+            make_folder(run.directory / JOB, undo)
             write_text(run.directory / JOB / RECIPE, resolved_yaml(run.recipe))
-        _make(folder, undo)
+        make_folder(folder, undo)
         write_text(folder / SCRIPT, script)
         job_id = submit_script(folder / SCRIPT, undo)
     write_json(folder / SUBMITTED, [*_submitted(sweep), {"job_id": job_id, "runs": [run.name for run in runs]}])
     return job_id
-
-
-def _make(folder: Path, undo: ExitStack) -> None:
-    """Make a folder and those above it; `undo` removes what was not there before."""
-    if not folder.exists():
-        _make(folder.parent, undo)
-        folder.mkdir()
-        undo.callback(shutil.rmtree, folder, ignore_errors=True)
 
 
 def _submitted(sweep: Sweep) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from harness.errors import HarnessError, ManyErrors
-from harness.launching.training import Ranks, loader_override
+from harness.launch.local import Ranks, loader_override
 from harness.recipe.document import parse_value
 from harness.sweeps.run import Trainer
 from harness.sweeps.spec import Parameter, Sweep, ends, override_text

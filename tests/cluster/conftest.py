@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,8 @@ import pytest
 
 from harness.cli import main
 from tests.cluster.sandbox import Sandbox
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 JOB_LIMIT_SECONDS = 200.0
 STEPS = 44
 DIGITS = f"""
@@ -33,11 +35,7 @@ tracking: {{wandb: disabled, log_every_steps: 1}}
 
 @dataclass(frozen=True)
 class Task:
-    """A job, or one task of an array.
-
-    Attributes:
-        job_id: as sbatch names it, for a task `<array>_<seed>`.
-    """
+    """A job, or one task of an array, whose `job_id` is `<array>_<index>`."""
 
     cluster: Sandbox
     job_id: str
@@ -45,7 +43,7 @@ class Task:
     log: Path
 
     def facts(self) -> dict[str, str]:
-        """What `scontrol show job` tells: JobState, Restarts, ExitCode, …"""
+        """What `scontrol show job` says: JobState, Restarts, ExitCode, …"""
         line = self.cluster.run("scontrol", "show", "job", "-o", self.job_id)
         return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
@@ -74,7 +72,7 @@ class Task:
         self.wait_for(lambda: step in self.steps(), f"step {step}")
 
     def finish(self, state: str = "COMPLETED") -> dict[str, str]:
-        """Wait for the end of the job; what scontrol tells of it then."""
+        """Wait for the end of the job; its facts then."""
         self.wait_for(lambda: self.facts()["JobState"] == state, f"the state {state}")
         return self.facts()
 
@@ -85,77 +83,75 @@ class Task:
         return (self.run / "checkpoints" / f"step_{step}" / "model.safetensors").read_bytes()
 
     def starts(self) -> list[int]:
-        """The step that each start went on from."""
+        """The step that each start resumed from."""
         file = self.run / "provenance.json"
         return [start["from_step"] for start in json.loads(file.read_text())["starts"]] if file.exists() else []
+
+
+Submit = Callable[..., list[Task]]
+
+
+@contextmanager
+def submitting(cluster: Sandbox, folder: Path) -> Iterator[Submit]:
+    """In a folder with a recipe `digits.yaml`, `submit("submit", "digits.yaml", …)`: the tasks that a command submits.
+
+    The code that jobs run is that of this repository. Jobs that are left are cancelled.
+    """
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("SLURM_CONF", str(cluster.configuration))
+        monkeypatch.setenv("PYTHONPATH", str(ROOT))
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.chdir(folder)
+        (folder / "digits.yaml").write_text(DIGITS)
+        tasks: list[Task] = []
+
+        def submit(*words: str) -> list[Task]:
+            with redirect_stdout(io.StringIO()) as printed:
+                assert main(words) == 0
+            pattern = r"^run directory (.*)\nlog (.*)$"
+            places = re.findall(pattern, printed.getvalue(), re.MULTILINE)
+            new = [Task(cluster, Path(log).stem, Path(run), Path(log)) for run, log in places]
+            tasks.extend(new)
+            return new
+
+        yield submit
+        for task in tasks:
+            cluster.run("scancel", "--quiet", task.job_id, check=False)
+        deadline = time.monotonic() + 30
+        while cluster.run("squeue", "-h", check=False).strip():  # they must not write into a folder that goes
+            assert time.monotonic() < deadline, cluster.run("squeue")
+            time.sleep(0.1)
+
+
+@contextmanager
+def own_cluster(folder: Path, **settings: Any) -> Iterator[tuple[Sandbox, Submit]]:
+    """A cluster of one test, whose daemons it may kill."""
+    # Not pytest's folder: no other user may enter it, and munge wants its socket within the reach of all.
+    with (
+        tempfile.TemporaryDirectory(prefix="slurm-") as state,
+        Sandbox(Path(state), **settings) as cluster,
+        submitting(cluster, folder) as submit,
+    ):
+        yield cluster, submit
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Sandbox]:
     """Two nodes of four CPUs (whatever the machine has) and two fake GPUs each."""
-    # Not pytest's folder: no other user may enter it, and munge wants its socket within the reach of all.
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder, Sandbox(Path(folder), cpus=4, gpus=2) as sandbox:
         yield sandbox
 
 
 @pytest.fixture
-def work(cluster: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, with a recipe `digits.yaml`; the code that jobs run is that of this repository."""
-    in_cluster(cluster, tmp_path, monkeypatch)
-    return tmp_path
-
-
-def in_cluster(cluster: Sandbox, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_CONF", str(cluster.configuration))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.chdir(folder)
-    (folder / "digits.yaml").write_text(DIGITS)
-
-
-Submit = Callable[..., Any]
-
-
-@pytest.fixture
-def submit(cluster: Sandbox, work: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Submit]:
-    """`submit("digits.yaml", "--nodes", "2")`: `harness submit`; the task, or the tasks of an array."""
-    submitted: list[str] = []
-
-    def run(*words: str) -> Any:
-        code = main(["submit", *words])
-        printed = capsys.readouterr()
-        assert code == 0, printed.err
-        tasks = tasks_in(printed.out, cluster)
-        submitted.extend(task.job_id for task in tasks)
-        return tasks if any("--array" in word for word in words) else tasks[0]
-
-    yield run
-    for job in submitted:
-        cluster.run("scancel", "--quiet", job, check=False)
-    deadline = time.monotonic() + 30
-    while cluster.run("squeue", "-h", check=False).strip():  # they must not write into a folder that goes
-        assert time.monotonic() < deadline, cluster.run("squeue")
-        time.sleep(0.1)
-
-
-def tasks_in(printed: str, cluster: Sandbox) -> list[Task]:
-    """The tasks that `harness submit` printed."""
-    runs = re.findall(r"^run directory (.*)$", printed, re.MULTILINE)
-    logs = re.findall(r"^log (.*)$", printed, re.MULTILINE)
-    assert len(runs) == len(logs) > 0, printed
-    return [Task(cluster, Path(log).stem, Path(run), Path(log)) for run, log in zip(runs, logs, strict=True)]
+def submit(cluster: Sandbox, tmp_path: Path) -> Iterator[Submit]:
+    with submitting(cluster, tmp_path) as found:
+        yield found
 
 
 @pytest.fixture(scope="session")
 def undisturbed(cluster: Sandbox, tmp_path_factory: pytest.TempPathFactory, session_cache: Path) -> Task:
     """A job on two nodes that was left alone."""
-    import contextlib
-    import io
-
-    printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(printed):
-        in_cluster(cluster, tmp_path_factory.mktemp("undisturbed"), monkeypatch)
-        assert main(["submit", "digits.yaml", "--nodes", "2", "--time", "10"]) == 0
-    (task,) = tasks_in(printed.getvalue(), cluster)
-    task.finish()
+    with submitting(cluster, tmp_path_factory.mktemp("undisturbed")) as submit:
+        (task,) = submit("submit", "digits.yaml", "--nodes", "2", "--time", "10")
+        task.finish()
     return task

@@ -7,7 +7,6 @@ Needs Python and Debian's slurm-wlm and munge alone; `scripts/slurm_sandbox` sta
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import pwd
 import secrets
@@ -19,14 +18,44 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness.launching.ports import free_port
+from harness.launch.rank_env import free_port
+from harness.signals import end_with_parent
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 START_LIMIT_SECONDS = 60.0
 STOP_LIMIT_SECONDS = 10.0
-PR_SET_PDEATHSIG = 1
+CONFIGURATION = """\
+ClusterName=sandbox{pid}
+SlurmctldHost={controller}
+SlurmctldPort={port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+CredType=cred/munge
 # A job that is queued again waits until its credential has run out: 120 s by default, 5 at least.
-CREDENTIAL_SECONDS = 5
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool.%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+# The CPUs of this file, whatever the machine has.
+SlurmdParameters=config_overrides
+# What can never run is refused, not queued for ever.
+EnforcePartLimits=ALL
+ReturnToService=2
+JobRequeue=1
+MailProg=/bin/true
+KillWait=30
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=2,bf_interval=1
+"""
 
 
 def program(name: str) -> str | None:
@@ -41,11 +70,10 @@ def missing_programs() -> list[str]:
 
 @dataclass
 class Sandbox:
-    """A cluster in a folder. Use it as a context, or `start` and `stop` it.
+    """A cluster in a folder, as a context.
 
     Attributes:
-        folder: for configuration, logs and state; made where it is not there.
-        gpus: fake ones a node: devices that do nothing, but are counted and handed out as real ones.
+        gpus: fake ones per node: devices that do nothing, but are counted and handed out as real ones.
         extra: further lines of slurm.conf.
         addresses: of the controller and each node; default: all on the loopback interface with ports of their own.
         inside: the words before a daemon's command that bring it to its own host (the controller is node 0).
@@ -71,65 +99,23 @@ class Sandbox:
         return inherited | {"SLURM_CONF": str(self.configuration)}
 
     def __enter__(self) -> Sandbox:
-        return self.start()
-
-    def __exit__(self, *error: object) -> None:
-        self.stop()
-
-    def start(self) -> Sandbox:
-        """Start everything and wait until every node is idle.
-
-        Raises:
-            RuntimeError: a daemon ended, or the nodes did not come up in time; nothing is left running.
-        """
+        """Start everything and wait until every node is idle; RuntimeError where that fails, with nothing left."""
         try:
             self._write()
             munge = self.folder / "munge"
-            names = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
-            self._spawn("munged", 0, ["munged", "-F", *(f"--{n}={munge / file}" for n, file in names.items())])
+            files = (f"--{name}-file={munge / name}" for name in ("key", "pid", "log", "seed"))
+            self._spawn("munged", 0, ["munged", "-F", f"--socket={munge / 'socket'}", *files])
             self._wait_for((munge / "socket").exists)
             self._spawn("slurmctld", 0, ["slurmctld", "-D", "-i", "-c"])
             for number in range(1, self.nodes + 1):
                 self.start_node(number)
-            self._wait_for(self.is_idle)
+            self._wait_for(self._is_idle)
         except BaseException:
-            self.stop()
+            self.__exit__()
             raise
         return self
 
-    def start_node(self, number: int) -> None:
-        """Start the daemon of node 1, 2, …"""
-        self._spawn(f"node{number}", number, ["slurmd", "-D", "-N", f"node{number}"])
-
-    def kill_node(self, number: int) -> None:
-        """SIGKILL a node's daemon and every process of its jobs, and tell the controller, as its health check would."""
-        self._end(f"node{number}", signal.SIGKILL)
-        for pid, environment in _processes_with(f"SLURM_CONF={self.configuration}"):
-            if f"SLURMD_NODENAME=node{number}" in environment or self._is_stepd_of(pid, number):
-                _kill(pid)
-        self.run("scontrol", "update", f"nodename=node{number}", "state=down", "reason=killed")
-
-    def cut_off_node(self, number: int) -> None:
-        """SIGKILL a node's daemon alone, as when its network breaks: the processes of its jobs run on."""
-        self._end(f"node{number}", signal.SIGKILL)
-        self.run("scontrol", "update", f"nodename=node{number}", "state=down", "reason=cut off")
-
-    def run(self, *command: str, check: bool = True) -> str:
-        """A command of SLURM's; its output.
-
-        Raises:
-            RuntimeError: it failed, where `check`.
-        """
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
-        if check and done.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)}: {done.returncode}\n{done.stdout}{done.stderr}")
-        return done.stdout
-
-    def is_idle(self) -> bool:
-        states = self.run("sinfo", "-h", "-N", "-o", "%T", check=False).split()
-        return len(states) >= self.nodes and all(state == "idle" for state in states)
-
-    def stop(self) -> None:
+    def __exit__(self, *error: object) -> None:
         """End all jobs, then all daemons, then whatever of them is left."""
         if "slurmctld" in self.processes:
             self.run("scancel", "--full", f"--user={_user()}", check=False)
@@ -137,10 +123,47 @@ class Sandbox:
                 self._wait_for(lambda: not self.run("squeue", "-h", check=False).strip(), limit=STOP_LIMIT_SECONDS)
         for name in [*(n for n in self.processes if n.startswith("node")), "slurmctld", "munged"]:
             self._end(name, signal.SIGTERM)
-        for pid, _ in _processes_with(f"SLURM_CONF={self.configuration}"):
+        for pid, _ in self.leftovers():
             _kill(pid)
 
-    # --- details
+    def start_node(self, number: int) -> None:
+        """Start the daemon of node 1, 2, …"""
+        self._spawn(f"node{number}", number, ["slurmd", "-D", "-N", f"node{number}"])
+
+    def cut_off_node(self, number: int) -> None:
+        """SIGKILL a node's daemon alone, as when its network breaks: the processes of its jobs run on."""
+        self._end(f"node{number}", signal.SIGKILL)
+        self.run("scontrol", "update", f"nodename=node{number}", "state=down", "reason=cut off")
+
+    def kill_node(self, number: int) -> None:
+        """SIGKILL a node's daemon and every process of its jobs, and tell the controller, as its health check would."""
+        self._end(f"node{number}", signal.SIGKILL)
+        for pid, environment in self.leftovers():
+            if f"SLURMD_NODENAME=node{number}" in environment or self._is_stepd_of(pid, number):
+                _kill(pid)
+        self.cut_off_node(number)
+
+    def run(self, *command: str, check: bool = True) -> str:
+        """The output of a command of SLURM's; RuntimeError where it fails, unless `check` is False."""
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        if check and done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}: {done.returncode}\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    def leftovers(self) -> list[tuple[int, list[str]]]:
+        """Pid and environment of all processes that were started in this cluster."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and int(entry.name) != os.getpid():
+                with contextlib.suppress(OSError):
+                    environment = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
+                    if f"SLURM_CONF={self.configuration}" in environment:
+                        found.append((int(entry.name), environment))
+        return found
+
+    def _is_idle(self) -> bool:
+        states = self.run("sinfo", "-h", "-N", "-o", "%T", check=False).split()  # of each node in each partition
+        return len(states) >= self.nodes and set(states) == {"idle"}
 
     def _spawn(self, name: str, number: int, command: Sequence[str]) -> None:
         path = program(command[0])
@@ -154,7 +177,7 @@ class Sandbox:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
             )
 
     def _end(self, name: str, number: signal.Signals) -> None:
@@ -173,10 +196,8 @@ class Sandbox:
         while not condition():
             ended = [name for name, process in self.processes.items() if process.poll() is not None]
             if ended or time.monotonic() > deadline:
-                logs = {f.name: f.read_text()[-800:] for f in (self.folder / "log").iterdir()}
-                raise RuntimeError(
-                    f"ended: {ended}, limit {limit} s\n" + "\n".join(f"{n}: {t}" for n, t in logs.items())
-                )
+                logs = "\n".join(f"{f.name}: {f.read_text()[-800:]}" for f in (self.folder / "log").iterdir())
+                raise RuntimeError(f"ended: {ended}, limit {limit} s\n{logs}")
             time.sleep(0.05)
 
     def _is_stepd_of(self, pid: int, number: int) -> bool:
@@ -186,105 +207,41 @@ class Sandbox:
             files = [os.readlink(f) for f in Path(f"/proc/{pid}/fd").iterdir()]
         except OSError:
             return False
-        spool = str(self.folder / f"spool.node{number}")
-        log = str(self.folder / "log" / f"node{number}.log")
-        return words.startswith(b"slurmstepd") and any(f.startswith((spool, log)) for f in files)
+        own = (f"{self.folder}/spool.node{number}", f"{self.folder}/log/node{number}.log")
+        return words.startswith(b"slurmstepd") and any(f.startswith(own) for f in files)
 
     def _write(self) -> None:
         """Write the key and the configuration."""
-        for path in (self.folder, *(self.folder / name for name in ("state", "log", "munge"))):
-            path.mkdir(parents=True, exist_ok=True)
+        for name in ("state", "log", "munge", "dev"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o711)  # munged wants its socket within the reach of all
         (self.folder / "munge").chmod(0o755)  # munged refuses folders that others can write to
         key = self.folder / "munge" / "key"
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(1024))
-        lines = self._lines() + (self._fake_gpus() if self.gpus else [])
-        lines += [
-            *self._node_lines(),
-            "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP",
-            *self.extra,
-        ]
-        self.configuration.write_text("\n".join(lines) + "\n")
-
-    def _lines(self) -> list[str]:
-        folder, user = self.folder, _user()
-        controller = self.addresses[0] if self.addresses else "127.0.0.1"
-        return [
-            f"ClusterName=sandbox{os.getpid()}",  # several at a time differ, and so do the ports that their jobs choose
-            f"SlurmctldHost={'controller' if self.addresses else 'localhost'}({controller})",
-            f"SlurmctldPort={free_port()}",
-            f"SlurmUser={user}",
-            f"SlurmdUser={user}",
-            "AuthType=auth/munge",
-            "CredType=cred/munge",
-            f"AuthInfo=socket={folder}/munge/socket,cred_expire={CREDENTIAL_SECONDS}",
-            f"StateSaveLocation={folder}/state",
-            f"SlurmdSpoolDir={folder}/spool.%n",
-            f"SlurmctldPidFile={folder}/slurmctld.pid",
-            f"SlurmdPidFile={folder}/%n.pid",
-            f"SlurmctldLogFile={folder}/log/slurmctld.log",
-            f"SlurmdLogFile={folder}/log/%n.log",
-            "ProctrackType=proctrack/linuxproc",
-            "TaskPlugin=task/none",
-            "SwitchType=switch/none",
-            "MpiDefault=none",
-            "SelectType=select/cons_tres",
-            "SelectTypeParameters=CR_CPU",
-            "SlurmdParameters=config_overrides",  # the CPUs of slurm.conf, whatever the machine has
-            "EnforcePartLimits=ALL",  # what can never run is refused, not queued for ever
-            "ReturnToService=2",
-            "JobRequeue=1",
-            "MailProg=/bin/true",
-            "KillWait=30",
-            "SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=2,bf_interval=1",
-        ]
-
-    def _node_lines(self) -> list[str]:
-        lines, taken = [], set()
+        controller = f"controller({self.addresses[0]})" if self.addresses else "localhost(127.0.0.1)"
+        settings = {"controller": controller, "port": free_port(), "user": _user(), "folder": self.folder}
+        # Several clusters at a time differ by name, and so do the ports that their jobs choose.
+        text = CONFIGURATION.format(pid=os.getpid(), **settings)
+        gpus, devices = "", ["AutoDetect=off"]
+        if self.gpus:
+            text, gpus = f"{text}GresTypes=gpu\n", f"Gres=gpu:{self.gpus}"
+        ports: set[int] = set()
         for number in range(1, self.nodes + 1):
-            port = next(p for p in iter(free_port, 0) if p not in taken)
-            taken.add(port)
-            address = (
-                f"NodeAddr={self.addresses[number]}" if self.addresses else "NodeHostname=localhost NodeAddr=127.0.0.1"
-            )
-            gpus = f" Gres=gpu:{self.gpus}" if self.gpus else ""
-            lines.append(
-                f"NodeName=node{number} {address} Port={port} CPUs={self.cpus} RealMemory=4000 State=UNKNOWN{gpus}"
-            )
-        return lines
-
-    def _fake_gpus(self) -> list[str]:
-        devices = self.folder / "dev"
-        devices.mkdir(exist_ok=True)
-        lines = ["AutoDetect=off"]
-        for number in range(1, self.nodes + 1):
+            ports.add(port := next(p for p in iter(free_port, 0) if p not in ports))
+            address = self.addresses[number] if self.addresses else "127.0.0.1 NodeHostname=localhost"
+            text += f"NodeName=node{number} NodeAddr={address} Port={port} CPUs={self.cpus} RealMemory=4000 {gpus}\n"
             for gpu in range(self.gpus):
-                (devices / f"node{number}_nvidia{gpu}").symlink_to("/dev/null")
-            lines.append(f"NodeName=node{number} Name=gpu File={devices}/node{number}_nvidia[0-{self.gpus - 1}]")
-        (self.folder / "gres.conf").write_text("\n".join(lines) + "\n")
-        return ["GresTypes=gpu"]
+                device = self.folder / "dev" / f"node{number}_nvidia{gpu}"
+                device.symlink_to("/dev/null")
+                devices.append(f"NodeName=node{number} Name=gpu File={device}")
+        (self.folder / "gres.conf").write_text("\n".join([*devices, ""]))
+        partition = "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP"
+        self.configuration.write_text(text + "\n".join([partition, *self.extra, ""]))
 
 
 def _user() -> str:
     return pwd.getpwuid(os.getuid()).pw_name
-
-
-def _end_with_parent() -> None:
-    """Called in a new child: it gets SIGTERM when we end, even by SIGKILL."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _processes_with(setting: str) -> list[tuple[int, list[str]]]:
-    """Pid and environment of our processes that have this setting in it."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            with contextlib.suppress(OSError):
-                environment = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
-                if setting in environment:
-                    found.append((int(entry.name), environment))
-    return found
 
 
 def _kill(pid: int) -> None:

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import sandbox
-from tests.cluster.conftest import ROOT
+from tests.cluster.sandbox import Sandbox
+from tests.conftest import ROOT
 
 SCRIPT = str(ROOT / "scripts" / "slurm_sandbox")
 
 
 @pytest.mark.slurm
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_it_starts_says_how_to_use_it_and_leaves_nothing(number: signal.Signals) -> None:
     words = [sys.executable, SCRIPT, "--nodes", "1", "--gpus", "3"]
@@ -25,26 +26,21 @@ def test_it_starts_says_how_to_use_it_and_leaves_nothing(number: signal.Signals)
     try:
         assert process.stdout is not None
         assert re.match(r"# 1 nodes? (is|are) idle", process.stdout.readline())
-        configuration = process.stdout.readline().removeprefix("export SLURM_CONF=").strip()
-        assert (
-            "gpu:3"
-            in subprocess.run(
-                ["sinfo", "-h", "-o", "%G"],
-                env=os.environ | {"SLURM_CONF": configuration},
-                capture_output=True,
-                text=True,
-            ).stdout
-        )
+        configuration = Path(process.stdout.readline().removeprefix("export SLURM_CONF=").strip())
+        env = os.environ | {"SLURM_CONF": str(configuration)}
+        gpus = subprocess.run(["sinfo", "-h", "-o", "%G"], env=env, capture_output=True, text=True).stdout
+        assert "gpu:3" in gpus
         process.send_signal(number)
         assert process.wait(timeout=60) == 0  # each daemon has its own limit
     finally:
         process.kill()
         process.communicate()
-    assert sandbox._processes_with(f"SLURM_CONF={configuration}") == []
-    assert not Path(configuration).parent.exists()
+    assert Sandbox(configuration.parent).leftovers() == []
+    assert not configuration.parent.exists()
 
 
-def test_without_slurm_it_says_what_to_install(tmp_path: Path) -> None:
+@pytest.mark.long
+def test_without_slurm_it_says_what_to_install() -> None:
     code = (
         "import sys, runpy; from tests.cluster import sandbox; sandbox.program = lambda name: None; "
         f"sys.argv = ['slurm_sandbox']; runpy.run_path({SCRIPT!r}, run_name='__main__')"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from harness.launching.ports import free_port
+from harness.launch.rank_env import free_port
 from tests.faults.check import reached, records, restarted, says_why, wait_for_step
 from tests.faults.fault import fault
 from tests.faults.runs import STEPS, WITHOUT_DRAWS, Stage

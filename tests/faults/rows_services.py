@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from harness.launching.ports import free_port
+from harness.launch.rank_env import free_port
 from tests.faults.check import differences, refused, restarted, wait_for_step
 from tests.faults.fault import fault
 from tests.faults.runs import STEPS, Stage

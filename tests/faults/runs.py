@@ -105,7 +105,7 @@ class Stage:
         self, *overrides: str, run: Path | None = None, faults: Sequence[Fault] = (), options: Sequence[str] = ()
     ) -> Process:
         """Two ranks, as launch.sh starts them; faults are put into the ranks that they name."""
-        command = [sys.executable, "-m", "harness.launching.ranks", "accelerate", "launch"]
+        command = [sys.executable, "-m", "harness.launch.torchrun", "accelerate", "launch"]
         command += ["--config_file", str(ROOT / "recipes/launch/cpu.yaml"), "--num_processes", "2", *options]
         command += ["-m", "tests.faults.inject" if faults else "harness", *self._command(overrides, run)]
         environment = self.environment | {VARIABLE: json.dumps(list(faults))}

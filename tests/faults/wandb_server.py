@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness.launching.ports import free_port
+from harness.launch.rank_env import free_port
 from tests.faults.runs import ROOT, NotHere
 
 KEY = "local" + "0" * 40

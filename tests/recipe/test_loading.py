@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from harness.data.prepare import prepare
 from harness.errors import HarnessError, ManyErrors
-from harness.launching.local import KNOWN_IMAGES
+from harness.launch.local import KNOWN_IMAGES
 from harness.recipe import Recipe, load
 from harness.recipe import document as yaml_document
 from harness.recipe.explaining import CALLED_ELSEWHERE, keys_of

@@ -21,7 +21,7 @@ from filelock import FileLock
 from harness.cli import main
 from harness.errors import HarnessError
 from harness.files import LOCK
-from harness.launching.training import Ranks
+from harness.launch.local import Ranks
 from harness.recipe.loading import resolved_yaml
 from harness.runs import EXIT_CODE
 from harness.sweeps.run import Trainer, check_ranks, check_unchanged, held, run_here, status_of, statuses

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from harness.cli import main
-from harness.launching.training import Ranks
+from harness.launch.local import Ranks
 from harness.recipe import load
 from harness.recipe.document import RECIPES
 from harness.sweeps.spec import load_sweep
@@ -46,7 +46,7 @@ def test_the_configuration_says_the_same_as_the_file(sweep: Path, monkeypatch: p
     found = configuration(load_sweep("sweep.yaml"), TWO)
     assert found.pop("command") == [
         *("${env}", "ACCELERATE_USE_CPU=true", "OMP_NUM_THREADS=1"),
-        *(sys.executable, "-m", "harness.launching.ranks", "accelerate", "launch"),
+        *(sys.executable, "-m", "harness.launch.torchrun", "accelerate", "launch"),
         *("--config_file", str(RECIPES / "launch" / "cpu.yaml"), "--num_processes", "2", "-m", "harness"),
         *("train", str(sweep.with_name("tiny.yaml")), "training.epochs=1", "tracking.wandb=auto"),
         "${args_no_hyphens}",
