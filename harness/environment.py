@@ -7,8 +7,9 @@ Accelerate's are hidden from it while a run lasts; the others, which are read at
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 from harness.errors import HarnessError, ManyErrors
 
@@ -125,9 +126,14 @@ def refuse_arithmetic() -> None:
         for name in _OTHER_LAUNCHERS
         if os.environ.get(f"{name}SIZE", "1") not in ("", "0", "1") and not os.environ.get("WORLD_SIZE")
     ]
-    whole_number("OMP_NUM_THREADS", 1, at_least=1)  # Accelerate would end in a traceback
-    for name in ("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", "FORK_LAUNCHED"):
-        flag(name)
+    flags = ("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", "FORK_LAUNCHED")
+    checks: list[Callable[[], object]] = [partial(flag, name) for name in flags]
+    checks.append(partial(whole_number, "OMP_NUM_THREADS", 1, at_least=1))  # Accelerate would end in a traceback
+    for check in checks:
+        try:
+            check()
+        except HarnessError as error:
+            errors.append(error)
     if errors:
         raise errors[0] if len(errors) == 1 else ManyErrors("environment", errors)
 

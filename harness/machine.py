@@ -7,17 +7,20 @@ import ctypes
 import hashlib
 import os
 import platform
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 # Of glibc's malloc.h, and what they are set to: no tensor is mapped on its own, none that is freed goes back to the
 # system, and the heap grows by 64 MiB.
 _MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_TOP_PAD": (-2, 64 << 20)}
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def cpu_name() -> str:
     """The processor's model name, or the architecture where the system does not tell."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in CPUINFO.read_text(errors="replace").splitlines():  # some firmware's names are not UTF-8
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     except OSError:
@@ -28,7 +31,7 @@ def cpu_name() -> str:
 def processor() -> str:
     """Model name and a digest of the instruction sets: some virtual machines give several processors one name."""
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = CPUINFO.read_text(errors="replace").splitlines()
         fields = dict(line.split(":", 1) for line in lines if ":" in line)
         fields = {name.strip(): value.strip() for name, value in fields.items()}
         told = [fields.get(name, "") for name in ("flags", "Features", "CPU implementer", "CPU part", "CPU variant")]
@@ -138,3 +141,14 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
         return False
     return all(mallopt(number, value) for number, value in _MALLOPT.values())
+
+
+def seconds_of(work: Callable[[], object], *, device: str = "cpu") -> float:
+    """How long `work` takes; on a GPU ("cuda"), until the GPU has done it."""
+    start = time.perf_counter()
+    work()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

@@ -95,6 +95,7 @@ def test_what_the_launcher_sets_is_no_matter(
         ({"TORCH_COMPILE_OVERRIDE_BACKENDS": "eager"}, ["changes the arithmetic"]),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, ["OMPI_COMM_WORLD_SIZE=2 says that there are several ranks"]),
         ({"OMP_NUM_THREADS": "many"}, ['OMP_NUM_THREADS must be a whole number ≥ 1, it is "many"']),
+        ({"OMP_NUM_THREADS": "0", "TIMM_FUSED_ATTN": "0"}, ["environment: 2 errors", "OMP_NUM_THREADS must be"]),
         ({"WORLD_SIZE": "two"}, ['WORLD_SIZE must be a whole number ≥ 1, it is "two"']),
         ({"LOCAL_WORLD_SIZE": "0"}, ['LOCAL_WORLD_SIZE must be a whole number ≥ 1, it is "0"']),
         ({"WORLD_SIZE": "2"}, ["RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"]),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from harness import machine
 from harness.machine import available_memory_gib, cpu_name, cpu_quota, keep_freed_memory, usable_cores
 
 
@@ -70,6 +71,13 @@ def test_this_machine() -> None:
     memory = available_memory_gib()
     assert memory is not None
     assert 0 < memory < 1e5
+
+
+def test_a_processor_whose_name_is_not_utf8_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_bytes(b"processor : 0\nmodel name : A\xa9 B\n")
+    monkeypatch.setattr(machine, "CPUINFO", file)
+    assert cpu_name() == "A\N{REPLACEMENT CHARACTER} B"
 
 
 FAULTS_OF_64_MIB = """

@@ -11,8 +11,7 @@ import datetime
 import os
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -21,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from harness.launching.local import PROBE_LIMIT_SECONDS, Split
 from harness.launching.trial import answer
+from harness.machine import seconds_of
 from harness.models.sync_batch_norm import convert_sync_batch_norm
 from harness.recipe import Recipe, load
 from harness.training.trial_step import trial_network, trial_step
@@ -86,7 +86,7 @@ def _affordable_share(model: nn.Module, recipe: Recipe) -> float:
     pilot = min(PILOT_IMAGES, micro)
     step = trial_step(model, recipe, images=pilot)
     step()
-    seconds = min(_timed(step), _timed(step))
+    seconds = min(seconds_of(step), seconds_of(step))
     return min(1.0, STEP_SECONDS * pilot / seconds / micro)
 
 
@@ -95,11 +95,11 @@ def _measure(model: nn.Module, recipe: Recipe, split: Split, share: float) -> fl
     images = _micro_batch(recipe, ranks=split.ranks, share=share)
     step = trial_step(model, recipe, images=images)
     step()
-    seconds = [_timed(step)]
+    seconds = [seconds_of(step)]
     steps = round(_agree(min(MAX_STEPS, max(1.0, MEASURE_SECONDS // seconds[0]))))
     if dist.is_initialized():
         dist.barrier()
-    seconds += [_timed(step) for _ in range(steps)]
+    seconds += [seconds_of(step) for _ in range(steps)]
     # The median: other programs on the machine slow a step now and then, not half of them.
     return images * split.ranks / statistics.median(seconds)
 
@@ -109,12 +109,6 @@ def _micro_batch(recipe: Recipe, *, ranks: int, share: float) -> int:
     training = recipe.training
     whole = training.global_batch_size / (ranks * training.gradient_accumulation_steps)
     return max(2, round(whole * share))
-
-
-def _timed(step: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
 
 
 def _agree(number: float) -> float:

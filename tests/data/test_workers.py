@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.bench.loader import synthetic_split
 from harness.data import loaders
+from harness.data.prepare import prepare
 from harness.data.torch_loader import TorchLoader, _explained
 from harness.errors import HarnessError
 from tests.conftest import run_limited
@@ -90,7 +90,7 @@ def test_what_lets_a_worker_down_is_told_in_other_words(error: Exception, what: 
 def workers_of_a_loader(tmp_path: Path) -> int:
     loader = loaders.build_loader(
         "torch",
-        synthetic_split(tmp_path, count=4),
+        prepare("synthetic", synthetic={"train_images": 40}).split("train"),
         mean=(0.5,) * 3,
         std=(0.5,) * 3,
         augmentation=None,
