@@ -1,216 +1,191 @@
-"""The commands: each declares its arguments, calls one function, and prints what it returns.
-
-Nothing heavy is imported before a command runs, so that `--help` is quick.
-"""
+"""What each command does: call one function and print what it returns. Nothing heavy is imported before that."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-from functools import partial
+import shlex
+import shutil
+import sys
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from harness import signals
 from harness.errors import EXIT_BAD_INPUT, EXIT_DONE, HarnessError, print_error
-from harness.files import expand
+from harness.files import write_text
+
+WATCH_SECONDS = 3.0
 
 
-def _recipe_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
-    parser.add_argument(
-        "recipe",
-        metavar="RECIPE",
-        nargs="?" if optional else None,
-        help="a YAML file, or the name of a packaged recipe",
-    )
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key.path=value", help="change a setting, e.g. training.epochs=2"
-    )
+def show(arguments: Namespace, result: Any, render: Callable[[Any], str]) -> None:
+    """Print a result as JSON where that is asked for, else as text."""
+    print(as_json(result) if arguments.json else render(result))
 
 
-def _run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_path", metavar="RUN", type=Path, help="a run directory, or one of its checkpoints")
+def as_json(data: Any) -> str:
+    """With null for NaN and infinity, which JSON does not have."""
+    return json.dumps(json.loads(json.dumps(data), parse_constant=lambda name: None), indent=2)
 
 
-def _add_checkpoint_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", default="last", metavar="WHICH", help="last (default), best or step_N")
-
-
-def _add_json_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def _count(text: str, *, at_least: int = 0) -> int:
-    if not text.isdecimal() or int(text) < at_least:
-        raise argparse.ArgumentTypeError(f'must be a whole number of at least {at_least}, not "{text}"')
-    return int(text)
-
-
-def _path(text: str) -> Path:
-    return Path(expand(text, where="--run-dir"))
-
-
-def _image_file(text: str) -> Path:
-    if "://" in text:
-        raise argparse.ArgumentTypeError(f"reads files and downloads nothing; fetch it first: curl -LO {text}")
-    return Path(text)
-
-
-_at_least_one = partial(_count, at_least=1)
-
-
-def _print_json(data: Any) -> None:
-    print(json.dumps(data, indent=2))
-
-
-def build_train(parser: argparse.ArgumentParser) -> None:
-    _recipe_arguments(parser)
-    parser.add_argument("--run-dir", type=_path, metavar="DIR", help="where to write (default runs/<recipe>/<run-id>)")
-    parser.add_argument(
-        "--resume",
-        default="never",
-        metavar="auto|never|PATH",
-        help="go on from the last good checkpoint, start anew (default), or from a checkpoint or run",
-    )
-    parser.add_argument("--profile", action="store_true", help="time and trace some steps; see DIR/profile")
-    parser.set_defaults(run=_train)
-
-
-def _train(arguments: argparse.Namespace) -> int:
+def load_recipe(arguments: Namespace) -> Any:
+    """The recipe that a command names, with its overrides."""
     from harness.recipe import load
 
-    recipe = load(arguments.recipe, arguments.overrides)
+    return load(arguments.recipe, arguments.overrides)
+
+
+def _width() -> int | None:
+    """Columns of the terminal; None where the output is read by something else."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def train(arguments: Namespace) -> None:
+    recipe = load_recipe(arguments)
     with signals.noticed():  # from here on, before torch is imported
         from harness.training.run import train
 
-        result = train(
-            recipe,
-            run_directory=arguments.run_dir,
-            resume=arguments.resume,
-            profile=arguments.profile,
-            began_at=arguments.began_at,
-        )
+        how = {"resume": arguments.resume, "profile": arguments.profile, "began_at": arguments.began_at}
+        result = train(recipe, run_directory=arguments.run_dir, **how)
     if os.environ.get("RANK", "0") == "0":
-        print(
-            f"test accuracy {result['correct']}/{result['total']} ({result['accuracy']:.2%}), "
-            f"best {result['best']['accuracy']:.2%} at epoch {result['best']['epoch']:g}\n{result['run_directory']}"
-        )
-    return EXIT_DONE
+        best = result["best"]
+        print(f"test {_answers(result)}, best {best['accuracy']:.2%} at epoch {best['epoch']:g}")
+        print(result["run_directory"])
 
 
-def build_eval(parser: argparse.ArgumentParser) -> None:
-    _run_arguments(parser)
-    _add_checkpoint_option(parser)
-    parser.add_argument(
-        "--recalibrate",
-        type=_count,
-        default=0,
-        metavar="N",
-        help="take BatchNorm statistics anew over N training batches with dropout off (default: as saved)",
-    )
-    _add_json_option(parser)
-    parser.set_defaults(run=_eval)
+def _answers(score: dict[str, Any]) -> str:
+    return f"accuracy {score['correct']}/{score['total']} ({score['accuracy']:.2%})"
 
 
-def _eval(arguments: argparse.Namespace) -> int:
+def evaluate(arguments: Namespace) -> None:
     from harness.training.finished import evaluate_run
 
     result = evaluate_run(arguments.run_path, which=arguments.checkpoint, recalibrate_batches=arguments.recalibrate)
     if not result.pop("is_main"):
-        return EXIT_DONE
+        return
+    scores = {name: result[name] for name in ("test", "test_ema") if name in result}
+    lines = [f"{name}: {_answers(score)}, loss {score['loss']:.6f}" for name, score in scores.items()]
+    show(arguments, result, lambda _: "\n".join([f"{result['checkpoint']} (step {result['step']})", *lines]))
+
+
+def predict(arguments: Namespace) -> None:
+    from harness.training import finished
+
+    which = {"which": arguments.checkpoint, "weights": arguments.weights, "top": arguments.top}
+    predictions = finished.predict(arguments.run_path, arguments.images, **which)
+    found = [{"image": each.image, "classes": dict(each.classes)} for each in predictions]
+    lines = [f"{p.image}: " + ", ".join(f"{name} {share:.2%}" for name, share in p.classes) for p in predictions]
+    show(arguments, found, lambda _: "\n".join(lines))
+
+
+def lr_find(arguments: Namespace) -> None:
+    recipe = load_recipe(arguments)
+    from harness.report import lr_curve, page, terminal
+    from harness.training.lr_range import find_lr
+
+    if arguments.html:
+        page.check_target(arguments.html)
+    found = find_lr(recipe, min_lr=arguments.min_lr, max_lr=arguments.max_lr, steps=arguments.steps)
+    if arguments.html:
+        write_text(arguments.html, lr_curve.curve_page(found, recipe.name))
+    look: dict[str, Any] = {"size": shutil.get_terminal_size(), "colours": terminal.has_colours()}
+    text = f"{lr_curve.render_curve(found, **look)}\n{lr_curve.render_suggestions(found)}"
+    show(arguments, found.to_json(), lambda _: text)
+
+
+def sweep(arguments: Namespace) -> int | None:
+    from harness.sweeps import run, slurm, spec, table, wandb
+
+    run.refuse_lost_options(arguments)
+    sweep = spec.load_sweep(arguments.sweep)
+    run.check_unchanged(sweep)
+    if arguments.slurm:
+        return _sweep_on_cluster(sweep, arguments)
+    if arguments.wandb_agent:
+        return wandb.run_agent(sweep, arguments.wandb_agent)
+    if arguments.wandb:
+        return _sweep_on_server(sweep, arguments)
+    code = None
+    if not arguments.table:
+        ranks = run.ranks_for(sweep, arguments.ranks, measure=not arguments.dry_run)
+        queued = slurm.queued_runs(sweep)
+        if arguments.dry_run:
+            plan, command = run.statuses(sweep, queued), ranks.command(run.training_words(sweep, sweep.runs[0]))
+            show(arguments, table.plan_json(plan), lambda _: f"{table.render_plan(plan)}\n{shlex.join(command)}")
+            return None
+        code = run.run_here(sweep, ranks, retry_failed=arguments.retry_failed, quiet=arguments.json, queued=queued)
+    show(arguments, table.table_json(sweep, run.statuses(sweep, slurm.queued_runs(sweep))), table.render_table)
+    return code
+
+
+def _sweep_on_cluster(sweep: Any, arguments: Namespace) -> int:
+    from harness.launch.slurm import request_of
+    from harness.sweeps import run, slurm
+
+    request = request_of(arguments)
+    run.check_ranks(sweep, request.ranks)
+    how = {"retry_failed": arguments.retry_failed, "dry_run": arguments.dry_run}
+    script, job_id, tasks = slurm.submit(sweep, request=request, **how)
     if arguments.json:
-        _print_json(result)
-        return EXIT_DONE
-    print(f"{result['checkpoint']} (step {result['step']})")
-    for split in ("test", "test_ema"):
-        if split in result:
-            score = result[split]
-            print(
-                f"{split}: accuracy {score['correct']}/{score['total']} ({score['accuracy']:.2%}), "
-                f"loss {score['loss']:.6f}"
-            )
-    return EXIT_DONE
-
-
-def build_predict(parser: argparse.ArgumentParser) -> None:
-    _run_arguments(parser)
-    parser.add_argument("images", metavar="IMAGE", nargs="+", type=_image_file, help="image files")
-    _add_checkpoint_option(parser)
-    parser.add_argument("--weights", choices=("raw", "ema"), default="raw", help="which weights (default raw)")
-    parser.add_argument("--top", type=_at_least_one, default=3, metavar="K", help="classes to name (default 3)")
-    _add_json_option(parser)
-    parser.set_defaults(run=_predict)
-
-
-def _predict(arguments: argparse.Namespace) -> int:
-    from harness.training.finished import predict
-
-    predictions = predict(
-        arguments.run_path,
-        arguments.images,
-        which=arguments.checkpoint,
-        weights=arguments.weights,
-        top=arguments.top,
-    )
-    if arguments.json:
-        _print_json([{"image": p.image, "classes": dict(p.classes)} for p in predictions])
+        print(as_json({"job": job_id, "runs": tasks}))
+    elif job_id is None:
+        print(script or "no run is due: all are finished, failed, running or queued\n", end="")
     else:
-        for p in predictions:
-            print(f"{p.image}: " + ", ".join(f"{name} {probability:.2%}" for name, probability in p.classes))
+        _print_job(job_id, [(task["run_directory"], task["log"]) for task in tasks])
     return EXIT_DONE
 
 
-def build_summary(parser: argparse.ArgumentParser) -> None:
-    _recipe_arguments(parser)
-    _add_json_option(parser)
-    parser.set_defaults(run=_summary)
+def _sweep_on_server(sweep: Any, arguments: Namespace) -> int:
+    from harness.recipe.document import dump
+    from harness.sweeps import run, wandb
+    from harness.tracking.wandb_run import create_sweep
+
+    found = wandb.configuration(sweep, run.ranks_for(sweep, arguments.ranks, measure=not arguments.dry_run))
+    if arguments.dry_run:
+        show(arguments, found, lambda found: dump(found).rstrip())
+    else:
+        tracking = sweep.runs[0].recipe.tracking
+        sweep_id = create_sweep(found, project=tracking.project, entity=tracking.entity)
+        agent = f"harness sweep {shlex.quote(str(arguments.sweep))} --wandb-agent {sweep_id}"
+        show(arguments, {"id": sweep_id, "agent": agent}, lambda made: "\n".join(made.values()))
+    return EXIT_DONE
 
 
-def _summary(arguments: argparse.Namespace) -> int:
-    from harness.recipe import load
+def submit(arguments: Namespace) -> None:
+    from harness.launch import slurm
 
-    recipe = load(arguments.recipe, arguments.overrides)
+    how = {"run_directory": arguments.run_dir, "dry_run": arguments.dry_run}
+    request = slurm.request_of(arguments, arguments.sbatch_options)
+    script, job_id, tasks = slurm.submit(arguments.recipe, arguments.overrides, **how, request=request)
+    if job_id is None:
+        print(script, end="")
+    else:
+        _print_job(job_id, tasks)
+
+
+def _print_job(job_id: str, places: list[tuple[Any, Any]]) -> None:
+    print(f"job {job_id}", *(f"run directory {run}\nlog {log}" for run, log in places), sep="\n")
+
+
+def summary(arguments: Namespace) -> None:
+    recipe = load_recipe(arguments)
     from harness.models.build import build_model
     from harness.models.inspect import render_report, report_json
 
-    size = recipe.data.image_size_px
-    model = build_model(
-        recipe.model.name,
-        num_classes=recipe.data.num_classes or 10,
-        image_size_px=size,
-        args=recipe.model.args,
-    )
-    if arguments.json:
-        _print_json(report_json(model, (3, size, size)))
-    else:
-        print(render_report(model, (3, size, size)))
-    return EXIT_DONE
+    size_px, classes = recipe.data.image_size_px, recipe.data.num_classes or 10
+    model = build_model(recipe.model.name, num_classes=classes, image_size_px=size_px, args=recipe.model.args)
+    shape = (3, size_px, size_px)
+    print(as_json(report_json(model, shape)) if arguments.json else render_report(model, shape))
 
 
-def build_recipe(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    show = actions.add_parser("show", help="the whole recipe, inheritance and defaults resolved")
-    _recipe_arguments(show)
-    show.set_defaults(run=_recipe_show)
-    validate = actions.add_parser("validate", help="every error of some recipes")
-    validate.add_argument("recipes", nargs="+", metavar="RECIPE", help="files, and key.path=value for all of them")
-    validate.set_defaults(run=_recipe_validate)
-    listing = actions.add_parser("list", help="the recipes that come with the package, for use by name from anywhere")
-    listing.set_defaults(run=_recipe_list)
-    schema = actions.add_parser("schema", help="JSON Schema of recipes, for editors")
-    schema.set_defaults(run=_recipe_schema)
-
-
-def _recipe_show(arguments: argparse.Namespace) -> int:
-    from harness.recipe import load
+def recipe_show(arguments: Namespace) -> None:
     from harness.recipe.loading import resolved_yaml
 
-    print(resolved_yaml(load(arguments.recipe, arguments.overrides)), end="")
-    return EXIT_DONE
+    print(resolved_yaml(load_recipe(arguments)), end="")
 
 
-def _recipe_validate(arguments: argparse.Namespace) -> int:
+def recipe_validate(arguments: Namespace) -> int:
     from harness.recipe import load
 
     code = EXIT_DONE
@@ -225,123 +200,134 @@ def _recipe_validate(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _recipe_list(arguments: argparse.Namespace) -> int:
+def recipe_list(arguments: Namespace) -> None:
     from harness.recipe.document import RECIPES, describe, packaged_names
 
     for name in packaged_names():
         print(f"{name:<12}{describe(name)}")
     print(f"files: {RECIPES}")
-    return EXIT_DONE
 
 
-def _recipe_schema(arguments: argparse.Namespace) -> int:
+def recipe_schema(arguments: Namespace) -> None:
     from harness.recipe.loading import json_schema
 
-    _print_json(json_schema())
-    return EXIT_DONE
+    print(as_json(json_schema()))
 
 
-def build_data(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    prepare = actions.add_parser("prepare", help="convert a recipe's data (training does it by itself)")
-    _recipe_arguments(prepare)
-    prepare.add_argument("--force", action="store_true", help="convert again even if it is there")
-    prepare.set_defaults(run=_data_prepare)
-    verify = actions.add_parser("verify", help="check all converted data against its manifests")
-    verify.set_defaults(run=_data_verify)
-
-
-def _data_prepare(arguments: argparse.Namespace) -> int:
-    from harness.recipe import load
-
-    data = load(arguments.recipe, arguments.overrides).data
+def data_prepare(arguments: Namespace) -> None:
+    data = load_recipe(arguments).data
     from harness.data.prepare import prepare
 
-    store = prepare(
-        data.source,
-        path=data.path,
-        image_size_px=data.image_size_px,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        synthetic=data.synthetic.model_dump(),
-        force=arguments.force,
-    )
+    what = data.model_dump(include={"path", "image_size_px", "image_column", "label_column", "synthetic"})
+    store = prepare(data.source, **what, force=arguments.force)
     print(f"{store.directory}\n{store.manifest.to_json()}")
-    return EXIT_DONE
 
 
-def _data_verify(arguments: argparse.Namespace) -> int:
+def data_verify(arguments: Namespace) -> int:
     from harness.data.prepare import list_prepared, verify
 
-    problems = 0
+    code = EXIT_DONE
     for store in list_prepared():
-        found = verify(store)
-        problems += len(found)
-        print(f"{store}: " + ("; ".join(map(str, found)) if found else "whole"))
-    return EXIT_BAD_INPUT if problems else EXIT_DONE
+        problems = verify(store)
+        print(f"{store}: " + ("; ".join(map(str, problems)) or "whole"))
+        code = EXIT_BAD_INPUT if problems else code
+    return code
 
 
-def build_submit(parser: argparse.ArgumentParser) -> None:
-    from harness.launch.slurm import add_options
+def report(arguments: Namespace) -> None:
+    if arguments.port is not None and not arguments.serve:
+        raise HarnessError("--port is for --serve", hint="Add --serve, or leave --port out.")
+    from harness.report.reporter import Reporter
+    from harness.report.serve import serve
 
-    _recipe_arguments(parser)
-    add_options(parser)
-    parser.add_argument("--run-dir", type=_path, metavar="DIR", help="where to write (default runs/<recipe>/<run-id>)")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the batch script; nothing is written or submitted"
-    )
-    parser.epilog = "Other options of sbatch are handed on to it; they are written --name=value."
-    parser.allow_abbrev = False  # --gpus is an option of sbatch too
-    parser.set_defaults(run=_submit, sbatch_options=[])
-
-
-def _submit(arguments: argparse.Namespace) -> int:
-    from harness.launch.slurm import request_of, submit
-
-    script, job_id, tasks = submit(
-        arguments.recipe,
-        arguments.overrides,
-        run_directory=arguments.run_dir,
-        dry_run=arguments.dry_run,
-        request=request_of(arguments, arguments.sbatch_options),
-    )
-    if job_id is None:
-        print(script, end="")
-        return EXIT_DONE
-    print(f"job {job_id}")
-    for run_directory, log in tasks:
-        print(f"run directory {run_directory}\nlog {log}")
-    return EXIT_DONE
+    which = {"which": arguments.checkpoint, "weights": arguments.weights}
+    reporter = Reporter(arguments.run_path, **which, output=arguments.output)
+    if arguments.serve:
+        serve(reporter, port=arguments.port or 0)
+    else:
+        for problem in reporter.write():
+            print(f"WARNING {problem}", file=sys.stderr)
+        print(f"{reporter.file} ({reporter.file.stat().st_size / 1e6:.2f} MB)")
 
 
-def build_doctor(parser: argparse.ArgumentParser) -> None:
-    _recipe_arguments(parser, optional=True)
-    parser.add_argument(
-        "--numerics",
-        action="store_true",
-        help="run each layer of the recipe's network against a float64 reference, anew",
-    )
-    _add_json_option(parser)
-    parser.set_defaults(run=_doctor)
+def runs(arguments: Namespace) -> None:
+    from harness.report import listing
+    from harness.runs import list_runs
+
+    runs = list_runs(arguments.directory, recipe=arguments.recipe)
+    found = {"directory": str(arguments.directory), "order": listing.ORDER, "runs": [listing.as_json(r) for r in runs]}
+    show(arguments, found, lambda _: listing.render(runs, arguments.directory, width=_width()))
 
 
-def _doctor(arguments: argparse.Namespace) -> int:
+def curves(arguments: Namespace) -> None:
+    from harness.report import terminal
+
+    what, colours = terminal.parse_what(arguments.what), terminal.has_colours()
+
+    def draw() -> tuple[str, bool]:
+        return terminal.draw_runs(arguments.run_paths, what, size=shutil.get_terminal_size(), colours=colours)
+
+    if arguments.watch:
+        terminal.watch(draw, seconds=WATCH_SECONDS, clear=sys.stdout.isatty())
+    else:
+        print(draw()[0])
+
+
+def compare(arguments: Namespace) -> None:
+    from harness.report import compare, compare_page, compare_text, page
+
+    if arguments.html:
+        page.check_target(arguments.html)
+    found = compare.compare(arguments.run_paths, checkpoint=arguments.checkpoint, weights=arguments.weights)
+    if arguments.html:
+        write_text(arguments.html, compare_page.comparison_page(found))
+    written = f"\n\n{arguments.html}" if arguments.html else ""
+    show(arguments, found.to_json(), lambda _: compare_text.render(found, width=_width()) + written)
+
+
+def track_sync(arguments: Namespace) -> int:
+    from harness.tracking.wandb_sync import sync_runs
+
+    return sync_runs(arguments.run_paths, rebuild=arguments.rebuild)
+
+
+def dashboard(arguments: Namespace) -> None:
+    from harness.recipe import load
+    from harness.tracking.dashboard import of_project, specification, write_workspace
+
+    if Path(arguments.what).suffix in (".yaml", ".yml"):
+        spec = specification(load(arguments.what, arguments.overrides).model_dump(mode="json"))
+    else:
+        spec = of_project(arguments.what, arguments.overrides)
+    print(as_json(spec) if arguments.print else write_workspace(spec))
+
+
+def bench(arguments: Namespace) -> None:
+    from harness.bench import loader, render, step
+
+    if arguments.action == "loader":
+        result = loader.bench_loader(rounds=arguments.rounds, workers=arguments.workers)
+    else:
+        result = step.bench_step(rounds=arguments.rounds, batch_size=arguments.batch_size)
+    show(arguments, result, render)
+
+
+def scale(arguments: Namespace) -> None:
+    from harness import scaling
+
+    network = scaling.parse_network(arguments.network, gpus_per_node=arguments.gpus_per_node)
+    result = scaling.scale(load_recipe(arguments), arguments.gpus, network, step_ms=arguments.step_ms)
+    show(arguments, result, scaling.render)
+
+
+def doctor(arguments: Namespace) -> None:
     from harness.doctor import examine, examine_network, render
 
-    if arguments.numerics:
-        from harness.recipe import load
-
-        if arguments.recipe is None:
-            raise HarnessError("--numerics needs a recipe", hint="harness doctor --numerics recipes/seed.yaml")
-        network = examine_network(load(arguments.recipe, arguments.overrides))
-        if arguments.json:
-            _print_json({**network.numerics.to_json(), "kernels": network.kernels})
-        else:
-            print(f"{network.numerics.render()}\nkernels: {network.kernels}")
-        return EXIT_DONE
-    facts = examine()
-    if arguments.json:
-        _print_json(facts)
+    if not arguments.numerics:
+        show(arguments, examine(), render)
+    elif arguments.recipe is None:
+        raise HarnessError("--numerics needs a recipe", hint="harness doctor --numerics recipes/seed.yaml")
     else:
-        print(render(facts))
-    return EXIT_DONE
+        network = examine_network(load_recipe(arguments))
+        found = {**network.numerics.to_json(), "kernels": network.kernels}
+        show(arguments, found, lambda _: f"{network.numerics.render()}\nkernels: {network.kernels}")

@@ -7,6 +7,8 @@ import hashlib
 import os
 import platform
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -114,3 +116,14 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
         return False
     return all(mallopt(number, value) for number, value in _MALLOPT.values())
+
+
+def seconds_of(work: Callable[[], object], *, device: str = "cpu") -> float:
+    """How long `work` takes; on a GPU ("cuda"), until the GPU has done it."""
+    start = time.perf_counter()
+    work()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
 from harness.errors import HarnessError, nearest
+from harness.machine import seconds_of
 from harness.models.build import build_model
 from harness.recipe import Recipe
 from harness.training.trial_step import trial_network, trial_step
@@ -33,15 +34,13 @@ BACKWARD_SHARE = 2 / 3
 FIRST_BUCKET_BYTES, BUCKET_BYTES = 2**20, 25 * 2**20
 
 
-@dataclass(frozen=True)
-class Link:
+class Link(NamedTuple):
     """What a message costs: latency in microseconds, bandwidth in gigabits (10⁹ bits) a second in one direction."""
 
     alpha_us: float
     gbps: float
 
     def seconds(self, size_bytes: float) -> float:
-        """Of one message."""
         return self.alpha_us * 1e-6 + size_bytes * 8e-9 / self.gbps
 
     def __str__(self) -> str:
@@ -55,10 +54,8 @@ def ring_seconds(ranks: int, size_bytes: float, link: Link) -> float:
 
 def all_reduce_seconds(ranks: int, size_bytes: float, link: Link) -> float:
     """The fastest of ring, recursive doubling, log₂n·(α + m·β), and Rabenseifner's recursive halving, then doubling,
-    2·log₂n·α + 2(n-1)/n·m·β; 0 for one rank.
-
-    Where n is no power of two, the ranks beyond the largest one that fits hand the latter two's vector to a neighbour
-    first and get the sum from it last: two more messages.
+    2·log₂n·α + 2(n-1)/n·m·β. Where n is no power of two, the ranks beyond the largest one that fits hand the latter
+    two's vector to a neighbour first and get the sum from it last: two more messages.
     """
     steps = ranks.bit_length() - 1
     doubling = steps * link.seconds(size_bytes)
@@ -75,8 +72,8 @@ class Network:
     inter: Link  # between nodes
     source: str  # of the figures
     intra: Link | None = None  # within a node; None where all ranks are equally far
-    ranks_per_node: int = 1
-    adapter_per_rank: bool = True  # else those of a node share one adapter's bandwidth
+    gpus_per_node: int = 1
+    adapter_per_gpu: bool = True  # else those of a node share one adapter's bandwidth
     all_reduce: Callable[[int, float, Link], float] = all_reduce_seconds
     most_ranks: float = math.inf
 
@@ -86,10 +83,10 @@ class Network:
         """
         if self.intra is None:
             return self.all_reduce(ranks, size_bytes, self.inter)
-        here = max(size for size in range(1, min(ranks, self.ranks_per_node) + 1) if ranks % size == 0)
+        here = max(size for size in range(1, min(ranks, self.gpus_per_node) + 1) if ranks % size == 0)
         if here == ranks:
             return self.all_reduce(ranks, size_bytes, self.intra)
-        outer = self.inter if self.adapter_per_rank else replace(self.inter, gbps=self.inter.gbps / here)
+        outer = self.inter if self.adapter_per_gpu else self.inter._replace(gbps=self.inter.gbps / here)
         return ring_seconds(here, size_bytes, self.intra) + self.all_reduce(ranks // here, size_bytes / here, outer)
 
 
@@ -100,18 +97,18 @@ _NVLINK3, _NVLINK4 = Link(1.9, 2400), Link(1.9, 3600)  # half of 600 and 900 GB/
 _PCIE4 = Link(2.5, 252)  # 16 lanes of 16 GT/s, 128b/130b (PCI Express 4.0)
 # TCP: half of a round trip between AWS instances with enhanced networking in one placement group.
 _TCP = "latency: half of TCP's 92 to 100 us, Scalable Logic 2014; node: PCIe 4.0 x16; bandwidth: "
+_RING = "two cores, one for each rank: docs/results.md; ring only"
 NETWORKS = {
     network.name: network
     for network in (
         Network("nvlink4", _NVLINK4, f"{_NCCL}NVIDIA H100 datasheet, up to 256 GPUs", most_ranks=256),
         Network("infiniband-ndr", Link(4.0, 400), f"{_NCCL}4 lanes of 100 Gbit/s; node: DGX H100", _NVLINK4, 8),
         Network("infiniband-hdr", Link(4.0, 200), f"{_NCCL}4 lanes of 50 Gbit/s; node: DGX A100", _NVLINK3, 8),
-        Network("ethernet-100g", Link(48.0, 100), f"{_TCP}IEEE 802.3ba", _PCIE4, 8, adapter_per_rank=False),
-        Network("ethernet-25g", Link(48.0, 25), f"{_TCP}IEEE 802.3by", _PCIE4, 8, adapter_per_rank=False),
-        Network("loopback-gloo", Link(173, 16.4), "two cores, one for each rank: docs/results.md; ring only",
-                all_reduce=ring_seconds),
+        Network("ethernet-100g", Link(48.0, 100), f"{_TCP}IEEE 802.3ba", _PCIE4, 8, adapter_per_gpu=False),
+        Network("ethernet-25g", Link(48.0, 25), f"{_TCP}IEEE 802.3by", _PCIE4, 8, adapter_per_gpu=False),
+        Network("loopback-gloo", Link(173, 16.4), _RING, all_reduce=ring_seconds),
     )
-}  # fmt: skip
+}
 
 
 def parse_network(text: str, *, gpus_per_node: int | None = None) -> Network:
@@ -120,43 +117,36 @@ def parse_network(text: str, *, gpus_per_node: int | None = None) -> Network:
     Raises:
         HarnessError: an unknown name or key, a value that is no positive number, or GPUs a node without a link.
     """
-    network = _custom(text, f"--network {text}") if "=" in text else _named(text, "--network")
-    if gpus_per_node is None or gpus_per_node == network.ranks_per_node:
+    network = _custom(text, f"--network {text}") if "=" in text else _known(text, NETWORKS, "network", "--network")
+    if gpus_per_node is None or gpus_per_node == network.gpus_per_node:
         return network
     if gpus_per_node > 1 and network.intra is None:
-        raise HarnessError(
-            f"{network.name} has no link of its own within a node",
-            where="--gpus-per-node",
-            hint="Leave it out (all GPUs equally far), or name one: --network alpha_us=5,gbps=100,intra=nvlink4",
-        )
-    return replace(network, intra=network.intra if gpus_per_node > 1 else None, ranks_per_node=gpus_per_node)
+        what = f"{network.name} has no link of its own within a node"
+        hint = "Leave it out (all GPUs equally far), or name one: --network alpha_us=5,gbps=100,intra=nvlink4"
+        raise HarnessError(what, where="--gpus-per-node", hint=hint)
+    return replace(network, intra=network.intra if gpus_per_node > 1 else None, gpus_per_node=gpus_per_node)
 
 
-def _named(name: str, where: str) -> Network:
-    if name not in NETWORKS:
-        raise HarnessError(f'unknown network "{name}"', where=where, hint=nearest(name, NETWORKS))
-    return NETWORKS[name]
+def _known(name: str, valid: dict[str, Any], what: str, where: str) -> Any:
+    if name not in valid:
+        raise HarnessError(f'unknown {what} "{name}"', where=where, hint=nearest(name, valid))
+    return valid[name]
 
 
 def _custom(text: str, where: str) -> Network:
-    pairs = [part.partition("=")[::2] for part in text.split(",")]
-    values = dict(pairs)
-    for key in values:
-        if key not in ("alpha_us", "gbps", "intra"):
-            raise HarnessError(f'unknown key "{key}"', where=where, hint=nearest(key, ("alpha_us", "gbps", "intra")))
-    if len(values) < len(pairs) or not {"alpha_us", "gbps"} <= values.keys():
-        raise HarnessError("needs alpha_us and gbps, each once", where=where, hint="--network alpha_us=5,gbps=100")
-    try:
-        link = Link(float(values["alpha_us"]), float(values["gbps"]))
-    except ValueError:
-        link = Link(math.nan, math.nan)
-    if not (0 <= link.alpha_us <= 1e9 and 1e-6 <= link.gbps <= 1e9):  # NaN is refused, too
-        raise HarnessError(
-            "alpha_us must be a number from 0 to 1e9, gbps one from 1e-6 to 1e9",
-            where=where,
-            hint="alpha_us is the latency of a message in microseconds, gbps the bandwidth in Gbit/s each way.",
-        )
-    within = _named(values["intra"], where).inter if "intra" in values else None
+    found: dict[str, Any] = {"alpha_us": math.nan, "gbps": math.nan, "intra": None}
+    parts = [part.partition("=")[::2] for part in text.split(",")]
+    for key, value in parts:
+        _known(key, found, "key", where)
+        try:
+            found[key] = _known(value, NETWORKS, "network", where).inter if key == "intra" else float(value)
+        except ValueError:
+            found[key] = math.nan
+    link, within = Link(found["alpha_us"], found["gbps"]), found["intra"]
+    if len({key for key, _ in parts}) < len(parts) or not (0 <= link.alpha_us <= 1e9 and 1e-6 <= link.gbps <= 1e9):
+        what = "needs alpha_us, a number from 0 to 1e9, and gbps, one from 1e-6 to 1e9, each once"
+        hint = "Microseconds of latency and Gbit/s each way: --network alpha_us=5,gbps=100"
+        raise HarnessError(what, where=where, hint=hint)
     return Network(text, link, "as given", within, 8 if within else 1)
 
 
@@ -165,15 +155,15 @@ class Workload:
     """An optimizer step of a recipe."""
 
     global_batch_size: int
-    accumulation_steps: int
-    fixed_seconds: float  # of a micro-batch's forward and backward pass on one device
-    seconds_per_image: float
+    gradient_accumulation_steps: int
     bucket_bytes: Sequence[int]  # of gradients, in the order in which the backward pass fills them
     sync_batch_norm_bytes: Sequence[int] = ()  # of each message in one micro-batch
+    fixed_seconds: float = 0.0  # of a micro-batch's forward and backward pass on one device
+    seconds_per_image: float = 0.0
 
     @property
     def micro_batch_size(self) -> int:
-        return self.global_batch_size // self.accumulation_steps
+        return self.global_batch_size // self.gradient_accumulation_steps
 
     def pass_seconds(self, images: float) -> float:
         return self.fixed_seconds + self.seconds_per_image * images
@@ -182,27 +172,23 @@ class Workload:
 def predict(work: Workload, network: Network, gpus: int, *, mode: str) -> dict[str, Any]:
     """A step on so many GPUs that share the recipe's global batch ("strong") or each have it for themselves ("weak").
 
-    Returns:
-        "gpus", and "impossible" with the reason or the figures of the step: compute is the passes, exchange what of the
-        gradient exchange they do not hide, efficiency images/s over n times those of one GPU.
+    Returns "gpus", and "impossible" with the reason or the figures of the step: compute is the passes, exchange what of
+    the gradient exchange they do not hide, efficiency images/s over n times those of one GPU.
     """
-    micro = work.micro_batch_size
+    micro, accumulation = work.micro_batch_size, work.gradient_accumulation_steps
     if gpus > network.most_ranks:
         return {"gpus": gpus, "impossible": f"{network.name} joins at most {network.most_ranks} GPUs"}
     if mode == "strong" and micro % gpus:
         return {"gpus": gpus, "impossible": f"a micro-batch of {micro} images does not divide among {gpus} GPUs"}
-
-    def all_reduce(size_bytes: float) -> float:
-        return network.all_reduce_seconds(gpus, size_bytes)
-
+    all_reduce = partial(network.all_reduce_seconds, gpus)
     images = micro // gpus if mode == "strong" else micro
-    compute = work.accumulation_steps * work.pass_seconds(images)
-    norms = work.accumulation_steps * math.fsum(map(all_reduce, work.sync_batch_norm_bytes))
+    compute = accumulation * work.pass_seconds(images)
+    norms = accumulation * math.fsum(map(all_reduce, work.sync_batch_norm_bytes))
     exposed = exposed_seconds(work.bucket_bytes, BACKWARD_SHARE * work.pass_seconds(images), all_reduce)
-    rate = gpus * images * work.accumulation_steps / (compute + norms + exposed)
+    rate = gpus * images * accumulation / (compute + norms + exposed)
     return {
         "gpus": gpus,
-        "images_per_gpu": images * work.accumulation_steps,
+        "images_per_gpu": images * accumulation,
         "step_ms": (compute + norms + exposed) * 1e3,
         "compute_ms": compute * 1e3,
         "sync_batch_norm_ms": norms * 1e3,
@@ -237,22 +223,19 @@ def gradient_buckets(sizes: Sequence[int], *, first: int = FIRST_BUCKET_BYTES, c
     return [*buckets, current] if current else buckets
 
 
-def workload_of(recipe: Recipe, *, fixed_seconds: float, seconds_per_image: float, on_gpu: bool = False) -> Workload:
+def workload_of(recipe: Recipe, *, on_gpu: bool = False) -> Workload:
     """The recipe's step with its network's messages, two of each synchronised normalisation of C channels: 2C + 1 sums
     forward (count, mean, square) and 2C backward, float64 in ours on CPUs, float32 in torch's own on GPUs.
     """
     training, size_px, classes = recipe.training, recipe.data.image_size_px, recipe.data.num_classes or 10
     net = build_model(recipe.model.name, num_classes=classes, image_size_px=size_px, args=recipe.model.args)
     norms = [m.num_features for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-    numbers = [number for channels in norms for number in (2 * channels + 1, 2 * channels)]
-    return Workload(
-        training.global_batch_size,
-        training.gradient_accumulation_steps,
-        fixed_seconds,
-        seconds_per_image,
-        gradient_buckets([p.numel() * p.element_size() for p in net.parameters() if p.requires_grad]),
-        [number * (4 if on_gpu else 8) for number in numbers] if training.sync_batch_norm else (),
-    )
+    number_bytes = 0 if not training.sync_batch_norm else 4 if on_gpu else 8
+    messages = [
+        number_bytes * count for channels in norms for count in (2 * channels + 1, 2 * channels) if number_bytes
+    ]
+    buckets = gradient_buckets([p.numel() * p.element_size() for p in net.parameters() if p.requires_grad])
+    return Workload(training.global_batch_size, training.gradient_accumulation_steps, buckets, messages)
 
 
 def measured_pass(recipe: Recipe, device: torch.device) -> tuple[float, float, str]:
@@ -265,11 +248,7 @@ def measured_pass(recipe: Recipe, device: torch.device) -> tuple[float, float, s
     def median_seconds(count: int) -> float:
         step, seconds = trial_step(model, recipe, images=count, device=device), [math.inf]
         while len(seconds) < 2 + min(MAX_STEPS, max(MIN_STEPS, MEASURE_SECONDS / seconds[-1])):
-            start = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(seconds_of(step, device=device.type))
         return statistics.median(seconds[2:])  # after the one that warms up
 
     large, fixed, smaller = median_seconds(images), 0.0, images // 4
@@ -303,36 +282,33 @@ def scale(recipe: Recipe, gpus: Sequence[int], network: Network, *, step_ms: flo
     how = "as given, proportional to the images"
     if step_ms is None:
         fixed, an_image, how = measured_pass(recipe, device)
-    work = workload_of(recipe, fixed_seconds=fixed, seconds_per_image=an_image, on_gpu=device.type == "cuda")
-    rows = {
-        mode: [predict(work, network, count, mode=mode) for count in sorted(set(gpus))] for mode in ("strong", "weak")
-    }
-    links = {name: link and asdict(link) for name, link in (("inter", network.inter), ("intra", network.intra))}
-    compute = {"step_ms": work.accumulation_steps * work.pass_seconds(work.micro_batch_size) * 1e3, "how": how}
+    work = replace(workload_of(recipe, on_gpu=device.type == "cuda"), fixed_seconds=fixed, seconds_per_image=an_image)
+    accumulation = work.gradient_accumulation_steps
+    compute = {"step_ms": accumulation * work.pass_seconds(work.micro_batch_size) * 1e3, "how": how}
     compute |= {"fixed_ms_per_pass": fixed * 1e3, "ms_per_image": an_image * 1e3}
-    return rows | {
-        "recipe": {
-            "name": recipe.name,
-            "model": recipe.model.name,
-            "global_batch_size": work.global_batch_size,
-            "gradient_accumulation_steps": work.accumulation_steps,
-            "gradient_bytes": sum(work.bucket_bytes),
-            "bucket_bytes": list(work.bucket_bytes),
-            "sync_batch_norm_messages_per_step": work.accumulation_steps * len(work.sync_batch_norm_bytes),
-        },
-        "compute": compute | {"measured_on": device.type if step_ms is None else None},
+    compute |= {"measured_on": device.type if step_ms is None else None}
+    what = {"name": recipe.name, "model": recipe.model.name, **asdict(work), "gradient_bytes": sum(work.bucket_bytes)}
+    what |= {"sync_batch_norm_messages_per_step": accumulation * len(work.sync_batch_norm_bytes)}
+    return {
+        **{mode: [predict(work, network, n, mode=mode) for n in sorted(set(gpus))] for mode in ("strong", "weak")},
+        "recipe": what,
+        "compute": compute,
         "network": {
-            "name": network.name, **links, "gpus_per_node": network.ranks_per_node, "source": network.source
+            "name": network.name,
+            "inter": network.inter._asdict(),
+            "intra": network.intra and network.intra._asdict(),
+            "gpus_per_node": network.gpus_per_node,
+            "source": network.source,
         },
         "assumptions": _assumptions(work, network, compute),
-    }  # fmt: skip
+    }
 
 
 def _assumptions(work: Workload, network: Network, compute: dict[str, Any]) -> list[str]:
-    adapters = "an adapter a GPU" if network.adapter_per_rank else "one adapter a node"
-    node = f"; {network.ranks_per_node} GPUs a node by {network.intra}, {adapters}" if network.intra else ""
+    adapters = "an adapter a GPU" if network.adapter_per_gpu else "one adapter a node"
+    node = f"; {network.gpus_per_node} GPUs a node by {network.intra}, {adapters}" if network.intra else ""
     norms = len(work.sync_batch_norm_bytes)
-    return [
+    texts = [
         f"Compute: {compute['step_ms']:.1f} ms a step on one device ({compute['how']}); a pass takes "
         f"{compute['fixed_ms_per_pass']:.2f} ms + {compute['ms_per_image']:.4f} ms an image. Every GPU is this device, "
         "alike and undisturbed: no stragglers, no jitter, and data is always there in time.",
@@ -342,9 +318,40 @@ def _assumptions(work: Workload, network: Network, compute: dict[str, Any]) -> l
         f"Overlap: gradients come evenly over the backward pass, {BACKWARD_SHARE:.0%} of the last micro-batch's time; "
         f"buckets ({len(work.bucket_bytes)}; DDP: 1 MiB, then 25 MiB) are exchanged when full, one after the other, at "
         "no cost to the computation; the last one is never hidden.",
-        *(
-            [f"SyncBatchNorm: {norms} small all-reduces a micro-batch, none hidden: every layer waits."]
-            if norms
-            else []
-        ),
+        f"SyncBatchNorm: {norms} small all-reduces a micro-batch, none hidden: every layer waits.",
     ]
+    return texts if norms else texts[:-1]
+
+
+_COLUMNS = {
+    "gpus": ("GPUs", 6, ",d"),
+    "images_per_gpu": ("images/GPU", 12, ",d"),
+    "step_ms": ("step ms", 11, ",.2f"),
+    "compute_ms": ("compute ms", 12, ",.2f"),
+    "sync_batch_norm_ms": ("SyncBN ms", 11, ",.2f"),
+    "exchange_ms": ("exchange ms", 13, ",.2f"),
+    "exchange_total_ms": ("(with hidden)", 15, ",.2f"),
+    "images_per_second": ("images/s", 13, ",.0f"),
+    "efficiency": ("efficiency", 12, ".1%"),
+}
+
+
+def render(result: dict[str, Any]) -> str:
+    """What `scale` found as tables, with its assumptions."""
+    recipe = result["recipe"]
+    lines = [
+        f"{recipe['name']}: {recipe['model']}, {recipe['gradient_bytes'] / 1e6:.2f} MB of gradients, "
+        f"{recipe['sync_batch_norm_messages_per_step']} SyncBatchNorm messages a step"
+    ]
+    if result["compute"]["measured_on"] == "cpu":
+        lines.append(
+            "The step was measured on a CPU and is no GPU's: each of the GPUs below is as slow as this CPU. "
+            "--step-ms X takes the milliseconds of a step on one GPU."
+        )
+    for mode, share in {"strong": "over all GPUs", "weak": "on each GPU"}.items():
+        lines += ["", f"{mode} scaling: {recipe['global_batch_size']} images a step {share}"]
+        lines.append("".join(f"{title:>{width}}" for title, width, _ in _COLUMNS.values()))
+        for row in result[mode]:
+            figures = (f"{format(row.get(name, 0), form):>{width}}" for name, (_, width, form) in _COLUMNS.items())
+            lines.append(f"{row['gpus']:>6,d}  – {row['impossible']}" if "impossible" in row else "".join(figures))
+    return "\n".join([*lines, "", "Assumptions", *(f"- {text}" for text in result["assumptions"])])

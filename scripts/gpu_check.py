@@ -32,16 +32,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from harness.bench.contest import Contestant, describe_machine, run_contest
+from harness.bench import Contestant, describe_machine, run_contest
 from harness.bench.loader import bench_loader
-from harness.bench.step import GPU_STEPS, SEED
+from harness.bench.step import GPU_STEPS, HARNESS, PYTORCH, SEED
 from harness.errors import EXIT_DONE, EXIT_FAILED, HarnessError, nearest, print_error
 from harness.files import write_json
-from harness.machine import usable_cores
+from harness.machine import seconds_of, usable_cores
 from harness.runtime import git_state
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "torchvision", "accelerate", "timm", "ffcv", "numpy", "safetensors", "pydantic", "wandb")
 LIMIT_SECONDS = {"machine": 60, "tests": 120, "digits": 90, "step": 240, "loader": 120, "seed": 3600}
 STOP_SECONDS = 30.0  # from the signal to the end of a training: the step under way, an evaluation, the checkpoint
 WORTH_STARTING_SECONDS = 45.0
@@ -72,7 +71,7 @@ class Check:
 
 def machine(check: Check) -> Iterator[Figures]:
     """What figures belong to: hardware, driver, versions and commit."""
-    yield describe_machine(PACKAGES) | {"python": sys.version.split()[0], "git": git_state(ROOT)}
+    yield describe_machine() | {"python": sys.version.split()[0], "git": git_state(ROOT)}
     if check.device == "cuda":
         yield {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
         query = ["nvidia-smi", "--query-gpu=driver_version,memory.total,clocks.sm,power.limit", "--format=csv"]
@@ -175,9 +174,9 @@ def _contestant(way: str, precision: str, batch_size: int, check: Check) -> Cont
     task = {**SEED, "batch_size": batch_size, "steps": steps, "device": check.device, "channels_last": True}
     if way == "harness":
         overrides = ["training.precision=bf16"] if precision == "bf16" else []
-        return Contestant("harness.bench.step:harness", {**task, "recipe": "seed", "overrides": overrides})
+        return Contestant(HARNESS, {**task, "recipe": "seed", "overrides": overrides})
     how = {"bf16": precision == "bf16", "compiled": way == "compiled"}
-    return Contestant("harness.bench.step:pytorch", {**task, **how})
+    return Contestant(PYTORCH, {**task, **how})
 
 
 def roofline_images_per_second(bytes_per_second: float, batch_size: int, *, element_bytes: int) -> float:
@@ -188,19 +187,14 @@ def roofline_images_per_second(bytes_per_second: float, batch_size: int, *, elem
 def copy_bandwidth(device: str, size_bytes: int) -> float:
     """Bytes a second of a copy within the device's memory, read and written bytes both counted; median of 20."""
     source = torch.randint(0, 256, (size_bytes,), dtype=torch.uint8, device=device)
-    target, seconds = torch.empty_like(source), []
-    for _ in range(23):
-        start = time.perf_counter()
-        target.copy_(source)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+    target = torch.empty_like(source)
+    seconds = [seconds_of(lambda: target.copy_(source), device=device) for _ in range(23)]
     return 2 * size_bytes / statistics.median(seconds[3:])
 
 
 def loader(check: Check) -> Iterator[Figures]:
     """`harness bench loader`, on CIFAR-10 where it is at hand."""
-    tiny = {"rounds": 1, "workers": 1, "batch_size": 64, "synthetic_images": 256, "slow_images": 64}
+    tiny = {"rounds": 1, "workers": 1, "synthetic_images": 256}
     yield bench_loader(**(tiny if check.dry_run else {"rounds": 3}))
 
 

@@ -4,45 +4,53 @@ from __future__ import annotations
 
 import errno
 import json
+import math
+import os
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from harness.cli import COMMANDS, main
 from harness.errors import from_disk
+from harness.files import hex_digest
+from tests.conftest import run_limited
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = str(ROOT / "recipes" / "seed.yaml")
 DEBUG = str(ROOT / "recipes" / "debug.yaml")
+HARNESS = [sys.executable, "-m", "harness"]
+Out = pytest.CaptureFixture[str]
 
 
-def test_help_imports_nothing_heavy() -> None:
+@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_help_imports_nothing_heavy(words: list[str]) -> None:
     code = (
         "import sys\nfrom harness.cli import main\n"
-        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert not end.code\n"
         "heavy = {'torch', 'numpy', 'pydantic', 'timm', 'yaml', 'wandb'} & set(sys.modules)\n"
         "sys.exit(repr(heavy) if heavy else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in COMMANDS)
+    assert all(name in done.stdout for name in COMMANDS if words == ["--help"])
 
 
 @pytest.mark.parametrize(
-    "command",
-    [*COMMANDS, "recipe show", "data prepare", "data verify", "bench loader", "bench step", "bench scaling"],
+    "command", ["recipe show", "data prepare", "data verify", "bench loader", "bench step", "bench scaling"]
 )
-def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_action_has_help(command: str, capsys: Out) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*command.split(), "--help"])
     assert caught.value.code == 0
     assert f"usage: harness {command}" in capsys.readouterr().out
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version(capsys: Out) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out.startswith("harness 0.")
@@ -51,9 +59,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
+        ("", "the first word must be a command"),
+        ("--jsn", "the first word must be a command"),
         ("tarin x.yaml", 'unknown command "tarin"\n  HINT: Did you mean "train"?'),
         ("train", "the following arguments are required: RECIPE"),
         (f"train {SEED} --reusme auto", 'unknown argument "--reusme"'),
+        ("runs here there", 'unknown argument "there"'),
         ("train nowhere.yaml", "cannot be read"),
         (f"train {SEED} optimizer.lr=0", "optimizer.lr: must be > 0"),
         (f"train {SEED} training.epochs=-1", "training.epochs: must be ≥ 0"),
@@ -68,22 +79,17 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (f"train {DEBUG} data.source=imagefolder data.path=/nowhere", "/nowhere"),
         (f"train {DEBUG} data.synthetic.train_images=1000000000000", "not enough memory"),
         ("eval nowhere", "no run with checkpoints here"),
-        ("eval nowhere --recalibrate -4", 'argument --recalibrate: must be a whole number of at least 0, not "-4"'),
+        ("eval nowhere --recalibrate -4", 'argument --recalibrate: must be a whole number from 0 to 1000000, not "-4"'),
         ("predict nowhere https://a.org/b.png", "downloads nothing; fetch it first: curl -LO https://a.org/b.png"),
         ("predict nowhere image.png", "no run with checkpoints here"),
-        ("predict nowhere image.png --top 0", 'argument --top: must be a whole number of at least 1, not "0"'),
-        ("predict nowhere image.png --top x", 'argument --top: must be a whole number of at least 1, not "x"'),
+        ("predict nowhere image.png --top x", 'argument --top: must be a whole number from 1 to 1000000, not "x"'),
         ("summary nowhere.yaml", "cannot be read"),
         ("doctor --numerics", "--numerics needs a recipe"),
         ("recipe", "the following arguments are required: ACTION"),
     ],
 )
 def test_mistakes_are_explained(
-    arguments: str,
-    text: str,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    arguments: str, text: str, capsys: Out, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(arguments.split()) == 2
@@ -95,15 +101,13 @@ def test_mistakes_are_explained(
 
 
 def test_no_data_and_no_network(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capsys: Out, empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HARNESS_DATA", raising=False)
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens on the discard port
     assert main(["train", SEED]) == 2
-    error = capsys.readouterr().err
-    assert "HARNESS_DATA" in error
+    assert "HARNESS_DATA" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
@@ -112,37 +116,31 @@ def test_exit_code_is_told_to_the_launcher(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("HARNESS_EXIT_CODE_FILE", str(codes))
     assert main(["train", "nowhere.yaml"]) == 2
     assert codes.read_text() == "2\n"
+    monkeypatch.setenv("HARNESS_EXIT_CODE_FILE", str(tmp_path / "gone" / "0"))  # a newer start has cleared it away
+    assert main(["recipe", "validate", DEBUG]) == 0
 
 
-def test_recipe_commands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_recipe_commands(capsys: Out, tmp_path: Path) -> None:
     assert main(["recipe", "show", SEED, "training.epochs=2"]) == 0
     assert "epochs: 2" in capsys.readouterr().out
     (tmp_path / "bad.yaml").write_text("a: 1\n")
     assert main(["recipe", "validate", SEED, str(tmp_path / "bad.yaml")]) == 2
     assert f"{SEED}: valid" in capsys.readouterr().out
+    assert main(["recipe", "validate", DEBUG, SEED, "training.epochs=3"]) == 0
+    assert main(["recipe", "validate", DEBUG, "training.epochs=two"]) == 2
+    assert "training.epochs: input should be a valid integer" in capsys.readouterr().err
     assert main(["recipe", "schema"]) == 0
     assert json.loads(capsys.readouterr().out)["properties"]["base"]
 
 
-def test_validate_takes_overrides(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["recipe", "validate", DEBUG, SEED, "training.epochs=3"]) == 0
-    assert main(["recipe", "validate", DEBUG, "training.epochs=two"]) == 2
-    assert "training.epochs: input should be a valid integer" in capsys.readouterr().err
-
-
-def test_summary_prints_the_seeds_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_summary_prints_the_seeds_table(capsys: Out) -> None:
     assert main(["summary", SEED]) == 0
     out = capsys.readouterr().out
     assert (ROOT / "tests" / "golden" / "seed_summary.txt").read_text().strip() in out
     assert out.count("PASS") == 3
-    assert main(["summary", DEBUG, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)
 
 
-def test_data_prepare_and_verify(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path))
+def test_data_prepare_and_verify(capsys: Out, empty_cache: Path, tmp_path: Path) -> None:
     assert main(["data", "prepare", DEBUG]) == 0
     store = Path(capsys.readouterr().out.splitlines()[0])
     assert main(["data", "verify"]) == 0
@@ -156,7 +154,7 @@ def test_data_prepare_and_verify(
     assert main(["data", "verify"]) == 0
 
 
-def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor(capsys: Out) -> None:
     assert main(["doctor"]) == 0
     assert "cache_folder" in capsys.readouterr().out
     assert main(["doctor", "--json"]) == 0
@@ -167,13 +165,46 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)
 
 
+def test_a_loss_that_is_not_finite_is_null_in_json(tiny: Path, tmp_path: Path, capsys: Out) -> None:
+    assert main(["train", str(tiny), "training.epochs=1", "--run-dir", str(tmp_path / "run")]) == 0
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    file, manifest_file = checkpoint / "model.safetensors", checkpoint / "manifest.json"
+    tensors = load_file(file)
+    save_file({name: tensor * math.inf for name, tensor in tensors.items()}, file)
+    manifest = json.loads(manifest_file.read_text())
+    manifest["files"][file.name] = {"sha256": hex_digest(file), "bytes": file.stat().st_size}
+    manifest_file.write_text(json.dumps(manifest))
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run"), "--json"]) == 0
+    text = capsys.readouterr().out
+    assert json.loads(text, parse_constant=pytest.fail)["test"]["loss"] is None
+
+
 def test_python_m_harness_is_the_same_program() -> None:
-    done = subprocess.run([sys.executable, "-m", "harness", "train"], capture_output=True, text=True, timeout=60)
+    done = run_limited([*HARNESS, "train"], 60, dict(os.environ), ROOT)
     assert done.returncode == 2
     assert done.stderr.startswith("ERROR harness train")
 
 
-def test_a_full_disk_anywhere_is_told_without_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("words", ["--help", "recipe list", f"data prepare {DEBUG}"])
+@pytest.mark.parametrize("redirection", [">/dev/full", ">/dev/full 2>&1"])
+def test_an_output_that_is_full_is_one_error(words: str, redirection: str) -> None:
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = f"{shlex.join(HARNESS)} {words} {redirection}"
+    done = run_limited(["bash", "-c", command], 60, variables, ROOT)
+    assert done.returncode == 1  # where Python's own end would answer 120
+    if redirection == ">/dev/full":
+        assert done.stderr.startswith("ERROR standard output: cannot be written or read (No space left on device)\n")
+        assert len(done.stderr.splitlines()) == 2
+
+
+def test_a_reader_that_leaves_at_once_is_no_error() -> None:
+    done = run_limited(["bash", "-c", f"{shlex.join(HARNESS)} recipe schema | true; exit ${{PIPESTATUS[0]}}"], 60,
+                       dict(os.environ), ROOT)  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_full_disk_anywhere_is_reported_without_a_traceback(tmp_path: Path, capsys: Out) -> None:
     """The run's own files, which are written before the first checkpoint: larger ones fail, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     overrides = ["data.loader=device", "tracking.wandb=disabled"]
@@ -190,31 +221,19 @@ def test_a_full_disk_anywhere_is_told_without_a_traceback(tmp_path: Path, capsys
 
 def test_an_error_of_ours_is_not_put_down_to_the_disk() -> None:
     assert from_disk(FileNotFoundError(errno.ENOENT, "no such file")) is None
-    told = from_disk(OSError(errno.ENOSPC, "No space left on device", "/x"))
-    assert told is not None
-    assert (told.where, told.exit_code) == ("/x", 1)
+    found = from_disk(OSError(errno.ENOSPC, "No space left on device", "/x"))
+    assert found is not None
+    assert (found.where, found.exit_code) == ("/x", 1)
 
 
 @pytest.mark.parametrize("words", [["train", DEBUG], ["runs"]], ids=" ".join)
 def test_a_python_without_the_packages_is_no_traceback(words: list[str], tmp_path: Path) -> None:
-    """And not tried again by launchers, which start ranks anew after a 1."""
+    """And not tried again by launchers, which start ranks again after a 1."""
     code = tmp_path / "code"
-    done = subprocess.run(
-        [sys.executable, "-S", "-m", "harness", *words],  # without site-packages
-        env={"PYTHONPATH": str(ROOT), "HARNESS_EXIT_CODE_FILE": str(code)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    variables = {"PYTHONPATH": str(ROOT), "HARNESS_EXIT_CODE_FILE": str(code)}
+    command = [sys.executable, "-S", "-m", "harness", *words]  # without site-packages
+    done = run_limited(command, 60, variables, tmp_path)
     assert done.returncode == 2
     assert code.read_text() == "2\n"
     assert done.stderr.startswith(f"ERROR {sys.executable}: No module named ")
     assert "HINT: ./scripts/setup.sh" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_an_exit_code_that_nobody_waits_for_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A newer start of the job has cleared the folder away."""
-    monkeypatch.setenv("HARNESS_EXIT_CODE_FILE", str(tmp_path / "gone" / "0"))
-    assert main(["recipe", "validate", DEBUG]) == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import _parser, take_overrides
+from harness.cli import parser_of
 from tests.conftest import run_limited
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,8 +66,8 @@ def _harness_commands(page: Path) -> list[str]:
 def test_commands_of_the_documentation_are_valid(page: Path) -> None:
     for command in _harness_commands(page):
         plain = re.sub(r"\[[^\]]*\]|…", "", re.split(" > |  ", command)[0])  # what may be left out
-        arguments, unknown = _parser().parse_known_args(shlex.split(plain)[1:])
-        take_overrides(arguments, unknown)
+        name, *words = shlex.split(plain)[1:]
+        parser_of(name).parse(words)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)

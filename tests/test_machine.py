@@ -75,6 +75,13 @@ def test_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu_name()
 
 
+def test_a_processor_whose_name_is_not_utf8_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_bytes(b"processor : 0\nmodel name : A\xa9 B\n")
+    monkeypatch.setattr(machine, "CPUINFO", file)
+    assert cpu_name() == "A\N{REPLACEMENT CHARACTER} B"
+
+
 FAULTS_OF_64_MIB = """
 import resource, sys
 from harness.machine import keep_freed_memory

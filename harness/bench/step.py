@@ -1,8 +1,6 @@
-"""Training steps of one network, plain PyTorch's and ours in each precision: images a second.
+"""Training steps of one network on the same random batch, plain PyTorch's and ours in each precision: images a second.
 
-Each contestant warms up and returns a round, see `contest`. All train the same network with SGD and momentum on the
-same random batch in memory. Ours is the epoch of `harness train` with its logging, signals and checks, and a loader
-that gives the batch.
+Ours is the epoch of `harness train` with its logging, signals and checks, and a loader that gives the batch.
 """
 
 from __future__ import annotations
@@ -10,21 +8,20 @@ from __future__ import annotations
 import atexit
 import os
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from harness.bench.contest import Contestant, Round, describe_machine, ratios, run_contest
-from harness.data.loaders import Batch, Loader
-from harness.errors import HarnessError
-from harness.machine import usable_cores
+from harness.bench import Contestant, Round, rates, run_contest
+from harness.data.loaders import Batch
+from harness.machine import seconds_of, usable_cores
 from harness.models.build import build_model
 from harness.recipe import Recipe, load
 from harness.runtime import joined
@@ -33,8 +30,7 @@ from harness.training.parts import Parts, assemble
 from harness.training.startup import Startup
 from harness.training.state import Progress
 
-HERE = "harness.bench.step"
-PACKAGES = ("torch", "accelerate", "timm", "lightning", "numpy")
+PYTORCH, HARNESS = "harness.bench.step:pytorch", "harness.bench.step:harness"
 LR, MOMENTUM, CLASSES = 0.008, 0.95, 10
 WARMUP_STEPS = 2
 GPU_STEPS = 20  # of a round
@@ -43,27 +39,16 @@ SEED: dict[str, Any] = {"model": "dual_branch_seed", "args": {}, "size_px": 32}
 
 @dataclass(frozen=True)
 class Task:
-    """What all contestants train.
-
-    Attributes:
-        model, args: the network's name and the arguments of its constructor.
-        size_px: height and width of the images.
-        batch_size: images a step, on each rank.
-        steps: of a round.
-        channels_last: layout of images and weights, rather than contiguous.
-        bf16: autocast, rather than float32.
-        compiled: by torch.compile.
-        device: "cpu" or "cuda".
-    """
+    """What all contestants train."""
 
     model: str
-    args: dict[str, Any]
-    size_px: int
-    batch_size: int
-    steps: int
+    args: dict[str, Any]  # of the network's constructor
+    size_px: int  # height and width of the images
+    batch_size: int  # images a step, on each rank
+    steps: int  # of a round
     channels_last: bool = False
-    bf16: bool = False
-    compiled: bool = False
+    bf16: bool = False  # autocast
+    compiled: bool = False  # by torch.compile
     device: str = "cpu"
 
     def network(self) -> nn.Module:
@@ -85,12 +70,7 @@ class Task:
         """Warm up, then time `steps` steps a round."""
 
         def work(steps: int) -> float:
-            start = time.perf_counter()
-            for _ in range(steps):
-                step()
-            if self.device == "cuda":
-                torch.cuda.synchronize()
-            return time.perf_counter() - start
+            return seconds_of(lambda: [step() for _ in range(steps)], device=self.device)
 
         work(WARMUP_STEPS)
         return lambda: (work(self.steps), self.steps * self.batch_size)
@@ -112,8 +92,7 @@ def pytorch(**settings: Any) -> Round:
 
 
 def plain_loop(task: Task, net: nn.Module) -> Round:
-    criterion, (images_BCHW, labels_B) = nn.CrossEntropyLoss(), task.batch()
-    optimizer = sgd(net)
+    criterion, (images_BCHW, labels_B), optimizer = nn.CrossEntropyLoss(), task.batch(), sgd(net)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -125,43 +104,26 @@ def plain_loop(task: Task, net: nn.Module) -> Round:
     return task.round_of(step)
 
 
-class _OneBatch(Loader):
-    """A loader of a batch that is there already."""
-
-    def __init__(self, images_BCHW: Tensor, labels_B: Tensor) -> None:
-        self._batch = Batch(images_BCHW, labels_B, np.arange(len(labels_B)))
-
-    def batches(self, ids_per_batch: Sequence[np.ndarray], *, epoch: int) -> Iterator[Batch]:
-        return (self._batch for _ in ids_per_batch)
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
 def harness(*, recipe: str, overrides: Sequence[str] = (), **settings: Any) -> Round:
     """An epoch of `harness train` of a recipe: `steps` steps with what the loop does around them."""
     task = Task(**settings)
     global_batch_size = task.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
     images = task.steps * global_batch_size
-    own = (
-        f"data.synthetic={{train_images: {images}, test_images: {CLASSES}, num_classes: {CLASSES}}}",
+    data = f"{{train_images: {images}, test_images: {CLASSES}, num_classes: {CLASSES}}}"
+    own = [
+        f"data.synthetic={data}",
         "data.source=synthetic",
         f"data.image_size_px={task.size_px}",
         "data.loader=device",
-        f"training.global_batch_size={global_batch_size}",
-        f"optimizer.lr={LR}",
-        f"optimizer.momentum={MOMENTUM}",
-    )
-    loaded = load(recipe, [*own, *overrides])
-    parts = replace(assembled(loaded), train_loader=_OneBatch(*task.batch()))
+    ]
+    own += [f"training.global_batch_size={global_batch_size}", f"optimizer.lr={LR}", f"optimizer.momentum={MOMENTUM}"]
+    loaded, batch = load(recipe, [*own, *overrides]), Batch(*task.batch(), np.arange(task.batch_size))
+    loader: Any = SimpleNamespace(batches=lambda ids_per_batch, epoch: (batch for _ in ids_per_batch))
+    parts = replace(assembled(loaded), train_loader=loader)
     cadence, progress = epochs_alone(loaded), Progress()
 
     def one_round() -> tuple[float, int]:
-        start = time.perf_counter()
-        run_epoch(parts, cadence, progress)
-        if task.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start, images
+        return seconds_of(lambda: run_epoch(parts, cadence, progress), device=task.device), images
 
     one_round()
     return one_round
@@ -184,62 +146,32 @@ def epochs_alone(recipe: Recipe) -> Cadence:
     return Cadence(never, recipe.tracking.log_every_steps, never, checkpoint_steps=())
 
 
-def bench_step(
-    *,
-    rounds: int = 5,
-    batch_size: int = 128,
-    threads: int | None = None,
-    peers: Mapping[str, tuple[str, str | None]] | None = None,
-) -> dict[str, Any]:
+def bench_step(*, rounds: int, batch_size: int = 128, peers: Mapping[str, Contestant] = {}) -> dict[str, Any]:
     """The seed's network: a plain PyTorch loop against `harness train` of the seed's recipe, in each precision.
 
-    All have dropout, batch statistics and SGD with momentum. `harness_bf16` is the recipe with training.precision=bf16,
-    `harness_bf16_plain` the same without our kernels. Where torch's own bf16 kernels are wrong on this processor
-    (`harness doctor --numerics`), PyTorch's bf16 figures are of wrong gradients; ours are checked.
-
-    Args:
-        rounds: of each contestant, in turn, after a warm-up.
-        batch_size: images a step.
-        threads: None is one for each core that this process may use.
-        peers: more contestants, in bf16 and channels_last: for each name its target and the package that it needs.
-
-    Returns:
-        A dict for JSON: "contestants" (images_per_second as median, min and max over the rounds; None for one whose
-        package is not installed), "ratios" of medians, "settings" and "machine".
-
-    Raises:
-        HarnessError: numbers below 1, or a contestant that failed.
+    `harness_bf16_plain` is `harness_bf16` without our kernels. Where torch's own bf16 kernels are wrong on this
+    processor (`harness doctor --numerics`), PyTorch's bf16 figures are of wrong gradients; ours are checked. `peers`
+    train in bf16 and channels_last. Returns and raises as `rates` and `run_contest`.
     """
-    if batch_size < 2:
-        raise HarnessError(
-            f"batch_size must be at least 2, it is {batch_size}", hint="Batch statistics need two images."
-        )
-    on_gpu = torch.cuda.is_available()
+    on_gpu, threads = torch.cuda.is_available(), usable_cores()
+    device, last = "cuda" if on_gpu else "cpu", {"channels_last": True}
 
-    def task(steps: int, **more: Any) -> dict[str, Any]:
-        device = "cuda" if on_gpu else "cpu"
-        return {**SEED, "batch_size": batch_size, "device": device, "steps": GPU_STEPS if on_gpu else steps, **more}
+    def contestant(each: Contestant, steps: int, **how: Any) -> Contestant:
+        task = {**SEED, "batch_size": batch_size, "device": device, "steps": GPU_STEPS if on_gpu else steps, **how}
+        return replace(each, arguments=task)
 
-    fast = task(3, channels_last=True, bf16=True)
-    bf16 = ["training.precision=bf16"]
-    ours = {"channels_last": True, "recipe": "seed"}
+    def ours(steps: int, *overrides: str) -> Contestant:
+        return contestant(Contestant(HARNESS), steps, recipe="seed", overrides=overrides, **last)
+
+    plain, fast, bf16 = Contestant(PYTORCH), {"bf16": True, **last}, "training.precision=bf16"
     contestants = {
-        "pytorch_fp32": Contestant(f"{HERE}:pytorch", task(1)),
-        "pytorch_fp32_channels_last": Contestant(f"{HERE}:pytorch", task(1, channels_last=True)),
-        "pytorch_bf16_channels_last": Contestant(f"{HERE}:pytorch", fast),
-        **{name: Contestant(target, fast, needs) for name, (target, needs) in (peers or {}).items()},
-        "harness_fp32": Contestant(f"{HERE}:harness", task(3, **ours)),
-        "harness_bf16": Contestant(f"{HERE}:harness", task(8, **ours, overrides=bf16)),
-        "harness_bf16_plain": Contestant(
-            f"{HERE}:harness", task(3, **ours, overrides=[*bf16, "training.kernels=plain"])
-        ),
+        "pytorch_fp32": contestant(plain, 1),
+        "pytorch_fp32_channels_last": contestant(plain, 1, **last),
+        **{name: contestant(each, 3, **fast) for name, each in {"pytorch_bf16_channels_last": plain, **peers}.items()},
+        "harness_fp32": ours(3),
+        "harness_bf16": ours(8, bf16),
+        "harness_bf16_plain": ours(3, bf16, "training.kernels=plain"),
     }
-    threads = usable_cores() if threads is None else threads
     times = run_contest(contestants, rounds=rounds, threads=threads)
-    results = {name: None if each is None else each.per_second("images") for name, each in times.items()}
-    return {
-        "contestants": results,
-        "ratios": ratios(results, ours=("harness_bf16", "harness_fp32")),
-        "settings": {"rounds": rounds, "batch_size": batch_size, "threads": threads, "model": SEED["model"]},
-        "machine": describe_machine(PACKAGES),
-    }
+    settings = {"rounds": rounds, "batch_size": batch_size, "threads": threads, "model": SEED["model"]}
+    return rates(times, ("harness_bf16", "harness_fp32"), settings)

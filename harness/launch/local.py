@@ -25,7 +25,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from harness.bench.contest import Contestant, run_contest
+from harness.bench import Contestant, run_contest
 from harness.environment import calm_openmp, flag
 from harness.errors import HarnessError, print_error
 from harness.files import writable_cache_directory, write_json

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from harness.bench.contest import Round
-from harness.machine import keep_freed_memory
+from harness.bench import Round
+from harness.machine import keep_freed_memory, seconds_of
 from harness.models.sync_batch_norm import convert_sync_batch_norm
 from harness.recipe import Recipe
 from harness.training.trial_step import trial_network, trial_step
@@ -23,7 +22,7 @@ MAX_STEPS = 20
 
 
 def training_steps(*, recipe: Mapping[str, Any], share: float | None = None, steps: int | None = None) -> Round:
-    """A contestant of `harness.bench.contest`; it counts the images of all its ranks.
+    """A contestant of `harness.bench`; it counts the images of all its ranks.
 
     The layout of one rank finds which share of the recipe's batch to take and how many steps a round has, and returns
     both with each round; the others are given them.
@@ -42,22 +41,16 @@ def training_steps(*, recipe: Mapping[str, Any], share: float | None = None, ste
     if share is None:
         pilot = trial_step(model, settings, images=PILOT_IMAGES)
         pilot()
-        seconds = min(_seconds(pilot) for _ in range(2))
+        seconds = min(seconds_of(pilot) for _ in range(2))
         share = min(1.0, STEP_SECONDS * PILOT_IMAGES / seconds / micro_batch)
     images = max(2, round(micro_batch * share))  # batch statistics of one image are refused
     step = trial_step(model, settings, images=images)
     step()
     if steps is None:
-        steps = max(1, min(MAX_STEPS, int(ROUND_SECONDS / _seconds(step))))
+        steps = max(1, min(MAX_STEPS, int(ROUND_SECONDS / seconds_of(step))))
 
     def one_round() -> tuple[float, int, dict[str, Any]]:
-        seconds = sum(_seconds(step) for _ in range(steps))
+        seconds = sum(seconds_of(step) for _ in range(steps))
         return seconds, steps * images * ranks, {"share": share, "steps": steps}
 
     return one_round
-
-
-def _seconds(step: Any) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import signal
@@ -17,7 +18,8 @@ from typing import Literal, get_args
 from harness import signals
 from harness.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, HarnessError
 from harness.files import directory_lock, write_text
-from harness.launch.local import Ranks, loader_override
+from harness.launch.local import Ranks, choose_ranks, loader_override
+from harness.launch.slurm import add_options
 from harness.launch.torchrun import CODE_FILE_VARIABLE
 from harness.recipe import load
 from harness.recipe.loading import changed_settings
@@ -83,6 +85,36 @@ def count_states(states: Iterable[str]) -> str:
     """Such as "2 finished, 1 failed"."""
     numbers = Counter(states)
     return ", ".join(f"{numbers[state]} {state}" for state in get_args(State) if numbers[state])
+
+
+def refuse_lost_options(arguments: argparse.Namespace) -> None:
+    """Raise a HarnessError for options of `harness sweep` that would do nothing."""
+    cluster = argparse.ArgumentParser(add_help=False)
+    add_options(cluster, array_of_seeds=False)
+    usual = vars(cluster.parse_args([]))
+    given = [name.replace("_", "-") for name, value in usual.items() if getattr(arguments, name) != value]
+    if given and not arguments.slurm:
+        options = ", ".join(f"--{name}" for name in given)
+        raise HarnessError(f"{options}: only with --slurm", hint="Add --slurm, or leave it out.")
+    if arguments.slurm and arguments.ranks is not None:
+        raise HarnessError("--ranks is for this machine only", hint="With --slurm: --nodes N --tasks-per-node R.")
+    lost = [f"--{name}" for name in ("ranks", "dry-run", "json") if getattr(arguments, name.replace("-", "_"))]
+    if arguments.wandb_agent and lost:
+        raise HarnessError(
+            f"{', '.join(lost)}: not with --wandb-agent, which trains as the server's sweep says",
+            hint="Leave it out; `--wandb --ranks N` makes a sweep of N ranks, `--wandb --dry-run` shows it.",
+        )
+    if arguments.retry_failed and (arguments.wandb or arguments.wandb_agent or arguments.table):
+        raise HarnessError("--retry-failed: only with --local or --slurm", hint="Leave it out.")
+
+
+def ranks_for(sweep: Sweep, wanted: int | None, *, measure: bool) -> Ranks:
+    """The ranks of every training, the same for all so that their figures can be compared."""
+    ranks = choose_ranks(sweep.runs[0].recipe, wanted, measure=measure)
+    check_ranks(sweep, ranks.count)
+    if ranks.note:
+        _say(ranks.note)
+    return ranks
 
 
 def check_ranks(sweep: Sweep, ranks: int) -> None:

@@ -1,7 +1,7 @@
 """Time to accuracy on the real CIFAR-10: airbench94 and trainings of ours take turns, an epoch each.
 
-A round is an epoch of training, in a process of its own (`harness.bench.contest`). Its seconds are of training alone,
-with loading and augmentation; evaluation comes after it and is timed apart.
+A round is an epoch of training, in a process of its own (`harness.bench`). Its seconds are of training alone, with
+loading and augmentation; evaluation comes after it and is timed apart.
 """
 
 from __future__ import annotations
@@ -15,28 +15,26 @@ from typing import Any
 
 import torch
 
-from harness.bench.contest import Contestant, Round, Times, describe_machine, run_contest
+from harness.bench import Contestant, Round, Times, describe_machine, run_contest
 from harness.bench.step import assembled, epochs_alone
 from harness.data.prepare import prepare
 from harness.errors import HarnessError
-from harness.machine import keep_freed_memory, usable_cores
+from harness.machine import keep_freed_memory, seconds_of, usable_cores
 from harness.recipe import load
 from harness.training.loop import evaluate_all, run_epoch
 from harness.training.state import Progress
 from scripts.benchmarks import airbench
 
 HERE = "scripts.benchmarks.accuracy"
-PACKAGES = ("torch", "accelerate", "timm", "ffcv", "numpy")
 TARGETS_PERCENT = (80, 85, 90, 92, 93, 94)
 SEED_EPOCHS = 8  # of its 50, which take hours; its learning rate is constant, so that any number is a beginning of it
 WHITENED_IMAGES = 5000
 
 
 def bench_accuracy(*, epochs: int | None = None) -> dict[str, Any]:
-    """Train airbench94, the seed's recipe in bf16 and the fast recipe by turns, and tell how soon each was how good.
+    """Train airbench94, the seed's recipe in bf16 and the fast recipe by turns, and report how soon each was how good.
 
-    Args:
-        epochs: of each contestant at most, with schedules shortened to them; None is each one's own number.
+    `epochs` is the most of each contestant, with schedules shortened to them; None is each one's own number.
 
     Returns:
         A dict for JSON. "contestants": for each its parameters, epochs, seconds of training up to the end of each
@@ -50,17 +48,14 @@ def bench_accuracy(*, epochs: int | None = None) -> dict[str, Any]:
     try:
         prepare("cifar10", download=False)
     except HarnessError as error:
-        raise HarnessError(
-            f"needs the real CIFAR-10, since accuracies on other images would mean nothing: {error.what}",
-            where=error.where or "harness bench accuracy",
-            hint=error.hint,
-        ) from error
+        what = f"needs the real CIFAR-10, since accuracies on other images would mean nothing: {error.what}"
+        raise HarnessError(what, where=error.where or "harness bench accuracy", hint=error.hint) from error
     contestants, threads = entries(epochs), usable_cores()
-    times = run_contest(contestants, rounds=1, threads=threads, after_round=tell)
+    times = run_contest(contestants, rounds=1, threads=threads, after_round=print_epoch)
     return {
-        "contestants": {name: told(times[name], each.arguments) for name, each in contestants.items()},
+        "contestants": {name: figures(times[name], each.arguments) for name, each in contestants.items()},
         "settings": {"epochs_at_most": epochs, "threads": threads, "data": "cifar10"},
-        "machine": describe_machine(PACKAGES),
+        "machine": describe_machine(),
     }
 
 
@@ -97,15 +92,14 @@ def harness(*, recipe: str, overrides: list[str]) -> Round:
     list(parts.train_loader.batches(first, epoch=0))  # compiled where it has to be; batches depend on no earlier ones
 
     def one_round() -> tuple[float, int, dict[str, Any]]:
-        before, started_at = progress.images_seen, time.perf_counter()
-        run_epoch(parts, cadence, progress)
-        trained_at = time.perf_counter()
-        evaluate_all(parts, progress)
+        before = progress.images_seen
+        seconds = seconds_of(lambda: run_epoch(parts, cadence, progress))
+        evaluation_seconds = seconds_of(lambda: evaluate_all(parts, progress))
         assert progress.last is not None
         kinds = {"raw": progress.last["test"], "ema": progress.last.get("test_ema")}
         correct = {kind: score["correct"] for kind, score in kinds.items() if score is not None}
-        payload = _payload(parts.bare_model, correct, parts.test_count, time.perf_counter() - trained_at)
-        return trained_at - started_at, progress.images_seen - before, payload
+        payload = _payload(parts.bare_model, correct, parts.test_count, evaluation_seconds)
+        return seconds, progress.images_seen - before, payload
 
     return one_round
 
@@ -144,7 +138,7 @@ def _payload(net: torch.nn.Module, correct: dict[str, int], total: int, seconds:
     return {"parameters": parameters, "correct": correct, "total": total, "evaluation_seconds": seconds}
 
 
-def told(times: Times | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+def figures(times: Times | None, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the result says of a contestant."""
     assert times is not None  # none of them needs a package that may be missing
     seconds = [round(sum(times.seconds[: n + 1]), 3) for n in range(len(times.seconds))]
@@ -158,12 +152,12 @@ def told(times: Times | None, settings: Mapping[str, Any]) -> dict[str, Any]:
         **times.per_second("images"),
         "test_images": total,
         "correct": correct,
-        "seconds_to_accuracy": {kind: seconds_to_accuracy(seconds, each, total) for kind, each in correct.items()},
+        "seconds_to_accuracy": {kind: _seconds_to_accuracy(seconds, each, total) for kind, each in correct.items()},
         "settings": dict(settings),
     }
 
 
-def seconds_to_accuracy(seconds: list[float], correct: list[int], total: int) -> dict[str, float | None]:
+def _seconds_to_accuracy(seconds: list[float], correct: list[int], total: int) -> dict[str, float | None]:
     """For each target in percent the seconds at the end of the first epoch that reached it; None where none did."""
     return {
         str(percent): next((s for s, c in zip(seconds, correct, strict=True) if 100 * c >= percent * total), None)
@@ -175,20 +169,19 @@ def render_accuracy(result: Mapping[str, Any]) -> str:
     """The result as a table: a line for each contestant and kind of accuracy."""
     width = max(len(name) for name in result["contestants"]) + 6
     columns = "".join(f"{f'{percent} %':>8}" for percent in TARGETS_PERCENT)
-    lines = [
-        f"{'':<{width}}{'epochs':>8}{'images/s':>10}{'seconds':>9}{'accuracy':>10}   seconds of training to{columns}"
-    ]
+    heads = f"{'epochs':>8}{'images/s':>10}{'seconds':>9}{'accuracy':>10}"
+    lines = [f"{'':<{width}}{heads}   seconds of training to{columns}"]
     for name, each in result["contestants"].items():
         for kind, correct in each["correct"].items():
             reached = each["seconds_to_accuracy"][kind].values()
             times = "".join(f"{'-' if s is None else format(s, ',.0f'):>8}" for s in reached)
             percent = f"{100 * correct[-1] / each['test_images']:.2f} %"
-            figures = f"{each['epochs']:>8}{each['images_per_second_median']:>10,.0f}{each['seconds'][-1]:>9,.0f}"
-            lines.append(f"{f'{name}, {kind}':<{width}}{figures}{percent:>10}{'':<25}{times}")
+            speed = f"{each['epochs']:>8}{each['images_per_second_median']:>10,.0f}{each['seconds'][-1]:>9,.0f}"
+            lines.append(f"{f'{name}, {kind}':<{width}}{speed}{percent:>10}{'':<25}{times}")
     return "\n".join([*lines, *(f"{k}: {v}" for k, v in {**result["settings"], **result["machine"]}.items())])
 
 
-def tell(name: str, times: Times) -> None:
+def print_epoch(name: str, times: Times) -> None:
     """A line on stderr after each epoch: the whole takes about an hour."""
     last = times.payloads[-1]
     shares = ", ".join(f"{kind} {100 * correct / last['total']:.2f} %" for kind, correct in last["correct"].items())

@@ -26,51 +26,31 @@ EVALUATION_BATCH = 1000
 
 @dataclass(frozen=True)
 class Settings:
-    """The published settings (section 3 and listing 4 of the paper).
+    """The published settings (section 3 and listing 4 of the paper)."""
 
-    Attributes:
-        epochs: length; 9.9 in the paper. The last epoch may be a part of one.
-        batch_size: images a step; what is left of an epoch is dropped.
-        lr, weight_decay: for each 1024 images and in units that do not depend on momentum; decay is decoupled from lr.
-        momentum: Nesterov's.
-        bias_scaler: factor of the learning rate of the normalisations' biases.
-        label_smoothing: share of the label spread over all classes.
-        whiten_bias_epochs: how long the whitening convolution's bias is trained.
-        translate_px: largest shift up, down, left and right.
-        widths: channels of the three blocks.
-        lr_start, lr_peak_at, lr_end: of the triangle, as shares of `lr`, of the training and of `lr`.
-        lookahead_steps: between updates of the average of the weights.
-        seed: of weights, order and augmentation.
-    """
-
-    epochs: float = 8.0
-    batch_size: int = 1024
-    lr: float = 11.5
-    momentum: float = 0.85
-    weight_decay: float = 0.0153
-    bias_scaler: float = 64.0
-    label_smoothing: float = 0.2
-    whiten_bias_epochs: int = 3
-    translate_px: int = 2
-    widths: tuple[int, int, int] = (64, 256, 256)
-    lr_start: float = 0.2
+    epochs: float = 8.0  # 9.9 in the paper; the last one may be a part of one
+    batch_size: int = 1024  # what is left of an epoch is dropped
+    lr: float = 11.5  # for each 1024 images, in units that do not depend on momentum
+    momentum: float = 0.85  # Nesterov's
+    weight_decay: float = 0.0153  # for each 1024 images, decoupled from lr
+    bias_scaler: float = 64.0  # of the learning rate of the normalisations' biases
+    label_smoothing: float = 0.2  # share of the label spread over all classes
+    whiten_bias_epochs: int = 3  # how long the whitening convolution's bias is trained
+    translate_px: int = 2  # largest shift up, down, left and right
+    widths: tuple[int, int, int] = (64, 256, 256)  # of the three blocks
+    lr_start: float = 0.2  # of the triangle, as shares of `lr`, of the training and of `lr`
     lr_peak_at: float = 0.23
     lr_end: float = 0.07
-    lookahead_steps: int = 5
-    seed: int = 0
+    lookahead_steps: int = 5  # between updates of the average of the weights
+    seed: int = 0  # of weights, order and augmentation
 
 
 def whitening_filters(images_BCHW: Tensor, *, eps: float = 5e-4) -> Tensor:
-    """Filters whose outputs on the images' patches are uncorrelated and of mean square 1, and their negatives.
+    """Filters (2·4·C, C, 2, 2) whose outputs on the images' patches are uncorrelated and of mean square 1, the largest
+    eigenvalue first, and their negatives.
 
-    Eigenvectors of the second moments of all 2×2 patches, divided by the square roots of the eigenvalues + eps.
-
-    Args:
-        images_BCHW: normalised images, float.
-        eps: keeps directions that hardly occur from being blown up.
-
-    Returns:
-        float (2·4·C, C, 2, 2), the largest eigenvalue first.
+    Eigenvectors of the second moments of all 2×2 patches, divided by the square roots of the eigenvalues + eps, which
+    keeps directions that hardly occur from being blown up.
     """
     channels = images_BCHW.shape[1]
     patches = images_BCHW.unfold(2, PATCH_PX, 1).unfold(3, PATCH_PX, 1)  # (B, C, H-1, W-1, 2, 2)
@@ -81,22 +61,11 @@ def whitening_filters(images_BCHW: Tensor, *, eps: float = 5e-4) -> Tensor:
     return torch.cat([filters, -filters])
 
 
-class _Norm(nn.BatchNorm2d):
-    """Batch normalisation with a bias and no scale. Of the running statistics 0.6 is kept at each step."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, eps=1e-12, momentum=1 - 0.6)
-        self.weight.requires_grad_(False)
-
-
-class _Block(nn.Sequential):
-    """Convolution, pooling, normalisation, GELU; convolution, normalisation, GELU: height and width are halved."""
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__(
-            _conv(channels, width), nn.MaxPool2d(2), _Norm(width), nn.GELU(),
-            _conv(width, width), _Norm(width), nn.GELU(),
-        )  # fmt: skip
+def _norm(channels: int) -> nn.BatchNorm2d:
+    """With a bias and no scale. Of the running statistics 0.6 is kept at each step."""
+    norm = nn.BatchNorm2d(channels, eps=1e-12, momentum=1 - 0.6)
+    norm.weight.requires_grad_(False)
+    return norm
 
 
 def _conv(channels: int, width: int) -> nn.Conv2d:
@@ -109,16 +78,19 @@ def _conv(channels: int, width: int) -> nn.Conv2d:
 class AirbenchNet(nn.Module):
     """The network: float (B, 3, 32, 32) -> logits (B, K). 1,972,792 parameters with ten classes.
 
-    A whitening convolution, three blocks, 3×3 max-pooling and a linear classifier, whose logits are scaled by 1/9.
+    A whitening convolution, three blocks that halve height and width, 3×3 max-pooling and a linear classifier, whose
+    logits are scaled by 1/9.
     """
 
     def __init__(self, num_classes: int = 10, widths: Sequence[int] = (64, 256, 256)) -> None:
         super().__init__()
-        filters = 2 * 3 * PATCH_PX**2
-        self.whiten = nn.Conv2d(3, filters, kernel_size=PATCH_PX)
+        channels = [2 * 3 * PATCH_PX**2, *widths]
+        self.whiten = nn.Conv2d(3, channels[0], kernel_size=PATCH_PX)
         self.whiten.weight.requires_grad_(False)
-        channels = [filters, *widths]
-        self.blocks = nn.Sequential(*(_Block(a, b) for a, b in pairwise(channels)))
+        self.blocks = nn.Sequential()
+        for before, width in pairwise(channels):
+            first = [_conv(before, width), nn.MaxPool2d(2), _norm(width), nn.GELU()]
+            self.blocks.append(nn.Sequential(*first, _conv(width, width), _norm(width), nn.GELU()))
         self.pool = nn.MaxPool2d(3)
         self.classifier = nn.Linear(channels[-1], num_classes, bias=False)
 
@@ -141,31 +113,21 @@ class Lookahead:
     """
 
     def __init__(self, net: nn.Module) -> None:
-        self._slow = {name: value.clone() for name, value in self._floats(net)}
+        self._values = [value for value in net.state_dict().values() if value.is_floating_point()]  # the net's own
+        self._slow = [value.clone() for value in self._values]
 
     @torch.no_grad()
-    def update(self, net: nn.Module, *, decay: float) -> None:
+    def update(self, *, decay: float) -> None:
         """Average the network in, keeping `decay` of the average, and give the network the average."""
-        for name, value in self._floats(net):
-            value.copy_(self._slow[name].lerp_(value, 1 - decay))
-
-    @staticmethod
-    def _floats(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        return ((name, value) for name, value in net.state_dict().items() if value.is_floating_point())
+        for slow, value in zip(self._slow, self._values, strict=True):
+            value.copy_(slow.lerp_(value, 1 - decay))
 
 
 class TrainingImages:
-    """The training split with its augmentation, batch after batch.
+    """The training split, uint8 (N, H, W, 3) and int64 (N,), with its augmentation, batch after batch.
 
     Each image is flipped in every second epoch, beginning by a coin (alternating flip), and cut at random out of itself
-    with a border of reflected pixels.
-
-    Args:
-        images_NHWC: uint8 (N, H, W, 3).
-        labels_N: int64 (N,).
-        mean, std: of each channel, on the scale [0, 1].
-        translate_px: width of the border.
-        seed: of order, coins and shifts.
+    with a border of reflected pixels. The seed is that of order, coins and shifts.
     """
 
     def __init__(
@@ -208,14 +170,7 @@ def normalised(images_BHWC: Tensor, mean: Sequence[float], std: Sequence[float])
 
 
 class Training:
-    """A training under way; each call of `epoch` goes on with it.
-
-    Args:
-        images: of the training split.
-        whiten_on_BCHW: normalised images that the whitening is taken from; 5,000 in the paper.
-        num_classes: K.
-        settings: see there.
-    """
+    """A training in progress; the whitening is taken from normalised images, of which the paper has 5,000."""
 
     def __init__(
         self, images: TrainingImages, whiten_on_BCHW: Tensor, *, num_classes: int = 10, settings: Settings
@@ -226,9 +181,9 @@ class Training:
         self.net = AirbenchNet(num_classes, settings.widths).to(memory_format=torch.channels_last)
         with torch.no_grad():
             self.net.whiten.weight.copy_(whitening_filters(whiten_on_BCHW))
-        self._lookahead, self._optimizer = Lookahead(self.net), _optimizer(self.net, settings)
+        self._lookahead, self.optimizer = Lookahead(self.net), _optimizer(self.net, settings)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer, lambda step: lr_share(step, self.total_steps, settings)
+            self.optimizer, lambda step: lr_share(step, self.total_steps, settings)
         )
 
     def epoch(self) -> int:
@@ -239,20 +194,17 @@ class Training:
         for images_BCHW, labels_B in self._images.batches(self._epoch, settings.batch_size):
             if self._step == self.total_steps:
                 break
-            with torch.autocast("cpu", torch.bfloat16):
-                logits_BK = self.net(images_BCHW)
-            loss = F.cross_entropy(
-                logits_BK.float(), labels_B, label_smoothing=settings.label_smoothing, reduction="sum"
-            )
-            self._optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self._optimizer.step()
+            logits_BK = _logits(self.net, images_BCHW)
+            smoothing = settings.label_smoothing
+            self.optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(logits_BK, labels_B, label_smoothing=smoothing, reduction="sum").backward()
+            self.optimizer.step()
             self._schedule.step()
             self._step += 1
             if self._step % settings.lookahead_steps == 0:
-                self._lookahead.update(self.net, decay=0.95**5 * (self._step / self.total_steps) ** 3)
+                self._lookahead.update(decay=0.95**5 * (self._step / self.total_steps) ** 3)
         if self._step == self.total_steps:
-            self._lookahead.update(self.net, decay=1.0)
+            self._lookahead.update(decay=1.0)
         self._epoch += 1
         return (self._step - before) * settings.batch_size
 
@@ -261,7 +213,7 @@ def _optimizer(net: AirbenchNet, settings: Settings) -> torch.optim.Optimizer:
     """SGD on the loss summed over a batch, with a faster rate for the normalisations' biases."""
     per_step = 1024 * (1 + 1 / (1 - settings.momentum))
     lr, decay = settings.lr / per_step, settings.weight_decay * settings.batch_size / per_step
-    biases = [module.bias for module in net.modules() if isinstance(module, _Norm)]
+    biases = [module.bias for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     others = [p for p in net.parameters() if p.requires_grad and all(p is not bias for bias in biases)]
     groups = [
         {"params": group, "lr": rate, "weight_decay": decay / rate}
@@ -270,32 +222,29 @@ def _optimizer(net: AirbenchNet, settings: Settings) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, momentum=settings.momentum, nesterov=True)
 
 
+def _logits(net: nn.Module, images_BCHW: Tensor) -> Tensor:
+    """float32, computed in bfloat16."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits_BK: Tensor = net(images_BCHW.contiguous(memory_format=torch.channels_last))
+    return logits_BK.float()
+
+
 @torch.no_grad()
 def evaluate(net: nn.Module, images_NCHW: Tensor, labels_N: Tensor) -> dict[str, int]:
-    """Correct answers: "raw", of the network as it is, and "tta", with test-time augmentation.
+    """Correct answers on normalised images: "raw", of the network as it is, and "tta", with test-time augmentation.
 
     The latter adds up logits of the image, of two shifts of it by one pixel (up left and down right, with reflected
     borders, together as much as the image) and of the mirrored images of all of them.
-
-    Args:
-        images_NCHW: normalised, float.
-        labels_N: int64.
     """
     net.eval()
     correct = {"raw": 0, "tta": 0}
-
-    def logits(images_BCHW: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            logits_BK: Tensor = net(images_BCHW.contiguous(memory_format=torch.channels_last)).float()
-        return logits_BK
-
     for images, labels in zip(images_NCHW.split(EVALUATION_BATCH), labels_N.split(EVALUATION_BATCH), strict=True):
         height, width = images.shape[2:]
         padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
         shifted = [padded[:, :, :height, :width], padded[:, :, 2:, 2:]]
-        raw = logits(images)
+        raw = _logits(net, images)
         # Of the image and its mirror half each, of the shifts a quarter each, of all of it one half: the scale is free.
-        tta = 2 * (raw + logits(images.flip(3))) + sum(logits(x) + logits(x.flip(3)) for x in shifted)
+        tta = 2 * (raw + _logits(net, images.flip(3))) + sum(_logits(net, x) + _logits(net, x.flip(3)) for x in shifted)
         for name, answer in (("raw", raw), ("tta", tta)):
             correct[name] += int((answer.argmax(1) == labels).sum())
     return correct

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.bench.contest import render, table
+from harness.bench import render, table
 from harness.bench.loader import bench_loader
 from harness.errors import HarnessError
 from harness.files import write_json, write_text
@@ -34,6 +34,18 @@ WHAT = {
     "startup": "Whole commands; the training is the seed's network on the digits, up to its first step, "
     "as the run itself tells: without what Python waited for before our first line.",
 }
+HEAD = """# Benchmarks
+
+Made by `harness bench all --page` on {date}: {cpu}, {cpus} cores, {threads} threads; {versions}.
+
+Contestants take turns round by round in one run, so that other work on the machine falls on all alike; figures are \
+medians over the rounds, with the lowest and highest next to them. Ratios are what to look at: another machine has \
+other figures.
+
+![Bars of the medians](benchmarks.svg)
+
+| goal | found | wanted | met |
+|---|---:|---:|---|"""
 GOALS = {  # benchmark, ratio or contestant (then its median), goal: at least (>=) or at most (<=)
     "the loader over torchvision's DataLoader": ("loader", "harness_ffcv_over_torchvision", ">=", 30.0),
     "the loader over a stock FFCV pipeline": ("loader", "harness_ffcv_over_stock_ffcv", ">=", 5.0),
@@ -51,6 +63,10 @@ def bench_all(*, rounds: int) -> Results:
     return {name: bench(rounds) for name, bench in ALL.items()}
 
 
+def render_all(results: Results) -> str:
+    return "\n\n".join(f"# {name}\n{render(result)}" for name, result in results.items())
+
+
 def write(results: Results, folder: Path) -> None:
     """Write benchmarks.md, .json and .svg.
 
@@ -65,33 +81,22 @@ def write(results: Results, folder: Path) -> None:
 
 def page(results: Results, *, date: str) -> str:
     """The page as Markdown."""
-    machine, settings = results["step"]["machine"], results["step"]["settings"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
-    lines = [
-        "# Benchmarks",
-        "",
-        f"Made by `harness bench all --page` on {date}: {machine['cpu']}, {machine['cpus']} cores, "
-        f"{settings['threads']} threads; {versions}.",
-        "",
-        "Contestants take turns round by round in one run, so that other work on the machine falls on all alike; "
-        "figures are medians over the rounds, with the lowest and highest beside them. Ratios are what to look at: "
-        "another machine has other figures.",
-        "",
-        "![Bars of the medians](benchmarks.svg)",
-        "",
-        "| goal | found | wanted | met |",
-        "|---|---:|---:|---|",
-    ]
-    for goal, (name, what, sign, bound) in GOALS.items():
-        medians = {key: figures and figures[0] for key, figures in table(results[name])[1].items()}
-        value = (medians | results[name].get("ratios", {})).get(what)
-        met = value is not None and (value >= bound if sign == ">=" else value <= bound)
-        found = "not measured" if value is None else f"{value:.2f}"
-        lines.append(f"| {goal} | {found} | {sign} {bound:g} | {'yes' if met else '**no**'} |")
+    machine, threads = results["step"]["machine"], results["step"]["settings"]["threads"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    lines = [HEAD.format(**machine | {"date": date, "threads": threads, "versions": versions})]
+    lines += [_verdict(results, goal, *how) for goal, how in GOALS.items()]
     lines += ["", "## Where we lose", "", *(_losses(results) or ["Nowhere in this run."])]
     for name, result in results.items():
         lines += ["", f"## {name.capitalize()}", "", WHAT[name], "", "```", render(result), "```"]
     return "\n".join(lines) + "\n"
+
+
+def _verdict(results: Results, goal: str, name: str, what: str, sign: str, bound: float) -> str:
+    medians = {key: figures and figures[0] for key, figures in table(results[name])[1].items()}
+    value = (medians | results[name].get("ratios", {})).get(what)
+    met = value is not None and (value >= bound if sign == ">=" else value <= bound)
+    found = "not measured" if value is None else f"{value:.2f}"
+    return f"| {goal} | {found} | {sign} {bound:g} | {'yes' if met else '**no**'} |"
 
 
 def _losses(results: Mapping[str, Mapping[str, Any]]) -> list[str]:

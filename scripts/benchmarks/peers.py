@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from harness.bench.contest import Round
+from harness.bench import Round
 from harness.bench.step import LR, MOMENTUM, WARMUP_STEPS, Task, plain_loop, sgd
 
 

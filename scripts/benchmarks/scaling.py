@@ -8,10 +8,9 @@ from __future__ import annotations
 import atexit
 import copy
 import os
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from harness.bench.contest import Contestant, Round, describe_machine, run_contest, spread
+from harness.bench import Contestant, Round, describe_machine, run_contest, spread
 from harness.errors import HarnessError
-from harness.machine import keep_freed_memory, usable_cores
+from harness.machine import keep_freed_memory, seconds_of, usable_cores
 from harness.models.sync_batch_norm import convert_sync_batch_norm
 from harness.recipe import Recipe, load
 from harness.scaling import BACKWARD_SHARE, NETWORKS, exposed_seconds, workload_of
@@ -29,24 +28,14 @@ from harness.training.trial_step import trial_network, trial_step
 
 ROUND_SECONDS, MAX_STEPS = 0.4, 20  # of each variant
 SMALL_BUCKETS, ONE_BUCKET_MB = 4, 1 << 20
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What of the ranks' talk is left out or changed; `buckets` is "default", "one" or "small"."""
-
-    exchange: bool = True
-    sync_batch_norm: bool = True
-    buckets: str = "default"
-
-
+# What of the ranks' talk is left out or changed: whether gradients are exchanged, SyncBatchNorm, and the buckets.
 VARIANTS = {
-    "full": Variant(),
-    "one_bucket": Variant(buckets="one"),
-    "small_buckets": Variant(buckets="small"),
-    "no_exchange": Variant(exchange=False),
-    "no_sync_batch_norm": Variant(sync_batch_norm=False),
-    "independent": Variant(exchange=False, sync_batch_norm=False),
+    "full": (True, True, "default"),
+    "one_bucket": (True, True, "one"),
+    "small_buckets": (True, True, "small"),
+    "no_exchange": (False, True, "default"),
+    "no_sync_batch_norm": (True, False, "default"),
+    "independent": (False, False, "default"),
 }
 # Each cost: the time of the whole step less that of the step without, or the other way round for a saving.
 COSTS = {
@@ -65,11 +54,6 @@ def bench_scaling(
 
     The micro-batch of the recipe is shared among the ranks; the machine's cores are, too, and ranks beyond them are
     oversubscribed: a rank has max(1, cores // ranks) threads.
-
-    Args:
-        recipe_path, overrides: as `harness.recipe.load` takes them.
-        ranks: numbers of processes, each at least 1.
-        rounds: of all variants in turn; at least 1.
 
     Returns:
         A dict for JSON: "ranks" (a list; each with ranks, threads_per_rank, oversubscribed, images_per_rank,
@@ -103,43 +87,44 @@ def bench_scaling(
             "global_batch_size": training.global_batch_size, "sync_batch_norm": training.sync_batch_norm,
             "gradient_accumulation_steps": training.gradient_accumulation_steps,
         },
-        "machine": describe_machine(("torch", "timm", "numpy")),
+        "machine": describe_machine(),
     }  # fmt: skip
+
+
+def _micro_batch(recipe: Recipe) -> int:
+    return recipe.training.global_batch_size // recipe.training.gradient_accumulation_steps
 
 
 def _check(recipe: Recipe, ranks: Sequence[int]) -> None:
     if recipe.training.precision == "fp16":
         raise HarnessError("fp16 needs a GPU", where="training.precision", hint="On a CPU use bf16 or no.")
-    micro = recipe.training.global_batch_size // recipe.training.gradient_accumulation_steps
-    wrong = [count for count in ranks if micro % count or micro // count < 2]
-    if wrong:
-        part = wrong[0] * recipe.training.gradient_accumulation_steps
-        raise HarnessError(
-            f"a micro-batch of {micro} images does not divide among {wrong[0]} ranks with 2 images each or more",
-            where="--ranks",
-            hint=f"Choose other ranks, or training.global_batch_size={max(2, -(-micro // wrong[0])) * part}.",
-        )
+    micro = _micro_batch(recipe)
+    for count in ranks:
+        if micro % count or micro // count < 2:
+            what = f"a micro-batch of {micro} images does not divide among {count} ranks with 2 images each or more"
+            fits = max(2, -(-micro // count)) * count * recipe.training.gradient_accumulation_steps
+            hint = f"Choose other ranks, or training.global_batch_size={fits}."
+            raise HarnessError(what, where="--ranks", hint=hint)
 
 
 def variants(*, recipe_path: str, overrides: Sequence[str], threads: int) -> Round:
-    """A rank: a round is a turn of each variant, and tells their seconds a step, of the slowest rank, and buckets."""
+    """A rank: a round is a turn of each variant, with their seconds a step, of the slowest rank, and their buckets."""
     keep_freed_memory()  # as a training does
     torch.set_num_threads(threads)
     recipe, world = load(recipe_path, overrides), int(os.environ.get("WORLD_SIZE", "1"))
-    images = recipe.training.global_batch_size // recipe.training.gradient_accumulation_steps // world
     model = trial_network(recipe).train()
     if world > 1:
         dist.init_process_group("gloo")
         atexit.register(dist.destroy_process_group)
     synced = recipe.training.sync_batch_norm
-    names = [n for n, each in VARIANTS.items() if each.sync_batch_norm or synced] if world > 1 else ["full"]
-    runs = {name: _Run(model, recipe, VARIANTS[name], images) for name in names}
+    names = [name for name, (_, sync, _) in VARIANTS.items() if sync or synced] if world > 1 else ["full"]
+    runs = {name: _Run(model, recipe, *VARIANTS[name], images=_micro_batch(recipe) // world) for name in names}
     steps = max(1, min(MAX_STEPS, round(ROUND_SECONDS / runs["full"].seconds(2))))  # alike on all ranks
 
     def one_round() -> tuple[float, int, dict[str, Any]]:
         seconds = {name: run.seconds(steps) for name, run in runs.items()}
-        told = {name: {"seconds": seconds[name], "bucket_bytes": run.bucket_bytes()} for name, run in runs.items()}
-        return sum(seconds.values()), 1, told
+        found = {name: {"seconds": seconds[name], "bucket_bytes": run.bucket_bytes()} for name, run in runs.items()}
+        return sum(seconds.values()), 1, found
 
     return one_round
 
@@ -147,63 +132,58 @@ def variants(*, recipe_path: str, overrides: Sequence[str], threads: int) -> Rou
 class _Run:
     """A variant with a network of its own."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, variant: Variant, images: int) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, exchange: bool, sync: bool, buckets: str, images: int) -> None:
         model = copy.deepcopy(model)
         self._wrapped: DistributedDataParallel | None = None
         if dist.is_initialized():
-            if variant.sync_batch_norm and recipe.training.sync_batch_norm:
+            if sync and recipe.training.sync_batch_norm:
                 model = convert_sync_batch_norm(model, "cpu")
             total_mb = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
-            cap_mb = {"default": None, "one": ONE_BUCKET_MB, "small": total_mb / SMALL_BUCKETS}[variant.buckets]
+            cap_mb = {"default": None, "one": ONE_BUCKET_MB, "small": total_mb / SMALL_BUCKETS}[buckets]
             model = self._wrapped = DistributedDataParallel(model, bucket_cap_mb=cap_mb)
-        self._exchange, self._step = variant.exchange, trial_step(model, recipe, images=images)
-        self.seconds(2)  # DDP packs its buckets anew after the first step
+        self._exchange, self._step = exchange, trial_step(model, recipe, images=images)
+        self.seconds(2)  # DDP packs its buckets again after the first step
 
     def seconds(self, steps: int) -> float:
         """Of a step, the mean over `steps`, on the slowest rank."""
+
+        def mean() -> float:
+            return seconds_of(lambda: [self._step() for _ in range(steps)]) / steps
+
         if self._wrapped is None:
-            return self._mean(steps)
+            return mean()
         dist.barrier()
         with nullcontext() if self._exchange else self._wrapped.no_sync():
-            slowest = torch.tensor([self._mean(steps)], dtype=torch.float64)
+            slowest = torch.tensor([mean()], dtype=torch.float64)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         return float(slowest)
-
-    def _mean(self, steps: int) -> float:
-        start = time.perf_counter()
-        for _ in range(steps):
-            self._step()
-        return (time.perf_counter() - start) / steps
 
     def bucket_bytes(self) -> list[int]:
         """Of the gradient buckets, in the order of their exchange; none where nothing is exchanged."""
         if self._wrapped is None or not self._exchange:
             return []
-        told = self._wrapped._get_ddp_logging_data()
-        sizes = str(told.get("rebuilt_bucket_sizes") or told["bucket_sizes"])
+        data = self._wrapped._get_ddp_logging_data()
+        sizes = str(data.get("rebuilt_bucket_sizes") or data["bucket_sizes"])
         return [int(size) for size in sizes.replace(",", " ").split()]
 
 
 def _figures(rounds: Sequence[dict[str, Any]], ranks: int, recipe: Recipe) -> dict[str, Any]:
-    """Seconds of steps as figures with units."""
-    images = recipe.training.global_batch_size // recipe.training.gradient_accumulation_steps
+    images = _micro_batch(recipe)
     ms = {name: [1e3 * each[name]["seconds"] for each in rounds] for name in rounds[0]}
-    return {
-        "images_per_rank": images // ranks,
-        "variants": {
-            name: {
-                **spread("images_per_second", [1e3 * images / each for each in times]),
-                **spread("step_ms", times),
-                "bucket_bytes": rounds[-1][name]["bucket_bytes"],
-            }
-            for name, times in ms.items()
-        },
-        "costs": {
-            name: spread("ms", [a - b for a, b in zip(ms[one], ms[other], strict=True)])
-            for name, (one, other) in COSTS.items()
-            if one in ms and other in ms
-        },
+    found = {
+        name: {
+            **spread("images_per_second", [1e3 * images / each for each in times]),
+            **spread("step_ms", times),
+            "bucket_bytes": rounds[-1][name]["bucket_bytes"],
+        }
+        for name, times in ms.items()
     }
+    costs = {
+        name: spread("ms", [a - b for a, b in zip(ms[one], ms[other], strict=True)])
+        for name, (one, other) in COSTS.items()
+        if one in ms and other in ms
+    }
+    return {"images_per_rank": images // ranks, "variants": found, "costs": costs}
 
 
 def _predicted(recipe: Recipe, figures: dict[str, Any], ranks: int, cores: int) -> float | None:
@@ -212,11 +192,7 @@ def _predicted(recipe: Recipe, figures: dict[str, Any], ranks: int, cores: int) 
         return None
     measured = figures["variants"]
     alone_ms = measured.get("independent", measured["no_exchange"])["step_ms_median"]
-    work = workload_of(recipe, fixed_seconds=0.0, seconds_per_image=0.0)
-
-    def all_reduce(size_bytes: float) -> float:
-        return NETWORKS["loopback-gloo"].all_reduce_seconds(ranks, size_bytes)
-
+    work, all_reduce = workload_of(recipe), partial(NETWORKS["loopback-gloo"].all_reduce_seconds, ranks)
     exchange = exposed_seconds(work.bucket_bytes, BACKWARD_SHARE * alone_ms / 1e3, all_reduce)
     return float(alone_ms + 1e3 * (exchange + sum(map(all_reduce, work.sync_batch_norm_bytes))))
 
@@ -226,16 +202,15 @@ def render_scaling(result: dict[str, Any]) -> str:
     lines = []
     for each in result["ranks"]:
         crowded = ", oversubscribed" if each["oversubscribed"] else ""
-        lines += [
-            f"{each['ranks']} × {each['threads_per_rank']} threads, {each['images_per_rank']} images a rank{crowded}",
-            f"  {'variant':<22}{'images/s':>10}{'lowest':>10}{'highest':>10}{'step ms':>10}",
-        ]
+        threads = f"{each['ranks']} × {each['threads_per_rank']} threads"
+        lines.append(f"{threads}, {each['images_per_rank']} images a rank{crowded}")
+        lines.append(f"  {'variant':<22}{'images/s':>10}{'lowest':>10}{'highest':>10}{'step ms':>10}")
         for name, figures in each["variants"].items():
             speeds = "".join(f"{figures[f'images_per_second_{x}']:>10,.1f}" for x in ("median", "min", "max"))
             lines.append(f"  {name:<22}{speeds}{figures['step_ms_median']:>10.2f}")
         for name, cost in each["costs"].items():
-            told = f"{cost['ms_median']:+.2f} ms a step ({cost['ms_min']:+.2f} to {cost['ms_max']:+.2f})"
-            lines.append(f"  {name}: {told}")
+            low, median, high = (f"{cost[f'ms_{x}']:+.2f}" for x in ("min", "median", "max"))
+            lines.append(f"  {name}: {median} ms a step ({low} to {high})")
         if each["predicted_step_ms"] is not None:
             lines.append(f"  predicted by harness scale: {each['predicted_step_ms']:.2f} ms a step")
     lines += [f"speedup of {count} over one rank: {x:.2f}" for count, x in result["speedup_over_one_rank"].items()]

@@ -1,18 +1,18 @@
-"""Contestants of test_contest.py; each runs in a process of its own."""
+"""Contestants of test_bench.py; each runs in a process of its own."""
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-Round = Callable[[], tuple[Any, ...]]
+from harness.bench import Round
 
 
-def note(*, file: str, name: str, tells: bool = False) -> Round:
+def note(*, file: str, name: str, with_payload: bool = False) -> Round:
     """Writes its name and its process at each round, and prints what is no answer."""
     os.system("echo a program that talks")
     turns = 0
@@ -24,7 +24,7 @@ def note(*, file: str, name: str, tells: bool = False) -> Round:
         with Path(file).open("a") as lines:
             lines.write(f"{name} {os.getpid()} {os.environ['OMP_NUM_THREADS']}\n")
         time.sleep(0.01)
-        return (0.5, 4, {"turns": turns}) if tells else (0.5, 4)
+        return (0.5, 4, {"turns": turns}) if with_payload else (0.5, 4)
 
     return one_round
 
@@ -50,8 +50,6 @@ def fail(*, late: bool) -> Any:
 
 def add_up_ranks() -> Round:
     """Counts the ranks that it reaches over gloo."""
-    import atexit
-
     import torch
     import torch.distributed as dist
 

@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 
-from harness.bench.contest import Contestant, Times, run_contest
+from harness.bench import Contestant, Times, run_contest
 from harness.cli import main
 from harness.models.build import build_model
 from harness.models.inspect import constraints
 from harness.recipe import load
-from scripts.benchmarks import accuracy
-from scripts.benchmarks.accuracy import entries, render_accuracy, told
+from scripts.benchmarks.accuracy import HERE, entries, figures, print_epoch, render_accuracy
 from scripts.benchmarks.airbench import Settings
 from tests.conftest import ROOT
 
@@ -28,10 +27,9 @@ def payload(raw: int, other: int) -> dict[str, Any]:
     return {"parameters": 7, "correct": {"raw": raw, "ema": other}, "total": 1000, "evaluation_seconds": 0.5}
 
 
-def test_what_is_told_of_a_contestant() -> None:
+def test_the_figures_of_a_contestant() -> None:
     """Seconds add up over epochs, and those to an accuracy are of the first epoch that reached it."""
-    times = Times([2.0, 4.0], [40, 40], [payload(800, 799), payload(810, 900)])
-    result = told(times, {"epochs": 2})
+    result = figures(Times([2.0, 4.0], [40, 40], [payload(800, 799), payload(810, 900)]), {"epochs": 2})
     assert (result["seconds"], result["evaluation_seconds"]) == ([2.0, 6.0], [0.5, 0.5])
     assert (result["parameters"], result["epochs"], result["test_images"]) == (7, 2, 1000)
     assert result["images_per_second_median"] == 15.0
@@ -48,10 +46,8 @@ def test_what_is_told_of_a_contestant() -> None:
 
 def test_each_has_its_own_number_of_epochs() -> None:
     whole, short = entries(None), entries(2)
-    fast = load("fast").training.epochs
-    assert {name: each.rounds for name, each in whole.items()} == {
-        "airbench94": 8, "harness_seed_bf16": 8, "harness_fast": fast
-    }  # fmt: skip
+    rounds = {name: each.rounds for name, each in whole.items()}
+    assert rounds == {"airbench94": 8, "harness_seed_bf16": 8, "harness_fast": load("fast").training.epochs}
     assert whole["harness_fast"].arguments["overrides"] == []  # the recipe as it is
     assert whole["harness_seed_bf16"].arguments["overrides"] == ["training.precision=bf16", "training.epochs=8"]
     assert {each.rounds for each in short.values()} == {2}
@@ -71,16 +67,16 @@ def test_the_fast_network_keeps_to_the_constraints() -> None:
 def test_both_kinds_of_contestants_train_by_turns(capsys: pytest.CaptureFixture[str]) -> None:
     """The whole way but for the images: CIFAR-10 takes minutes."""
     settings = asdict(Settings(epochs=1.5, batch_size=128, widths=(24, 32, 32)))
-    peer = Contestant(f"{accuracy.HERE}:airbench94", {"settings": settings, "source": "digits"}, rounds=2)
+    peer = Contestant(f"{HERE}:airbench94", {"settings": settings, "source": "digits"}, rounds=2)
     arguments = {"recipe": "debug", "overrides": ["training.epochs=3", "ema.decay=0.5"]}
-    ours = Contestant(f"{accuracy.HERE}:harness", arguments, rounds=3)
-    times = run_contest({"peer": peer, "ours": ours}, rounds=1, threads=1, after_round=accuracy.tell)
-    told_peer, told_ours = told(times["peer"], settings), told(times["ours"], arguments)
+    ours = Contestant(f"{HERE}:harness", arguments, rounds=3)
+    times = run_contest({"peer": peer, "ours": ours}, rounds=1, threads=1, after_round=print_epoch)
     counts = {name: each.counts for name, each in times.items() if each is not None}
     assert counts == {"peer": [11 * 128, 6 * 128], "ours": [256] * 3}  # 16.5 steps, rounded up, of 11 an epoch
-    assert {kind: len(each) for kind, each in told_peer["correct"].items()} == {"raw": 2, "tta": 2}
-    assert {kind: len(each) for kind, each in told_ours["correct"].items()} == {"raw": 3, "ema": 3}
-    assert (told_peer["test_images"], told_ours["test_images"]) == (359, 128)
+    found = {name: figures(each, {}) for name, each in times.items()}
+    answers = {name: {kind: len(each) for kind, each in of["correct"].items()} for name, of in found.items()}
+    assert answers == {"peer": {"raw": 2, "tta": 2}, "ours": {"raw": 3, "ema": 3}}
+    assert (found["peer"]["test_images"], found["ours"]["test_images"]) == (359, 128)
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["peer", "ours", "peer", "ours", "ours"]
 

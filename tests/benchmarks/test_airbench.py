@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,11 +22,20 @@ from scripts.benchmarks.airbench import (
     whitening_filters,
 )
 
-SCALE = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+SCALE: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 
 
-def images_of(count: int, size_px: int = 32) -> np.ndarray:
-    return np.random.default_rng(0).integers(256, size=(count, size_px, size_px, 3), dtype=np.uint8)
+def pixels_of(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(256, size=(count, 32, 32, 3), dtype=np.uint8)
+
+
+def images_of(count: int) -> TrainingImages:
+    return TrainingImages(pixels_of(count), np.arange(count), translate_px=2, seed=0, **SCALE)
+
+
+def training_of(count: int, **settings: Any) -> Training:
+    images = TrainingImages(pixels_of(count), np.arange(count) % 2, translate_px=2, seed=0, **SCALE)
+    return Training(images, torch.randn(8, 3, 32, 32), settings=Settings(batch_size=2, widths=(24, 24, 24), **settings))
 
 
 def second_moments(filters: Tensor, images_BCHW: Tensor) -> Tensor:
@@ -35,7 +44,7 @@ def second_moments(filters: Tensor, images_BCHW: Tensor) -> Tensor:
     return outputs @ outputs.T / outputs.shape[1]
 
 
-def test_the_network_has_the_published_size() -> None:
+def test_the_network_is_the_published_one() -> None:
     net = AirbenchNet()
     assert sum(p.numel() for p in net.parameters()) == 1_972_792
     frozen = {name for name, p in net.named_parameters() if not p.requires_grad}
@@ -44,26 +53,18 @@ def test_the_network_has_the_published_size() -> None:
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     assert {(norm.eps, round(norm.momentum or 0, 6)) for norm in norms} == {(1e-12, 0.4)}
     assert all((norm.weight == 1).all() for norm in norms)
-
-
-def test_convolutions_hand_their_channels_on_at_first() -> None:
-    block = AirbenchNet().blocks[0]
     x = torch.randn(1, 24, 8, 8)
-    assert torch.equal(block[0](x)[:, :24], x)
-    assert block[0](x).shape == (1, 64, 8, 8)
+    assert torch.equal(net.blocks[0][0](x)[:, :24], x)  # convolutions hand their channels on at first
+    assert net.blocks[0](x).shape == (1, 64, 4, 4)
 
 
-def test_whitening_whitens() -> None:
+def test_whitening_whitens_and_does_not_blow_up_what_hardly_occurs() -> None:
     mixed = torch.randn(3, 3, dtype=torch.float64) @ torch.randn(50, 3, 16 * 16, dtype=torch.float64)
     images = mixed.reshape(50, 3, 16, 16) + 0.3  # correlated channels, no zero mean
     filters = whitening_filters(images, eps=0.0)
     assert filters.shape == (24, 3, 2, 2)
-    identity = torch.eye(12, dtype=torch.float64)
-    assert torch.allclose(second_moments(filters[:12], images), identity, atol=1e-8)
+    assert torch.allclose(second_moments(filters[:12], images), torch.eye(12, dtype=torch.float64), atol=1e-8)
     assert torch.equal(filters[12:], -filters[:12])
-
-
-def test_whitening_does_not_blow_up_what_hardly_occurs() -> None:
     images = torch.randn(50, 3, 16, 16, dtype=torch.float64)
     images[:, 2] = images[:, 1]  # a direction that never occurs
     moments = second_moments(whitening_filters(images)[:12], images).diag()
@@ -75,58 +76,51 @@ def test_whitening_does_not_blow_up_what_hardly_occurs() -> None:
 def test_the_schedule_is_a_triangle(total_steps: int) -> None:
     shares = [lr_share(step, total_steps, Settings()) for step in range(total_steps + 1)]
     peak = int(0.23 * total_steps)
-    assert shares[0] == pytest.approx(0.2)
-    assert shares[peak] == max(shares) == 1.0
-    assert shares[-1] == pytest.approx(0.07)
+    assert [shares[0], shares[peak], shares[-1]] == pytest.approx([0.2, 1.0, 0.07])
     assert np.allclose(np.diff(shares[: peak + 1]), 0.8 / peak)
     assert np.allclose(np.diff(shares[peak:]), -0.93 / (total_steps - peak))
 
 
 def test_lookahead_sets_the_network_back_to_its_average() -> None:
     net = nn.BatchNorm1d(1)
-    lookahead = Lookahead(net)
+    lookahead, mean = Lookahead(net), net.running_mean
+    assert mean is not None
     with torch.no_grad():
         net.weight.fill_(2.0)
-        net.running_mean.fill_(4.0)  # type: ignore[union-attr]
-    lookahead.update(net, decay=0.75)
-    assert net.weight.item() == pytest.approx(0.75 * 1 + 0.25 * 2)
-    assert net.running_mean.item() == pytest.approx(0.25 * 4)  # type: ignore[union-attr]
+        mean.fill_(4.0)
+    lookahead.update(decay=0.75)
+    assert (net.weight.item(), mean.item()) == pytest.approx((0.75 * 1 + 0.25 * 2, 0.25 * 4))
     with torch.no_grad():
         net.weight.fill_(9.0)
-    lookahead.update(net, decay=1.0)
+    lookahead.update(decay=1.0)
     assert net.weight.item() == pytest.approx(1.25)
 
 
 def test_images_are_crops_of_themselves_with_mirrored_borders_flipped_in_turn() -> None:
-    raw = images_of(12)
-    images = TrainingImages(raw, np.arange(12), translate_px=2, seed=0, **SCALE)
-    padded = np.pad(raw, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
-    places: dict[int, list[tuple[int, int, bool]]] = {}
+    images = images_of(12)
+    padded = np.pad(pixels_of(12), ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
+    views = [(y, x, flipped) for y in range(5) for x in range(5) for flipped in (False, True)]
+    seen: dict[int, list[tuple[int, int, bool]]] = {label: [] for label in range(12)}
     for epoch in range(20):
         for images_BCHW, labels_B in images.batches(epoch, batch_size=5):
             assert images_BCHW.shape == (5, 3, 32, 32)
             assert images_BCHW.is_contiguous(memory_format=torch.channels_last)
             pixels = ((images_BCHW * 0.25 + 0.5) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
             for label, image in zip(labels_B.tolist(), pixels, strict=True):
-                found = [
+                ((y, x, flipped),) = (
                     (y, x, flipped)
-                    for y in range(5)
-                    for x in range(5)
-                    for flipped in (False, True)
+                    for y, x, flipped in views
                     if np.array_equal(padded[label, y : y + 32, x : x + 32][:, :: -1 if flipped else 1], image)
-                ]
-                assert len(found) == 1
-                y, x, flipped = found[0]
-                places.setdefault(label, []).append((y, x, flipped != bool(epoch % 2)))
-    assert set(places) == set(range(12))
-    coins = {label: {flipped for _, _, flipped in seen} for label, seen in places.items()}
-    assert all(len(each) == 1 for each in coins.values())  # its coin, the other way round in every second epoch
-    assert set().union(*coins.values()) == {False, True}
-    assert {(y, x) for seen in places.values() for y, x, _ in seen} == {(y, x) for y in range(5) for x in range(5)}
+                )
+                seen[label].append((y, x, flipped != bool(epoch % 2)))
+    coins = [{flipped for *_, flipped in each} for each in seen.values()]
+    assert all(len(each) == 1 for each in coins)  # its coin, the other way round in every second epoch
+    assert set().union(*coins) == {False, True}
+    assert len({(y, x) for each in seen.values() for y, x, _ in each}) == 25
 
 
 def test_what_is_left_of_an_epoch_is_dropped_and_the_order_changes() -> None:
-    images = TrainingImages(images_of(13), np.arange(13), translate_px=2, seed=0, **SCALE)
+    images = images_of(13)
     orders = [torch.cat([labels for _, labels in images.batches(epoch, batch_size=4)]).tolist() for epoch in range(2)]
     assert [len(set(order)) for order in orders] == [12, 12]
     assert orders[0] != orders[1]
@@ -140,7 +134,7 @@ class _Constant(nn.Module):
 
 
 def test_evaluation_counts_raw_answers_and_those_of_all_views() -> None:
-    images = normalised(torch.from_numpy(images_of(200)), **SCALE)
+    images = normalised(torch.from_numpy(pixels_of(200)), **SCALE)
     padded = nn.functional.pad(images, (1, 1, 1, 1), mode="reflect")
     net, labels = _Constant(), torch.zeros(200, dtype=torch.int64)
 
@@ -155,15 +149,11 @@ def test_evaluation_counts_raw_answers_and_those_of_all_views() -> None:
 
 
 def test_the_optimizer_has_the_published_rates() -> None:
-    images = TrainingImages(images_of(8), np.arange(8) % 2, translate_px=2, seed=0, **SCALE)
-    training = Training(
-        images, torch.randn(8, 3, 32, 32), settings=Settings(epochs=2.5, batch_size=2, widths=(24, 24, 24))
-    )
-    biases, others = training._optimizer.param_groups
+    training = training_of(8, epochs=2.5)
+    biases, others = training.optimizer.param_groups
     unit = 1024 * (1 + 1 / 0.15)
     assert (len(biases["params"]), len(others["params"])) == (6, 8)  # six convolutions, the classifier, whiten.bias
-    assert biases["initial_lr"] == pytest.approx(64 * 11.5 / unit)
-    assert others["initial_lr"] == pytest.approx(11.5 / unit)
+    assert (biases["initial_lr"], others["initial_lr"]) == pytest.approx((64 * 11.5 / unit, 11.5 / unit))
     for group in (biases, others):
         assert group["initial_lr"] * group["weight_decay"] == pytest.approx(0.0153 * 2 / unit)
         assert (group["momentum"], group["nesterov"]) == (0.85, True)
@@ -172,9 +162,7 @@ def test_the_optimizer_has_the_published_rates() -> None:
 
 
 def test_the_whitening_bias_is_trained_in_the_first_epochs_alone() -> None:
-    images = TrainingImages(images_of(4), np.arange(4) % 2, translate_px=2, seed=0, **SCALE)
-    settings = Settings(epochs=5, batch_size=2, widths=(24, 24, 24), lr_end=1.0, lookahead_steps=1000)
-    training = Training(images, torch.randn(8, 3, 32, 32), settings=settings)
+    training = training_of(4, epochs=5, lr_end=1.0, lookahead_steps=1000)
     bias, filters, moved = training.net.whiten.bias, training.net.whiten.weight.clone(), []
     assert bias is not None
     for _ in range(4):  # Lookahead comes at the end of epoch 5
@@ -187,16 +175,13 @@ def test_the_whitening_bias_is_trained_in_the_first_epochs_alone() -> None:
 
 def test_a_short_training_learns_the_digits() -> None:
     store = prepare("digits", image_size_px=32)
-    train, test, manifest = store.split("train"), store.split("test"), store.manifest
-    scale = {"mean": manifest.mean, "std": manifest.std}
+    train, test = store.split("train"), store.split("test")
+    scale = {"mean": store.manifest.mean, "std": store.manifest.std}
     images = TrainingImages(train.images_BHWC, train.labels_B, translate_px=2, seed=0, **scale)
-    settings = Settings(epochs=3, batch_size=32, widths=(24, 32, 32))
     few = normalised(torch.from_numpy(train.images_BHWC[:500].copy()), **scale)
-    training = Training(images, few, settings=settings)
-    assert training.total_steps == 132
-    for _ in range(math.ceil(settings.epochs)):
+    training = Training(images, few, settings=Settings(epochs=3, batch_size=32, widths=(24, 32, 32)))
+    for _ in range(3):
         training.epoch()
     labels = torch.from_numpy(test.labels_B.copy())
     correct = evaluate(training.net, normalised(torch.from_numpy(test.images_BHWC.copy()), **scale), labels)
-    assert correct["raw"] > 0.65 * len(labels)
-    assert correct["tta"] > 0.65 * len(labels)
+    assert min(correct["raw"], correct["tta"]) > 0.65 * len(labels)
