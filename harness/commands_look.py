@@ -60,7 +60,7 @@ def _report(arguments: argparse.Namespace) -> int:
         arguments.run_path, which=arguments.checkpoint, weights=arguments.weights, output=arguments.output
     )
     if arguments.serve:
-        from harness.report.serve import serve
+        from harness.report.reporter import serve
 
         serve(reporter, port=arguments.port or 0)
         return EXIT_DONE
@@ -91,7 +91,7 @@ def build_runs(parser: argparse.ArgumentParser) -> None:
 
 
 def _runs(arguments: argparse.Namespace) -> int:
-    from harness.report.listing import ORDER, as_json, render
+    from harness.report.terminal import ORDER, as_json, render
     from harness.runs import list_runs
 
     runs = list_runs(arguments.directory, recipe=arguments.recipe)
@@ -164,8 +164,7 @@ def build_compare(parser: argparse.ArgumentParser) -> None:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from harness.report.compare import compare
-    from harness.report.compare_page import comparison_page
-    from harness.report.compare_text import render
+    from harness.report.comparison_view import comparison_page, render
     from harness.report.page import check_target
 
     if arguments.html:

@@ -164,9 +164,8 @@ def _lr_find(arguments: argparse.Namespace) -> int:
 
     recipe = load(arguments.recipe, arguments.overrides)
     from harness.files import write_text
-    from harness.report.lr_curve import curve_page, render_curve, render_suggestions
     from harness.report.page import check_target
-    from harness.report.terminal import has_colours
+    from harness.report.terminal import curve_page, has_colours, render_curve, render_suggestions
     from harness.training.lr_range import find_lr
 
     if arguments.html is not None:

@@ -12,7 +12,7 @@ from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 
 from harness.errors import HarnessError
-from harness.report.listing import as_json, render
+from harness.report.terminal import as_json, render
 from harness.run_directory import JOB, LOCK
 from harness.runs import Run, is_held, list_runs, open_run
 from tests.handmade import ANY_CONTENT, write_contents, write_run
