@@ -49,9 +49,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _sweep_here(sweep: Any, arguments: argparse.Namespace) -> int:
-    from harness.sweeps.run import run_here, statuses, training_words
-    from harness.sweeps.slurm import queued_runs
-    from harness.sweeps.table import plan_json, render_plan
+    from harness.sweeps.run import queued_runs, run_here, training_words
+    from harness.sweeps.table import plan_json, render_plan, statuses
 
     ranks = _ranks(sweep, arguments)
     queued = queued_runs(sweep)
@@ -67,8 +66,7 @@ def _sweep_here(sweep: Any, arguments: argparse.Namespace) -> int:
 
 def _sweep_on_cluster(sweep: Any, arguments: argparse.Namespace) -> int:
     from harness.launching.submitting import request_of
-    from harness.sweeps.run import check_ranks
-    from harness.sweeps.slurm import submit
+    from harness.sweeps.run import check_ranks, submit
 
     request = request_of(arguments)
     check_ranks(sweep, request["nodes"] * request["tasks_per_node"])
@@ -85,12 +83,12 @@ def _sweep_on_cluster(sweep: Any, arguments: argparse.Namespace) -> int:
 
 def _sweep_by_server(sweep: Any, arguments: argparse.Namespace) -> int:
     from harness.recipe.document import dump
-    from harness.sweeps.wandb import configuration, run_agent
+    from harness.sweeps.run import run_wandb_agent, wandb_configuration
     from harness.tracking.wandb_sweep import create_sweep
 
     if arguments.wandb_agent:
-        return run_agent(sweep, arguments.wandb_agent)
-    found = configuration(sweep, _ranks(sweep, arguments))
+        return run_wandb_agent(sweep, arguments.wandb_agent)
+    found = wandb_configuration(sweep, _ranks(sweep, arguments))
     if arguments.dry_run:
         _print(found if arguments.json else dump(found).rstrip())
         return EXIT_DONE
@@ -115,9 +113,8 @@ def _ranks(sweep: Any, arguments: argparse.Namespace) -> Any:
 
 
 def _print_table(sweep: Any, arguments: argparse.Namespace) -> None:
-    from harness.sweeps.run import statuses
-    from harness.sweeps.slurm import queued_runs
-    from harness.sweeps.table import render_table, table_json
+    from harness.sweeps.run import queued_runs
+    from harness.sweeps.table import render_table, statuses, table_json
 
     table = table_json(sweep, statuses(sweep, queued_runs(sweep)))
     _print(table if arguments.json else render_table(table))
