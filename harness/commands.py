@@ -81,21 +81,21 @@ def predict(arguments: Namespace) -> None:
 
 def lr_find(arguments: Namespace) -> None:
     recipe = load_recipe(arguments)
-    from harness.report import lr_curve, page, terminal
+    from harness.report import page, terminal
     from harness.training.lr_range import find_lr
 
     if arguments.html:
         page.check_target(arguments.html)
     found = find_lr(recipe, min_lr=arguments.min_lr, max_lr=arguments.max_lr, steps=arguments.steps)
     if arguments.html:
-        write_text(arguments.html, lr_curve.curve_page(found, recipe.name))
+        write_text(arguments.html, terminal.curve_page(found, recipe.name))
     look: dict[str, Any] = {"size": shutil.get_terminal_size(), "colours": terminal.has_colours()}
-    text = f"{lr_curve.render_curve(found, **look)}\n{lr_curve.render_suggestions(found)}"
+    text = f"{terminal.render_curve(found, **look)}\n{terminal.render_suggestions(found)}"
     show(arguments, found.to_json(), lambda _: text)
 
 
 def sweep(arguments: Namespace) -> int | None:
-    from harness.sweeps import run, slurm, spec, table, wandb
+    from harness.sweeps import run, spec, table
 
     run.refuse_lost_options(arguments)
     sweep = spec.load_sweep(arguments.sweep)
@@ -103,30 +103,30 @@ def sweep(arguments: Namespace) -> int | None:
     if arguments.slurm:
         return _sweep_on_cluster(sweep, arguments)
     if arguments.wandb_agent:
-        return wandb.run_agent(sweep, arguments.wandb_agent)
+        return run.run_wandb_agent(sweep, arguments.wandb_agent)
     if arguments.wandb:
         return _sweep_on_server(sweep, arguments)
     code = None
     if not arguments.table:
         ranks = run.ranks_for(sweep, arguments.ranks, measure=not arguments.dry_run)
-        queued = slurm.queued_runs(sweep)
+        queued = run.queued_runs(sweep)
         if arguments.dry_run:
-            plan, command = run.statuses(sweep, queued), ranks.command(run.training_words(sweep, sweep.runs[0]))
+            plan, command = table.statuses(sweep, queued), ranks.command(run.training_words(sweep, sweep.runs[0]))
             show(arguments, table.plan_json(plan), lambda _: f"{table.render_plan(plan)}\n{shlex.join(command)}")
             return None
         code = run.run_here(sweep, ranks, retry_failed=arguments.retry_failed, quiet=arguments.json, queued=queued)
-    show(arguments, table.table_json(sweep, run.statuses(sweep, slurm.queued_runs(sweep))), table.render_table)
+    show(arguments, table.table_json(sweep, table.statuses(sweep, run.queued_runs(sweep))), table.render_table)
     return code
 
 
 def _sweep_on_cluster(sweep: Any, arguments: Namespace) -> int:
     from harness.launch.slurm import request_of
-    from harness.sweeps import run, slurm
+    from harness.sweeps import run
 
     request = request_of(arguments)
     run.check_ranks(sweep, request.ranks)
     how = {"retry_failed": arguments.retry_failed, "dry_run": arguments.dry_run}
-    script, job_id, tasks = slurm.submit(sweep, request=request, **how)
+    script, job_id, tasks = run.submit(sweep, request=request, **how)
     if arguments.json:
         print(as_json({"job": job_id, "runs": tasks}))
     elif job_id is None:
@@ -138,10 +138,10 @@ def _sweep_on_cluster(sweep: Any, arguments: Namespace) -> int:
 
 def _sweep_on_server(sweep: Any, arguments: Namespace) -> int:
     from harness.recipe.document import dump
-    from harness.sweeps import run, wandb
+    from harness.sweeps import run
     from harness.tracking.wandb_run import create_sweep
 
-    found = wandb.configuration(sweep, run.ranks_for(sweep, arguments.ranks, measure=not arguments.dry_run))
+    found = run.wandb_configuration(sweep, run.ranks_for(sweep, arguments.ranks, measure=not arguments.dry_run))
     if arguments.dry_run:
         show(arguments, found, lambda found: dump(found).rstrip())
     else:
@@ -237,8 +237,7 @@ def data_verify(arguments: Namespace) -> int:
 def report(arguments: Namespace) -> None:
     if arguments.port is not None and not arguments.serve:
         raise HarnessError("--port is for --serve", hint="Add --serve, or leave --port out.")
-    from harness.report.reporter import Reporter
-    from harness.report.serve import serve
+    from harness.report.reporter import Reporter, serve
 
     which = {"which": arguments.checkpoint, "weights": arguments.weights}
     reporter = Reporter(arguments.run_path, **which, output=arguments.output)
@@ -251,12 +250,16 @@ def report(arguments: Namespace) -> None:
 
 
 def runs(arguments: Namespace) -> None:
-    from harness.report import listing
+    from harness.report import terminal
     from harness.runs import list_runs
 
     runs = list_runs(arguments.directory, recipe=arguments.recipe)
-    found = {"directory": str(arguments.directory), "order": listing.ORDER, "runs": [listing.as_json(r) for r in runs]}
-    show(arguments, found, lambda _: listing.render(runs, arguments.directory, width=_width()))
+    found = {
+        "directory": str(arguments.directory),
+        "order": terminal.ORDER,
+        "runs": [terminal.as_json(r) for r in runs],
+    }
+    show(arguments, found, lambda _: terminal.render(runs, arguments.directory, width=_width()))
 
 
 def curves(arguments: Namespace) -> None:
@@ -274,15 +277,15 @@ def curves(arguments: Namespace) -> None:
 
 
 def compare(arguments: Namespace) -> None:
-    from harness.report import compare, compare_page, compare_text, page
+    from harness.report import compare, comparison_view, page
 
     if arguments.html:
         page.check_target(arguments.html)
     found = compare.compare(arguments.run_paths, checkpoint=arguments.checkpoint, weights=arguments.weights)
     if arguments.html:
-        write_text(arguments.html, compare_page.comparison_page(found))
+        write_text(arguments.html, comparison_view.comparison_page(found))
     written = f"\n\n{arguments.html}" if arguments.html else ""
-    show(arguments, found.to_json(), lambda _: compare_text.render(found, width=_width()) + written)
+    show(arguments, found.to_json(), lambda _: comparison_view.render(found, width=_width()) + written)
 
 
 def track_sync(arguments: Namespace) -> int:

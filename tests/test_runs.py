@@ -14,7 +14,7 @@ from hypothesis import given
 
 from harness.errors import HarnessError
 from harness.files import LOCK
-from harness.report.listing import as_json, render
+from harness.report.terminal import as_json, render
 from harness.runs import JOB, Run, is_held, list_runs, open_run
 from tests.handmade import ANY_CONTENT, write_contents, write_run
 

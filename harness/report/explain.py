@@ -1,138 +1,292 @@
-"""The sections of a report with pictures: the worst mistakes, and where in an image the network finds its class.
+"""The sections of a report on the answers to the test images: confusion, accuracy by class, calibration, the worst
+mistakes, and where in an image the network finds its class.
+
+Calibration: Guo et al. 2017, "On Calibration of Modern Neural Networks", https://arxiv.org/abs/1706.04599, equation 3:
+images are sorted by the probability of their predicted class into M bins of equal width, ((m - 1)/M, m/M], and
+
+    ECE = Σ_m |B_m|/N · |accuracy(B_m) - confidence(B_m)|
 
 Grad-CAM: Selvaraju et al. 2017, "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization",
 https://arxiv.org/abs/1610.02391, equations 1 and 2: with the features A of a layer and the logit y of a class,
 
     α_c = mean over pixels of ∂y / ∂A_c          L = ReLU(Σ_c α_c · A_c)
 
-Legend of shape letters: N test images, B images, K classes, C channels, H and W height and width in pixels (h and w: of
-the layer's features), 3 channels red, green, blue.
+Legend of shape letters: N test images, B some of them, K classes, M bins, C channels, H and W height and width in
+pixels (h and w: of a layer's features), 3 channels red, green, blue; in a matrix rows are true classes and columns
+predicted ones.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from markupsafe import Markup
 from PIL import Image
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torch import Tensor, nn
 
+from harness.data.augment import normalisation_table
 from harness.errors import HarnessError
 from harness.models.dual_branch import DualBranchNet
-from harness.report.axes import percent
-from harness.report.evidence import Evidence
-from harness.report.page import missing
+from harness.report.charts import BOTTOM, LEFT, RIGHT, TOP, WIDTH, Axis, bar_chart, drawing, percent, shortened
+from harness.report.lazy_checkpoint import LazyCheckpoint
+from harness.report.page import facts, folded, grid, missing, render, table
 from harness.training.predictions import worst_mistakes
 
+MOST_CLASSES_DRAWN = 30
+SMALL_CELL = 19.0  # narrower ones have no room for a name in the usual size
+BINS = 15  # as in the paper's tables
 MISTAKES = 24  # in the gallery
 EXPLAINED = 8  # images with Grad-CAM
 PICTURE_PX = 96
 HEAT_SHARE = 0.55  # of the heat laid over a picture
 LARGEST_PX = 128  # of a picture's longer side; larger images are made smaller
 LOSSLESS_UP_TO_PX = 48
-_HINT = "The other sections of the report need no feature map."
-_THIRDS = (
-    ("upper left", "upper middle", "upper right"),
-    ("left", "centre", "right"),
-    ("lower left", "lower middle", "lower right"),
-)
 # From dark blue over magenta to yellow, rising in lightness, so that it reads in greyscale and by colour-blind eyes
 # (after matplotlib's "plasma", https://bids.github.io/colormap).
 _HEAT = np.array([(13, 8, 135), (126, 3, 168), (204, 71, 120), (248, 149, 64), (240, 249, 33)], np.float64)
+_NINTHS = (
+    *("upper left", "upper middle", "upper right"),
+    *("left", "centre", "right"),
+    *("lower left", "lower middle", "lower right"),
+)
+_HINT = "The other sections of the report need no feature map."
 
 
-def gallery_body(evidence: Evidence) -> Markup:
+# --- confusion and accuracy by class
+
+
+def confusion_body(checkpoint: LazyCheckpoint) -> Markup:
+    """The matrix, and the mistakes that are made most often."""
+    found, names = checkpoint.predictions, checkpoint.classes
+    matrix_KK = confusion_matrix(found.labels_N.numpy(), found.predicted_N.numpy(), labels=range(len(names)))
+    rows = [
+        [names[true], names[predicted], f"{count:,}", percent(count / matrix_KK[true].sum())]
+        for true, predicted, count in most_confused(matrix_KK, most=10)
+    ]
+    header = ["True class", "Predicted", "Images", "Of the class"]
+    listed = table(header, rows, caption="Commonest mistakes", numeric=[2, 3])
+    commonest = listed if rows else missing("There is no mistake.")
+    if len(names) > MOST_CLASSES_DRAWN:
+        words = f"A matrix of {len(names):,} classes cannot be read: only the commonest mistakes are listed."
+        return missing(words) + commonest
+    return grid(confusion_chart(matrix_KK, names), commonest)
+
+
+def most_confused(matrix_KK: np.ndarray, *, most: int) -> list[tuple[int, int, int]]:
+    """The commonest mistakes: (true class, predicted class, images), most images first, none without an image."""
+    wrong_KK = matrix_KK - np.diag(np.diag(matrix_KK))
+    pairs = np.stack(np.unravel_index(np.argsort(-wrong_KK, axis=None, kind="stable"), wrong_KK.shape), axis=1)
+    return [(i, j, int(wrong_KK[i, j])) for i, j in pairs[:most].tolist() if wrong_KK[i, j]]
+
+
+def confusion_chart(matrix_KK: np.ndarray, names: Sequence[str]) -> Markup:
+    """A cell for each pair of classes, the fuller its colour the larger the share of the true class."""
+    left, classes = 116, len(names)
+    across = (WIDTH - left - 14) / classes
+    down = min(across, 36.0) if classes < 12 else across
+    # Names of many classes are small, so that they do not lie over one another.
+    size = f"{0.8 * across:.1f}px" if across < SMALL_CELL else ""
+    top = round(14 + (0.53 * across if size else 10) * max(len(shortened(name, 11)) for name in names))
+    cells = []
+    for row, column in np.argwhere(matrix_KK).tolist():
+        count = int(matrix_KK[row, column])
+        # So far from full colour that text on it can be read, in the light and the dark scheme.
+        opacity = f"{0.06 + 0.44 * count / matrix_KK[row].sum():.2f}"
+        words = f"{names[row]} → {names[column]}: {count}"
+        cells.append((left + column * across, top + row * down, count, words, opacity))
+    description = (
+        "How many images of each true class (row) are taken for each class (column); the commonest mistakes are listed "
+        "beside it."
+    )
+    values: dict[str, Any] = {
+        "class_names": names,
+        "cells": cells,
+        "left": left,
+        "top": top,
+        "across": across,
+        "down": down,
+    }
+    height = round(top + down * classes + 26)
+    values |= {"title": "Confusion matrix", "description": description, "height": height, "size": size}
+    return drawing("confusion.html", **values)
+
+
+def class_body(checkpoint: LazyCheckpoint) -> Markup:
+    """Accuracy (recall) and precision of each class."""
+    found, names = checkpoint.predictions, checkpoint.classes
+    classes, undefined = range(len(names)), np.nan  # of a class without images or predictions
+    precision_K, recall_K, _, images_K = precision_recall_fscore_support(
+        found.labels_N.numpy(), found.predicted_N.numpy(), labels=classes, zero_division=undefined
+    )
+    shares = [
+        [percent(share[k]) if np.isfinite(share[k]) else "–" for share in (recall_K, precision_K)] for k in classes
+    ]
+    rows = [[names[k], f"{images_K[k]:,}", *shares[k]] for k in classes]
+    header = ["Class", "Images", "Accuracy", "Precision"]
+    listed = table(header, rows, caption="Accuracy (recall) and precision of each class", numeric=[1, 2, 3])
+    known = [k for k in classes if images_K[k]]
+    title = "Accuracy by class"
+    if len(names) > MOST_CLASSES_DRAWN:
+        known = sorted(known, key=lambda k: float(recall_K[k]))[:MOST_CLASSES_DRAWN]
+        listed, title = folded(f"All {len(names):,} classes", listed), f"The {len(known)} classes of lowest accuracy"
+    description = "The share of each class's test images that are classified rightly."
+    drawn = bar_chart([names[k] for k in known], recall_K[known].tolist(), title=title, description=description)
+    return grid(drawn, listed)
+
+
+# --- calibration
+
+
+class Calibration(NamedTuple):
+    """Images in each bin, their mean probability and accuracy (NaN without an image), and the error, 0 to 1."""
+
+    counts_M: np.ndarray  # noqa: N815
+    confidence_M: np.ndarray  # noqa: N815
+    accuracy_M: np.ndarray  # noqa: N815
+    ece: float
+
+
+def calibration(probabilities_NK: np.ndarray, labels_N: np.ndarray, *, bins: int = BINS) -> Calibration:
+    """Sort predictions into bins, in float64; the predicted class is the first of the largest."""
+    confidence_N = probabilities_NK.max(1).astype(np.float64)
+    correct_N = probabilities_NK.argmax(1) == labels_N
+    # The smallest m with confidence <= m / M; sums of rounded probabilities may pass 1 by a bit.
+    bin_N = np.clip(np.ceil(confidence_N * bins).astype(np.int64) - 1, 0, bins - 1)
+    counts_M = np.bincount(bin_N, minlength=bins)
+    filled_M = np.where(counts_M, counts_M, np.nan)
+    confidence_M = np.bincount(bin_N, confidence_N, bins) / filled_M
+    accuracy_M = np.bincount(bin_N, correct_N, bins) / filled_M
+    gaps_M = np.nan_to_num(np.abs(accuracy_M - confidence_M))
+    return Calibration(counts_M, confidence_M, accuracy_M, float((counts_M * gaps_M).sum() / len(labels_N)))
+
+
+def calibration_body(checkpoint: LazyCheckpoint) -> Markup:
+    """Reliability diagram and expected calibration error."""
+    found = checkpoint.predictions
+    binned = calibration(found.probabilities_NK.numpy(), found.labels_N.numpy())
+    confidence = float(found.probabilities_NK.max(1).values.double().mean())
+    accuracy = float(found.correct_N.double().mean())
+    figures = {
+        f"Expected calibration error (ECE, {BINS} bins)": f"{binned.ece:.4f}",
+        "Mean probability of the predicted class": percent(confidence),
+        "Accuracy": percent(accuracy),
+        "On the whole the network is": sureness(confidence, accuracy),
+    }
+    return grid(reliability_diagram(binned), facts(figures))
+
+
+def sureness(confidence: float, accuracy: float) -> str:
+    """How a mean probability compares with the accuracy, both shares; alike is what differs by no 0.05 points."""
+    if abs(confidence - accuracy) < 5e-4:
+        return "as sure as it is right"
+    return "too sure" if confidence > accuracy else "not sure enough"
+
+
+def reliability_diagram(found: Calibration) -> Markup:
+    """A bar for each bin that has images, up to its accuracy or its mean confidence, whichever is lower, with the gap
+    to the other above it, and the diagonal."""
+    count = len(found.counts_M)
+    x_axis, y_axis = Axis(0, 1, LEFT, RIGHT), Axis(0, 1, BOTTOM, TOP)
+    edges = x_axis.place(np.arange(count + 1) / count).tolist()
+    bins, spoken = [], []
+    for m in np.flatnonzero(found.counts_M).tolist():
+        accuracy, confidence = float(found.accuracy_M[m]), float(found.confidence_M[m])
+        spoken.append(
+            f"{percent(m / count)} to {percent((m + 1) / count)}: {found.counts_M[m]:,} images, "
+            f"mean probability {percent(confidence)}, accuracy {percent(accuracy)}"
+        )
+        kind = "gap" if confidence >= accuracy else "gap unsure"
+        ends = y_axis.place(sorted([accuracy, confidence])).tolist()  # the gap begins where the bar ends
+        bins.append((edges[m] + 1, edges[m + 1] - edges[m] - 2, *ends, kind, spoken[-1]))
+    description = (
+        f"Accuracy over the probability of the predicted class, in {count} bins; on the diagonal both are equal. "
+        f"Expected calibration error {percent(found.ece)}. {'; '.join(spoken)}."
+    )
+    axes = {"x_ticks": x_axis.written(percent), "y_ticks": y_axis.written(percent), "y_label": "accuracy"}
+    axes["x_label"] = "probability of the predicted class"
+    return drawing("reliability.html", title="Reliability diagram", description=description, bins=bins, **axes)
+
+
+# --- worst mistakes and Grad-CAM
+
+
+def gallery_body(checkpoint: LazyCheckpoint) -> Markup:
     """Pictures of the misclassified test images whose true class got the lowest probability."""
-    found = evidence.predictions()
+    found = checkpoint.predictions
     probabilities_NK, labels_N = found.probabilities_NK.numpy(), found.labels_N.numpy()
     ids = worst_mistakes(probabilities_NK, labels_N, most=MISTAKES)
     if not len(ids):
         return missing("No test image is misclassified.")
-    tiles = []
-    for number in ids.tolist():
-        true, predicted = _true_and_predicted(evidence, number)
-        of_true = percent(float(probabilities_NK[number, labels_N[number]]))
-        words = Markup(
-            '<span class="true">{}</span><span>taken for <strong>{}</strong></span>'
-            '<span class="muted">true class {}</span>'
-        ).format(true, predicted, of_true)
-        image = picture(evidence.images()[number], f"Test image {number}: {true}, taken for {predicted}")
-        tiles.append(Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(image, words))
-    return Markup('<div class="gallery">{}</div>').format(Markup("").join(tiles))
+    tiles = [
+        {
+            "picture": picture(image, f"Test image {number}: {true}, taken for {predicted}"),
+            "true": true,
+            "predicted": predicted,
+            "of_true": percent(float(probabilities_NK[number, labels_N[number]])),
+        }
+        for number, image, true, predicted in _in_words(checkpoint, ids)
+    ]
+    return render("gallery.html", tiles=tiles)
 
 
-def grad_cam_body(evidence: Evidence) -> Markup:
+def grad_cam_body(checkpoint: LazyCheckpoint) -> Markup:
     """Grad-CAM of the predicted class, for the worst mistakes (or any images, where there are none)."""
-    found = evidence.predictions()
-    probabilities_NK, labels_N = found.probabilities_NK.numpy(), found.labels_N.numpy()
-    ids = worst_mistakes(probabilities_NK, labels_N, most=EXPLAINED)
-    which = "the worst mistakes" if len(ids) else "the first test images, since none is misclassified"
-    ids = ids if len(ids) else np.arange(min(EXPLAINED, len(labels_N)))
-    model, images_BCHW = evidence.network(), evidence.normalised(ids)
-    layers = layers_to_explain(model, images_BCHW)
-    maps = grad_cam(model, layers, images_BCHW, found.predicted_N[ids])
+    found = checkpoint.predictions
+    wrong = worst_mistakes(found.probabilities_NK.numpy(), found.labels_N.numpy(), most=EXPLAINED)
+    ids = wrong if len(wrong) else np.arange(min(EXPLAINED, len(found.labels_N)))
+    state = checkpoint.saved.state
+    channels = normalisation_table(state["mean"], state["std"])
+    images_BHW3 = checkpoint.images[ids]
+    images_BCHW = torch.from_numpy(np.stack([channels[c][images_BHW3[..., c]] for c in range(3)], axis=1))
+    layers = layers_to_explain(checkpoint.model, images_BCHW)
+    maps = grad_cam(checkpoint.model, layers, images_BCHW, found.predicted_N[ids])
     tiles = []
-    for i, number in enumerate(ids.tolist()):
-        true, predicted = _true_and_predicted(evidence, number)
-        image = evidence.images()[number]
-        shown = [_column("image", picture(image, f"Test image {number}: {true}"))]
+    for i, (number, image, true, predicted) in enumerate(_in_words(checkpoint, ids)):
+        columns = {"image": picture(image, f"Test image {number}: {true}")}
         for name, map_Bhw in maps.items():
             alt = f"Grad-CAM of the {name} for test image {number} as {predicted}: {where_strongest(map_Bhw[i])}"
             heated = overlaid(resized(image, PICTURE_PX), resized(map_Bhw[i], PICTURE_PX))
-            shown.append(_column(name.removesuffix(" branch"), picture(heated, alt)))
-        said = "rightly taken for" if found.correct_N[number] else "taken for"
-        words = Markup("{}, {} <strong>{}</strong>").format(true, said, predicted)
-        tile = Markup('<figure class="cam"><div>{}</div><figcaption>{}</figcaption></figure>')
-        tiles.append(tile.format(Markup("").join(shown), words))
-    where = " and ".join(f"{name} ({path})" for name, path in layers.items())
-    branches = "Both branches of the last block see the same input. " if len(layers) > 1 else ""
-    lead = Markup(
-        '<p class="lead">Of {}: {}. {}Yellow speaks most for the predicted class, dark blue not at all; each picture '
-        "has its own scale, so brightness says where, not how much.</p>"
-    ).format(which, where, branches)
-    return lead + Markup('<div class="cams">{}</div>').format(Markup("").join(tiles))
+            columns[name.removesuffix(" branch")] = picture(heated, alt)
+        right = bool(found.correct_N[number])
+        tiles.append({"columns": columns, "true": true, "predicted": predicted, "right": right})
+    return render("grad_cam.html", tiles=tiles, layers=layers, mistakes=len(wrong) > 0)
 
 
-def _true_and_predicted(evidence: Evidence, number: int) -> tuple[str, str]:
-    """The true class of a test image, and the predicted one with its probability, in words."""
-    found, names = evidence.predictions(), evidence.classes()
-    predicted = int(found.predicted_N[number])
-    probability = percent(float(found.probabilities_NK[number, predicted]))
-    return names[int(found.labels_N[number])], f"{names[predicted]} ({probability})"
-
-
-def _column(name: str, image: Markup) -> Markup:
-    return Markup('<span class="column">{}<span>{}</span></span>').format(image, name)
+def _in_words(checkpoint: LazyCheckpoint, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray, str, str]]:
+    """Of some test images the id, the pixels, the true class, and the predicted one with its probability."""
+    found, names = checkpoint.predictions, checkpoint.classes
+    for number in ids.tolist():
+        predicted = int(found.predicted_N[number])
+        probability = percent(float(found.probabilities_NK[number, predicted]))
+        true = names[int(found.labels_N[number])]
+        yield number, checkpoint.images[number], true, f"{names[predicted]} ({probability})"
 
 
 def where_strongest(map_hw: np.ndarray) -> str:
     """In words, the third of the height and of the width that the strongest pixel lies in."""
     if not map_hw.any():
         return "nothing speaks for the class"
-    row, column = np.unravel_index(int(map_hw.argmax()), map_hw.shape)
-    down, across = (min(2, int(3 * (at + 0.5) / size)) for at, size in zip((row, column), map_hw.shape, strict=True))
-    return f"strongest in the {_THIRDS[down][across]}"
-
-
-# --- Grad-CAM
+    place = np.unravel_index(int(map_hw.argmax()), map_hw.shape)
+    down, across = (min(2, int(3 * (at + 0.5) / size)) for at, size in zip(place, map_hw.shape, strict=True))
+    return f"strongest in the {_NINTHS[3 * down + across]}"
 
 
 def grad_cam(
     model: nn.Module, layers: Mapping[str, str], images_BCHW: Tensor, classes_B: Tensor
 ) -> dict[str, np.ndarray]:
-    """Grad-CAM of some layers in one forward and backward pass.
-
-    The model is run in the mode it is in (evaluation, if the images are not to influence one another) and its
-    parameters get no gradient.
+    """Grad-CAM of some layers in one forward and backward pass; the model's parameters get no gradient.
 
     Args:
-        model: maps images to logits (B, K).
-        layers: what to call each and its dotted name in the model; their outputs are (B, C, h, w).
+        model: maps images to logits (B, K), in evaluation mode if images are not to influence one another.
+        layers: what to call each, and its dotted name in the model.
         images_BCHW: normalised, float32, on the model's device.
         classes_B: int64, the class whose logit is explained.
 
@@ -143,19 +297,30 @@ def grad_cam(
         HarnessError: a layer that gave no features of this form, or whose gradient cannot be had.
     """
     features: dict[str, Tensor] = {}
-    hooks = [model.get_submodule(path).register_forward_hook(_keeping(features, name)) for name, path in layers.items()]
+
+    def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> Tensor | None:
+        if isinstance(output, Tensor) and output.dim() == 4:
+            features[name] = output
+            return output.clone()  # what the next layer does in place then changes neither it nor its gradient
+        return None
+
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), ExitStack() as stack:
+            for name, path in layers.items():
+                stack.enter_context(model.get_submodule(path).register_forward_hook(partial(keep, name)))
             # So that features have a gradient even where no parameter before them has one.
             logits_BK = model(images_BCHW.detach().clone().requires_grad_())
             score = logits_BK.gather(1, classes_B[:, None]).sum()
             gradients = torch.autograd.grad(score, [features[name] for name in layers])
     except (RuntimeError, KeyError, TypeError) as error:
         raise HarnessError(f"Grad-CAM cannot be worked out for this network: {error}", hint=_HINT) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: _map(features[name], gradient) for name, gradient in zip(layers, gradients, strict=True)}
+    maps = {}
+    for name, gradient_BChw in zip(layers, gradients, strict=True):
+        weights_BC11 = gradient_BChw.mean(dim=(2, 3), keepdim=True)
+        map_Bhw = (weights_BC11 * features[name].detach()).sum(1).clamp_min(0)
+        largest_B11 = map_Bhw.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        maps[name] = np.asarray((map_Bhw / largest_B11).float().cpu())
+    return maps
 
 
 def layers_to_explain(model: nn.Module, images_BCHW: Tensor) -> dict[str, str]:
@@ -166,7 +331,7 @@ def layers_to_explain(model: nn.Module, images_BCHW: Tensor) -> dict[str, str]:
     """
     if isinstance(model, DualBranchNet):
         last = len(model.depthwise_branches) - 1
-        return {"depthwise branch": f"depthwise_branches.{last}", "dilated branch": f"dilated_branches.{last}"}
+        return {f"{branch} branch": f"{branch}_branches.{last}" for branch in ("depthwise", "dilated")}
     found = _last_feature_map(model, images_BCHW[:1])
     if found is None:
         raise HarnessError(
@@ -177,24 +342,6 @@ def layers_to_explain(model: nn.Module, images_BCHW: Tensor) -> dict[str, str]:
     return {"last feature map": found}
 
 
-def _map(features_BChw: Tensor, gradient_BChw: Tensor) -> np.ndarray:
-    weights_BC11 = gradient_BChw.mean(dim=(2, 3), keepdim=True)
-    map_Bhw = (weights_BC11 * features_BChw.detach()).sum(1).clamp_min(0)
-    largest_B11 = map_Bhw.amax(dim=(1, 2), keepdim=True)
-    return np.asarray((map_Bhw / largest_B11.clamp_min(torch.finfo(torch.float32).tiny)).float().cpu())
-
-
-def _keeping(features: dict[str, Tensor], name: str) -> Any:
-    def keep(module: nn.Module, inputs: Any, output: Any) -> Tensor | None:
-        if isinstance(output, Tensor) and output.dim() == 4:
-            # A view of its own: what the next layer does in place then changes neither it nor its gradient.
-            features[name] = output
-            return output.clone()
-        return None
-
-    return keep
-
-
 @torch.no_grad()
 def _last_feature_map(model: nn.Module, image_1CHW: Tensor) -> str | None:
     """The last module whose output is (1, C, h, w) with more than one pixel, if most of the network lies before it."""
@@ -203,21 +350,17 @@ def _last_feature_map(model: nn.Module, image_1CHW: Tensor) -> str | None:
     height, width = image_1CHW.shape[2:]
     calls: list[tuple[str, bool]] = []
 
-    def noting(name: str) -> Any:
-        def note(module: nn.Module, inputs: Any, output: Any) -> None:
-            h, w = output.shape[2:] if isinstance(output, Tensor) and output.dim() == 4 else (0, 0)
-            # Attention's (1, heads, tokens, channels) has four sizes too, but not the image's proportions.
-            in_proportion = abs(h / height - w / width) < 1 / min(height, width)
-            calls.append((name, 1 < h <= height and 1 < w <= width and in_proportion))
+    def note(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        h, w = output.shape[2:] if isinstance(output, Tensor) and output.dim() == 4 else (0, 0)
+        # Attention's (1, heads, tokens, channels) has four sizes too, but not the image's proportions.
+        in_proportion = abs(h / height - w / width) < 1 / min(height, width)
+        calls.append((name, 1 < h <= height and 1 < w <= width and in_proportion))
 
-        return note
-
-    hooks = [module.register_forward_hook(noting(name)) for name, module in model.named_modules() if name]
-    try:
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            stack.enter_context(module.register_forward_hook(partial(note, name)))
         model(image_1CHW)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    calls.pop()  # the network itself
     maps = [i for i, (_, is_map) in enumerate(calls) if is_map]
     return calls[maps[-1]][0] if maps and maps[-1] >= len(calls) // 2 else None
 

@@ -1,13 +1,13 @@
 """A self-contained page: one HTML file with its style, light and dark, wide and narrow, without a network.
 
-Everything that is put into a page is escaped unless it is `Markup`, which only our own templates and functions make.
+Everything put into a page is escaped unless it is `Markup`, which only our own templates and functions make.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,7 @@ MARK = '<meta name="generator" content="harness'  # of the files that a page may
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page with its heading.
-
-    Attributes:
-        id: its anchor: lower-case letters and hyphens, once a page.
-        title: its heading, also in the page's contents.
-        lead: a sentence or two below the heading.
-    """
+    """A part of a page: `id` is its anchor, `lead` a sentence or two below the heading."""
 
     id: str
     title: str
@@ -51,41 +45,24 @@ def page(
     Args:
         badges: short words next to the heading, such as a state.
         notes: sentences about what is missing or broken, above the sections.
-        version: of a page that a server shows: it follows the server's `version` and renews what has changed.
+        version: of a served page, which follows the server's `version` and replaces what has changed.
     """
-    whole = _render(
-        "page.html",
-        title=title,
-        sections=sections,
-        subtitle=subtitle,
-        badges=badges,
-        notes=notes,
-        version=version,
-        harness_version=harness.__version__,
-    )
+    parts = {"title": title, "subtitle": subtitle, "badges": badges, "notes": notes, "sections": sections}
+    whole = render("page.html", **parts, version=version, harness_version=harness.__version__)
     return whole.encode("utf-8", "replace").decode()  # names of files may hold bytes that are no UTF-8
 
 
 def table(
-    header: Sequence[str], rows: Iterable[Sequence[Any]], *, caption: str, numeric: Collection[int] = ()
+    header: Sequence[str], rows: Sequence[Sequence[Any]], *, caption: str, numeric: Collection[int] = ()
 ) -> Markup:
-    """A table that scrolls sideways by itself where it is too wide.
-
-    Args:
-        rows: cells, text or Markup; the first of each row is its header.
-        numeric: indices of the columns that are set flush right.
-    """
-    return _render("table.html", header=header, rows=[list(row) for row in rows], caption=caption, numeric=set(numeric))
+    """A table that scrolls sideways where it is too wide; a row's first cell is its header, `numeric` columns are
+    set flush right."""
+    return render("table.html", header=header, rows=rows, caption=caption, numeric=numeric)
 
 
 def facts(pairs: Mapping[str, Any], *, short: bool = False) -> Markup:
-    """Names with their values, in columns, narrow ones for `short` values; a value is text or Markup."""
-    return _render("facts.html", pairs=pairs, short=short)
-
-
-def figures(pairs: Mapping[str, tuple[str, str]]) -> Markup:
-    """Headline figures: name -> (figure, a few words below it)."""
-    return _render("figures.html", pairs=pairs)
+    """Names with their values, in columns, narrow ones for `short` values."""
+    return render("facts.html", pairs=pairs, short=short)
 
 
 def grid(*parts: Markup) -> Markup:
@@ -104,15 +81,14 @@ def folded(summary: str, body: Markup) -> Markup:
 
 
 def check_target(path: Path) -> None:
-    """See that a page may be written there: to a new file, or over a page of ours.
+    """Check that a page may be written there: to a new file, or over a page of ours.
 
     Raises:
         HarnessError: something else is there, or no folder that can be written to.
     """
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise HarnessError(
-            "is no folder that can be written to", where=str(path.parent), hint="Make it, or give another file."
-        )
+        hint = "Make it, or give another file."
+        raise HarnessError("is no folder that can be written to", where=str(path.parent), hint=hint)
     try:
         with path.open(encoding="utf-8", errors="replace") as before:
             taken = MARK not in before.read(1000)
@@ -121,9 +97,8 @@ def check_target(path: Path) -> None:
     except OSError:
         taken = True
     if taken:
-        raise HarnessError(
-            "is there already and no page of ours", where=str(path), hint="Give another file; nothing was overwritten."
-        )
+        hint = "Give another file; nothing was overwritten."
+        raise HarnessError("is there already and no page of ours", where=str(path), hint=hint)
 
 
 @functools.cache
@@ -132,6 +107,6 @@ def _environment() -> Environment:
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
-def _render(template: str, **values: Any) -> Markup:
-    """One of the templates in `templates/`, its values escaped by the environment."""
+def render(template: str, **values: Any) -> Markup:
+    """One of the templates in `templates/`, its values escaped."""
     return Markup(_environment().get_template(template).render(**values))

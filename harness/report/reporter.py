@@ -1,54 +1,60 @@
-"""`harness report`: a run as one HTML file, whatever state it is in."""
+"""`harness report`: a run as one HTML file, whatever state it is in; with `--serve` kept up to date on the loopback
+interface while the run trains."""
 
 from __future__ import annotations
 
+import signal
+import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
 from harness.errors import HarnessError
 from harness.files import write_text
-from harness.report.evidence import Evidence, NoCheckpoint
-from harness.report.explain import gallery_body, grad_cam_body
-from harness.report.network import architecture_body, fields_body, layers_body
+from harness.report import explain, sections
+from harness.report.lazy_checkpoint import LazyCheckpoint, NoCheckpoint
 from harness.report.page import Section, check_target, missing, page
-from harness.report.predictions import BINS, calibration_body, class_body, confusion_body
-from harness.report.sections import curves_section, origin_section, rates_section, summary_section
-from harness.runs import CHECKPOINTS, METRICS, RESULT, is_held, open_run
+from harness.runs import CHECKPOINTS, METRICS, RESULT, RUN_FILES, is_held, open_run
 from harness.training import checkpoint
+from harness.training.resuming import find_checkpoint
 
 FILE = "report.html"
 NO_CHECKPOINT = "There is no checkpoint yet."
+HOST = "127.0.0.1"
+LOOK_SECONDS = 2.0
 
 # What needs a checkpoint: anchor, title, lead, what makes it.
-_CHECKPOINT_SECTIONS: tuple[tuple[str, str, str, Callable[[Evidence], Markup]], ...] = (
+_CHECKPOINT_SECTIONS: tuple[tuple[str, str, str, Callable[[LazyCheckpoint], Markup]], ...] = (
     ("confusion", "Confusion matrix", "Which test images are taken for what: the fuller the colour, the larger the "
-     "share of the true class.", confusion_body),
+     "share of the true class.", explain.confusion_body),
     ("classes", "Accuracy by class", "Accuracy of a class: the share of its test images that are classified rightly "
-     "(recall). Precision: the share of the images taken for it that are of it.", class_body),
+     "(recall). Precision: the share of the images taken for it that are of it.", explain.class_body),
     ("calibration", "Calibration", "Whether the network's probabilities can be believed. The expected calibration "
-     f"error is the mean gap between probability and accuracy over {BINS} bins of equal width, weighted by their "
-     "images (Guo et al. 2017).", calibration_body),
+     f"error is the mean gap between probability and accuracy over {explain.BINS} bins of equal width, weighted by "
+     "their images (Guo et al. 2017).", explain.calibration_body),
     ("mistakes", "Worst mistakes", "The misclassified test images whose true class got the lowest probability.",
-     gallery_body),
+     explain.gallery_body),
     ("grad-cam", "Where it looks", "Grad-CAM (Selvaraju et al. 2017) of the predicted class, in float32: where in the "
-     "image the features of a layer speak for it.", grad_cam_body),
+     "image the features of a layer speak for it.", explain.grad_cam_body),
     ("fields", "Receptive fields", "How much of an image one central unit at the end of each branch depends on, to "
-     "scale around a test image; what lies outside of the image is padding.", fields_body),
+     "scale around a test image; what lies outside of the image is padding.", sections.fields_body),
     ("architecture", "Architecture", "The network from its settings, features as channels × height × width.",
-     architecture_body),
-    ("layers", "Layers", "", layers_body),
+     sections.architecture_body),
+    ("layers", "Layers", "", sections.layers_body),
 )  # fmt: skip
 
 
 class Reporter:
-    """Makes a run's page, and again only those parts of it that have changed.
+    """Makes the page of a run (or of the run of a checkpoint), and again only those parts of it that have changed.
 
     Args:
-        path: a run directory or one of its checkpoints.
         which: "last", "best" or "step_N".
         weights: "raw" or "ema".
         output: the file; None is `report.html` in the run directory. Only another report is written over.
@@ -63,32 +69,30 @@ class Reporter:
             which = path.name
         self.run, self.which, self.weights = open_run(path), which, weights
         self.file = output or self.run.path / FILE
-        self.problems: list[str] = []  # what of the checkpoint could not be shown, in sentences
         self._run_stamp: object = None  # what was read so far was for its path and state alone
-        self._checkpoint_stamp: object = None
         self._run_sections: list[Section] = []
+        self._checkpoint_stamp: object = None
         self._checkpoint_sections = [
             Section(id, title, missing("Being made …"), lead) for id, title, lead, _ in _CHECKPOINT_SECTIONS
         ]
+        self._problems: list[str] = []  # what of the checkpoint could not be shown, in sentences
+        self._badges: list[str] = []
         self._as_of = ""
-        self._notes: list[str] = []
-        evidence = self._evidence()
         if which not in ("last", "best"):
-            evidence.path()
-        if weights == "ema" and self._checkpoints() and evidence.saved().ema is None:
-            raise HarnessError("the run has no averaged weights", where=str(self.run.path), hint="Use --weights raw.")
+            find_checkpoint(self.run.path, which)
+        if weights == "ema" and self._checkpoints():
+            self._open_checkpoint().tensors()
         check_target(self.file)
 
     def update_run(self) -> bool:
         """Read the run again if it has grown, and make its curves; whether anything has changed."""
-        names = (METRICS, RESULT, "recipe.yaml", "provenance.json")
         # Taken before it is read: what is written meanwhile is read the next time.
-        stamp = [_changed_at(self.run.path / name) for name in names], is_held(self.run.path)
+        stamp = [_changed_at(self.run.path / name) for name in (METRICS, RESULT, *RUN_FILES)], is_held(self.run.path)
         if stamp == self._run_stamp:
             return False
         self._run_stamp, self._as_of = stamp, _now()
-        self.run = run = open_run(self.run.path)
-        self._run_sections = [summary_section(run), curves_section(run), rates_section(run), origin_section(run)]
+        self.run = open_run(self.run.path)
+        self._run_sections = [make(self.run) for make in sections.OF_RUN]
         return True
 
     def update_checkpoint(self) -> bool:
@@ -97,24 +101,27 @@ class Reporter:
         if stamp == self._checkpoint_stamp:
             return False
         self._checkpoint_stamp, self._as_of = stamp, _now()
-        evidence = self._evidence()
+        opened = self._open_checkpoint()
         problems: dict[str, list[str]] = {}  # reason -> sections
         made = []
         for id, title, lead, body in _CHECKPOINT_SECTIONS:
             try:
-                made.append(Section(id, title, body(evidence), lead))
-            except NoCheckpoint:
-                problems.setdefault(NO_CHECKPOINT, []).append(title)
+                made.append(Section(id, title, body(opened), lead))
             except (HarnessError, OSError) as error:
-                reason = _reason(error)
+                reason = NO_CHECKPOINT if isinstance(error, NoCheckpoint) else _reason(error)
                 problems.setdefault(reason, []).append(title)
-                made.append(Section(id, title, missing(reason), lead))
+                if reason != NO_CHECKPOINT:
+                    made.append(Section(id, title, missing(reason), lead))
         if waiting := problems.get(NO_CHECKPOINT):
             words = f"{NO_CHECKPOINT} With the first one come: {', '.join(waiting)}."
             made.insert(0, Section("checkpoint", "What the network does", missing(words)))
         self._checkpoint_sections = made
-        self.problems = [f"{', '.join(titles)}: {reason}" for reason, titles in problems.items()]
-        self._notes = _notes(evidence)
+        self._problems = [f"{', '.join(titles)}: {reason}" for reason, titles in problems.items()]
+        self._badges = ["no checkpoint yet"]
+        with suppress(HarnessError, OSError):  # the sections say so
+            self._badges = [f"{opened.path.name}, {'averaged' if self.weights == 'ema' else 'raw'} weights"]
+            if not opened.has_its_images:
+                self._badges.append("test images other than those of the training")
         return True
 
     def html(self, *, version: str | None = None) -> str:
@@ -125,7 +132,7 @@ class Reporter:
             self.run.label,
             [*first, *self._checkpoint_sections, last],
             subtitle=f"A training run of {self.run.recipe_name}, as it was at {self._as_of}.",
-            badges=[state, *self._notes],
+            badges=[state, *self._badges],
             notes=[f"{problem}." for problem in self.run.problems],
             version=version,
         )
@@ -135,11 +142,12 @@ class Reporter:
         self.update_run()
         self.update_checkpoint()
         write_text(self.file, self.html())
-        return [*self.run.problems, *self.problems]
+        return [*self.run.problems, *self._problems]
 
-    def _evidence(self) -> Evidence:
+    def _open_checkpoint(self) -> LazyCheckpoint:
         # Nothing but the report is written into a run that trains.
-        return Evidence(self.run, which=self.which, weights=self.weights, keep=self.run.state != "running")
+        keep = self.run.state != "running"
+        return LazyCheckpoint(self.run, which=self.which, weights=self.weights, keep=keep)
 
     def _checkpoints(self) -> list[Path]:
         return checkpoint.list_checkpoints(self.run.path / CHECKPOINTS)
@@ -155,16 +163,6 @@ def _reason(error: HarnessError | OSError) -> str:
     return " ".join(words.replace("HINT:", "").split())
 
 
-def _notes(evidence: Evidence) -> list[str]:
-    """Which checkpoint it is, and whether on its own images."""
-    found = ["no checkpoint yet"]
-    with suppress(HarnessError, OSError):  # the sections say so
-        found = [f"{evidence.path().name}, {'averaged' if evidence.weights == 'ema' else 'raw'} weights"]
-        if not evidence.has_its_images():
-            found.append("test images other than those of the training")
-    return found
-
-
 def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
@@ -175,3 +173,88 @@ def _changed_at(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_mtime_ns, found.st_size
+
+
+# --- serving it
+
+
+def serve(reporter: Reporter, *, port: int = 0) -> None:
+    """Show a run's page at a port (0: a free one) until Ctrl-C or SIGTERM, and write it to its file whenever it has
+    changed.
+
+    Raises:
+        HarnessError: the port is taken, or the file cannot be written.
+    """
+    with Server(port) as server:
+        # Also where the shell that started us has told us to ignore Ctrl-C.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, name="report server")
+        reporter.update_run()
+        server.show(reporter)
+        thread.start()
+        try:
+            print(f"http://{HOST}:{server.server_address[1]}/  (Ctrl-C ends it)", flush=True)
+            changed = True
+            while True:
+                if reporter.update_checkpoint() or changed:
+                    server.show(reporter)
+                    write_text(reporter.file, reporter.html())
+                time.sleep(LOOK_SECONDS)
+                changed = reporter.update_run()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class Server(ThreadingHTTPServer):
+    """Shows one page; `show` replaces it."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int) -> None:
+        self.page, self.version = b"", ""
+        try:
+            super().__init__((HOST, port), _Handler)
+        except OSError as error:
+            what = f"port {port} cannot be used ({error.strerror})"
+            hint = "Give another --port, or none: a free one is taken."
+            raise HarnessError(what, where=HOST, hint=hint) from None
+
+    def show(self, reporter: Reporter) -> None:
+        version = str(time.time_ns())  # that no page has, nor had of a server that was at this port before
+        self.page, self.version = reporter.html(version=version).encode(), version
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing: a browser went away."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:  # the name that http.server calls
+        # A page of elsewhere whose name was made to lead here has that name as its host.
+        if self.headers.get("Host", "").split(":")[0] not in (HOST, "localhost"):
+            self.send_error(HTTPStatus.FORBIDDEN)
+        elif self.path in ("/", "/report.html"):
+            self._send(self.server.page, "text/html; charset=utf-8")
+        elif self.path == "/version":
+            self._send(self.server.version.encode(), "text/plain; charset=utf-8")
+        else:
+            self.send_error(HTTPStatus.NOT_FOUND)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def _send(self, body: bytes, kind: str) -> None:
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""

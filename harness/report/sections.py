@@ -1,4 +1,5 @@
-"""The sections of a report that need no checkpoint: figures, curves, recipe and provenance. Cheap, without torch."""
+"""The sections of a report that need no answers of the network: figures, curves, recipe and provenance of a run, and
+how far its network's branches see, its drawing and its layers."""
 
 from __future__ import annotations
 
@@ -7,17 +8,28 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
-from harness.report.axes import epoch_text
-from harness.report.charts import Series, line_chart
-from harness.report.page import Section, facts, figures, folded, grid, missing, table
+from harness.errors import HarnessError
+from harness.models.dual_branch import DualBranchNet
+from harness.models.inspect import constraints, summarise
+from harness.models.receptive_field import NOTE_OTHER_MODELS, LayerField, measured_receptive_field, receptive_field
+from harness.report.charts import WIDTH, Series, drawing, epoch_text, line_chart, percent
+from harness.report.explain import data_uri
+from harness.report.lazy_checkpoint import LazyCheckpoint
+from harness.report.page import Section, facts, folded, grid, missing, render, table
 from harness.runs import Point, Run, finite
 
 SPLITS = {"train": "training", "test": "test", "test_ema": "test, averaged weights"}
 MOST_ROWS = 100  # of the table of epochs
 MOST_CHARACTERS = 40_000  # of a file that is shown as it is
 LOG_FROM = 30.0  # the largest value over the smallest from which an axis is logarithmic
+BRANCHES = ("depthwise", "dilated")
+MARGIN = 10  # around a drawing of fields
+BOX_WIDTH, BOX_HEIGHT, LOW_BOX_HEIGHT, GAP = 214, 42, 28, 12
+BRANCH_X = {"depthwise": 119, "dilated": WIDTH - 119}
+MIDDLE = WIDTH // 2
 
 _SETTINGS = {
     "Network": "model.name",
@@ -41,43 +53,42 @@ _RATES = (
     ("grad_norm", "Gradient norm", "L2 norm", "L2 norm of the gradient over optimizer steps."),
     ("loader_wait_seconds", "Waiting for the loader", "seconds", "Seconds a rank waited for its batches."),
 )
-# Split, key, heading and form of the columns of the table of epochs.
-_COLUMNS = (
-    ("train", "loss", "Training loss", ".4f"),
-    ("train", "accuracy", "Training accuracy", ".2%"),
-    ("test", "loss", "Test loss", ".4f"),
-    ("test", "accuracy", "Test accuracy", ".2%"),
-    ("test_ema", "accuracy", "Averaged weights", ".2%"),
-)
+# Figures of an epoch by split and key: their heading and form.
+_FIGURES = {
+    ("train", "loss"): ("Training loss", ".4f"),
+    ("train", "accuracy"): ("Training accuracy", ".2%"),
+    ("test", "loss"): ("Test loss", ".4f"),
+    ("test", "accuracy"): ("Test accuracy", ".2%"),
+    ("test_ema", "accuracy"): ("Averaged weights", ".2%"),
+}
+
+
+# --- the run
 
 
 def summary_section(run: Run) -> Section:
     """Headline figures and the settings that matter most."""
     settings = {name: _text(run.setting(key)) for name, key in _SETTINGS.items() if run.setting(key) is not None}
     if run.starts:
-        settings |= {name: value for name, value in _origin(run.starts[-1]).items() if value}
-    body = figures(_headlines(run))
+        origin = _origin(run.starts[-1])
+        settings |= {name: origin[name] for name in ("Started", "Commit", "Device") if name in origin}
+    body = render("figures.html", pairs=_headlines(run))
     body += facts(settings, short=True) if settings else missing("The recipe cannot be read.")
     return Section("summary", "Summary", body)
 
 
 def curves_section(run: Run) -> Section:
     """Loss and accuracy over steps, and the figures of each epoch."""
-    if not any(run.curve(split, "loss", kind=kind) for split in SPLITS for kind in ("step", "epoch")):
-        return Section("curves", "Loss and accuracy", missing("There are no records of training yet."))
     charts = []
     for key in ("loss", "accuracy"):
-        drawn = []
-        for style, (split, name) in enumerate(SPLITS.items()):
-            steps = run.curve(split, key, kind="step") if split == "train" else []
-            if points := steps or run.curve(split, key):
-                drawn.append(_series(name, points, style))
+        curves = {split: run.curve(split, key) for split in SPLITS}
+        curves["train"] = run.curve("train", key, kind="step") or curves["train"]
+        drawn = [_series(SPLITS[split], points, i) for i, (split, points) in enumerate(curves.items()) if points]
+        if not drawn and key == "loss":
+            return Section("curves", "Loss and accuracy", missing("There are no records of training yet."))
+        axes: dict[str, Any] = {"x_label": "step", "y_label": key, "as_percent": key == "accuracy"}
         title = key.capitalize()
-        words = f"{title} over optimizer steps."
-        in_percent = key == "accuracy"
-        charts.append(
-            line_chart(drawn, title=title, description=words, x_label="step", y_label=key, as_percent=in_percent)
-        )
+        charts.append(line_chart(drawn, title=title, description=f"{title} over optimizer steps.", **axes))
     return Section("curves", "Loss and accuracy", grid(*charts) + _epoch_table(run))
 
 
@@ -85,54 +96,51 @@ def rates_section(run: Run) -> Section:
     """Learning rate, throughput and what else was recorded at the steps."""
     charts = []
     for key, title, label, words in _RATES:
-        points = run.curve("train", key, kind="step")
-        if not points:
-            continue
-        values = [point.value for point in points]
-        # The others are read by their size, or as a schedule is drawn: a logarithmic axis hides both.
-        log = key == "grad_norm" and min(values) > 0 and max(values) > LOG_FROM * min(values)
-        drawn = [_series(title.lower(), points, 0)]
-        axes = {"log_y": log, "from_zero": key != "grad_norm"}
-        charts.append(line_chart(drawn, title=title, description=words, x_label="step", y_label=label, **axes))
+        if points := run.curve("train", key, kind="step"):
+            values = [point.value for point in points]
+            # The others are read by their size, or as a schedule is drawn: a logarithmic axis hides both.
+            log = key == "grad_norm" and min(values) > 0 and max(values) > LOG_FROM * min(values)
+            axes: dict[str, Any] = {"x_label": "step", "y_label": label, "log_y": log, "from_zero": key != "grad_norm"}
+            charts.append(line_chart([_series(title.lower(), points, 0)], title=title, description=words, **axes))
     body = grid(*charts) if charts else missing("There are no records of training steps yet.")
     return Section("rates", "Learning rate and throughput", body)
 
 
+def _series(name: str, points: Sequence[Point], style: int) -> Series:
+    return Series(name, [point.step for point in points], [point.value for point in points], style)
+
+
 def origin_section(run: Run) -> Section:
     """The recipe and provenance as their files have them."""
-    parts = []
     starts = run.starts
     if starts:
-        parts.append(facts(_details(starts[-1])))
+        body = facts(_origin(starts[-1]))
     else:
-        parts.append(missing("Where the run came from is not known: provenance.json is missing or broken."))
+        body = missing("Where the run came from is not known: provenance.json is missing or broken.")
     if len(starts) > 1:
         rows = [[_moment(s.get("started")), _text(s.get("from_step")), _text(s.get("world_size"))] for s in starts]
-        parts.append(table(["Started", "From step", "Ranks"], rows, caption="Starts of this run", numeric=[1, 2]))
+        body += table(["Started", "From step", "Ranks"], rows, caption="Starts of this run", numeric=[1, 2])
     try:
         recipe = (run.path / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
-        broken = " (as the file has it; it is broken)" if not run.settings else ""
-        parts.append(_file(f"Recipe{broken}", recipe))
+        body += _file("Recipe" if run.settings else "Recipe (as the file has it; it is broken)", recipe)
     except OSError:
-        parts.append(missing("The recipe cannot be shown: recipe.yaml is missing or cannot be read."))
+        body += missing("The recipe cannot be shown: recipe.yaml is missing or cannot be read.")
     if run.provenance:
-        parts.append(_file("Provenance", json.dumps(run.provenance, indent=2, ensure_ascii=False)))
-    return Section("origin", "Recipe and provenance", Markup("").join(parts))
+        body += _file("Provenance", json.dumps(run.provenance, indent=2, ensure_ascii=False))
+    return Section("origin", "Recipe and provenance", body)
 
 
 def _headlines(run: Run) -> dict[str, tuple[str, str]]:
+    """Figures by name, each with a few words below it."""
     result = run.result or {}
     found: dict[str, tuple[str, str]] = {}
     if test := run.last_in("test"):
-        found["Test accuracy"] = (f"{test.value:.2%}", f"{_counted(run, test)}epoch {test.epoch:g}")
+        found["Test accuracy"] = (f"{test.value:.2%}", f"{_counted(run, test.step)}epoch {test.epoch:g}")
     if best := run.best:
         by = ", averaged weights" if run.judged_by == "test_ema" else ""
         found["Best accuracy"] = (f"{best.value:.2%}", f"epoch {best.epoch:g}{by}")
-    for split, key, name, form in (
-        ("test_ema", "accuracy", "Averaged weights", ".2%"),
-        ("test", "loss", "Test loss", ".4f"),
-        ("train", "accuracy", "Training accuracy", ".2%"),
-    ):
+    for split, key in (("test_ema", "accuracy"), ("test", "loss"), ("train", "accuracy")):
+        name, form = _FIGURES[split, key]
         if point := run.last_in(split, key):
             found[name] = (format(point.value, form), f"epoch {point.epoch:g}")
     rates = [point.value for point in run.curve("train", "images_per_second", kind="step")]
@@ -149,9 +157,8 @@ def _headlines(run: Run) -> dict[str, tuple[str, str]]:
 def _progress(run: Run) -> tuple[str, str]:
     """How far it is of how much, and while it trains how long the rest will take."""
     epochs, steps = run.length
-    left = _seconds_left(run)
     words = f"epoch {epoch_text(run.epoch)}" + (f" of {epoch_text(epochs)}" if epochs is not None else "")
-    if run.state == "running" and left is not None:
+    if run.state == "running" and (left := _seconds_left(run)) is not None:
         words += f", about {duration(left)} left"
     return f"step {run.step:,}" + (f" of {steps:,}" if steps is not None else ""), words
 
@@ -171,55 +178,44 @@ def _seconds_left(run: Run) -> float | None:
     return max(0.0, (steps - last) * (times[last] - times[first]) / (last - first))
 
 
-def _counted(run: Run, point: Point) -> str:
-    """How many test images were right at a point, where its record says so."""
+def _counted(run: Run, step: int) -> str:
+    """How many test images were right at a step, where its record says so."""
     for record in reversed(run.records):
-        if (record.get("kind"), record.get("split"), record["step"]) == ("epoch", "test", point.step):
+        if (record.get("kind"), record.get("split"), record["step"]) == ("epoch", "test", step):
             correct, total = finite(record.get("correct")), finite(record.get("total"))
             return f"{correct:,.0f} of {total:,.0f}, " if correct is not None and total else ""
     return ""
 
 
-def _series(name: str, points: Sequence[Point], style: int) -> Series:
-    return Series(name, [point.step for point in points], [point.value for point in points], style)
-
-
 def _epoch_table(run: Run) -> Markup:
     """The figures of each epoch, or of some, evenly spaced, where there are too many."""
-    curves = [{point.step: point for point in run.curve(split, key)} for split, key, _, _ in _COLUMNS]
-    columns = list(zip(curves, _COLUMNS, strict=True))
+    curves = [{point.step: point for point in run.curve(*key)} for key in _FIGURES]
+    columns = [(*words, curve) for words, curve in zip(_FIGURES.values(), curves, strict=True)]
     columns = columns if curves[-1] else columns[:-1]
     steps = sorted(set().union(*curves))
     if not steps:
         return Markup("")
     caption = "Figures by epoch"
-    shown = steps
     if len(steps) > MOST_ROWS:
-        shown = [steps[round(i * (len(steps) - 1) / (MOST_ROWS - 1))] for i in range(MOST_ROWS)]
-        caption += f", {len(shown)} of {len(steps)}"
+        caption += f", {MOST_ROWS} of {len(steps)}"
+        steps = [steps[round(i * (len(steps) - 1) / (MOST_ROWS - 1))] for i in range(MOST_ROWS)]
     rows = []
-    for step in shown:
+    for step in steps:
         epoch = next(curve[step].epoch for curve in curves if step in curve)
-        cells = [format(curve[step].value, form) if step in curve else "–" for curve, (*_, form) in columns]
+        cells = [format(curve[step].value, form) if step in curve else "–" for _, form, curve in columns]
         rows.append([f"{epoch:g}", f"{step:,}", *cells])
-    header = ["Epoch", "Step", *(title for _, (_, _, title, _) in columns)]
+    header = ["Epoch", "Step", *(title for title, *_ in columns)]
     return folded(caption, table(header, rows, caption=caption, numeric=range(7)))
 
 
 def _origin(start: Mapping[str, Any]) -> dict[str, str]:
-    """Commit, date and device of a start."""
-    git, gpus = start.get("git") or {}, start.get("gpus")
+    """What is known of a start."""
+    git, gpus, command = start.get("git") or {}, start.get("gpus"), start.get("command")
     commit = str(git.get("commit") or "")[:12]
-    return {
+    found = {
         "Started": _moment(start.get("started")),
         "Commit": f"{commit} with changes" if commit and git.get("changed") else commit,
         "Device": ", ".join(gpus) if gpus else _text(start.get("cpu")),
-    }
-
-
-def _details(start: Mapping[str, Any]) -> dict[str, str]:
-    command = start.get("command")
-    found = _origin(start) | {
         "harness": _text(start.get("harness")),
         "Python": _text(start.get("python")),
         "Ranks": _text(start.get("world_size")),
@@ -257,3 +253,164 @@ def _text(value: Any) -> str:
     if value is None:
         return "–"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+OF_RUN = (summary_section, curves_section, rates_section, origin_section)
+
+
+# --- its network
+
+
+def fields_body(checkpoint: LazyCheckpoint) -> Markup:
+    """The receptive fields at the end of both branches of each block, around a test image, and in a table."""
+    model = checkpoint.untrained_model
+    if not isinstance(model, DualBranchNet):
+        return missing(NOTE_OTHER_MODELS)
+    fields = {(row.block, row.path): row for row in receptive_field(model) if row.path in BRANCHES}  # the last of each
+    rows = []
+    for (block, branch), row in sorted(fields.items()):
+        try:
+            seen = percent(measured_receptive_field(model, row.layer).coverage)
+        except HarnessError:  # too large to be measured
+            seen = "–"
+        rows.append([str(block), branch, f"{max(row.field_px)} × {max(row.field_px)}", seen])
+    caption = "Receptive fields at the end of each branch: extent, and the share of its pixels that have an influence"
+    listed = table(["Block", "Branch", "Field, pixels", "Of these seen"], rows, caption=caption, numeric=[2, 3])
+    try:
+        image_HW3 = checkpoint.store.split("test").images_BHWC[0]
+    except HarnessError:
+        image_HW3 = np.full((checkpoint.recipe.data.image_size_px,) * 2 + (3,), 128, np.uint8)  # grey
+    return grid(*(_field_drawing(image_HW3, list(fields.values()), branch) for branch in BRANCHES)) + listed
+
+
+def _field_drawing(image_HW3: np.ndarray, fields: Sequence[LayerField], branch: str) -> Markup:
+    """An image with the fields of one branch around its centre, to scale, one frame a block."""
+    image_px = max(image_HW3.shape[:2])
+    # That of all fields, so that both drawings have one.
+    scale = (WIDTH - 2 * MARGIN) / max([image_px, *(max(row.field_px) for row in fields)])
+    shown = [(max(row.field_px), row.block) for row in fields if row.path == branch]
+    names = [(f"block {block}: {px} × {px} px", block - 1) for px, block in shown]
+    return drawing(
+        "fields.html",
+        title=f"{branch.capitalize()} branch",
+        description=f"A test image of {image_px} × {image_px} pixels with the receptive field of a central unit at "
+        f"the end of the {branch} branch of each block. {'; '.join(name for name, _ in names)}.",
+        height=WIDTH,
+        picture=data_uri(image_HW3),
+        picture_size=image_px * scale,
+        frames=[(px * scale, block - 1) for px, block in shown],
+        names=names,
+    )
+
+
+def architecture_body(checkpoint: LazyCheckpoint) -> Markup:
+    """The drawing, for dual-branch networks."""
+    model, recipe = checkpoint.untrained_model, checkpoint.recipe
+    if not isinstance(model, DualBranchNet):
+        name = recipe.model.name
+        return missing(
+            f"The drawing is for dual-branch networks alone, and this is {name}; its layers are listed below."
+        )
+    args = model.args
+    settings = {
+        "Each unit of a branch": f"3×3 on each channel, 1×1 over the channels, norm: {args.norm}, "
+        f"{args.activation}, dropout {args.dropout:g}",
+        "Branches are joined by": "sum" if args.merge == "sum" else "concatenation",
+        "Parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+    }
+    return grid(architecture_diagram(model, recipe.data.image_size_px), facts(settings))
+
+
+def layers_body(checkpoint: LazyCheckpoint) -> Markup:
+    """The layer table with its totals, and the constraints."""
+    model, size = checkpoint.untrained_model, checkpoint.recipe.data.image_size_px
+    summary = summarise(model, (3, size, size))
+    totals = {
+        "Layers": f"{len(summary.rows):,}",
+        "Parameters": f"{summary.total_parameters:,}",
+        "Forward and backward pass of an image": f"{summary.forward_backward_mib:.2f} MiB",
+        "Size of the parameters": f"{summary.parameters_mib:.2f} MiB",
+    }
+    met = [[c.name, "yes" if c.passed else "no", c.detail] for c in constraints(model)]
+    rows = [
+        [row.label, row.module, " × ".join(map(str, row.output_shape[1:])) or "–", f"{row.parameters:,}"]
+        for row in summary.rows
+    ]
+    header = ["Layer", "Module", "Output of an image", "Parameters"]
+    listed = table(header, rows, caption="Layers as they are run", numeric=[2, 3])
+    required = table(["Constraint", "Met", "Found"], met, caption="The three constraints of the assignment")
+    return facts(totals) + required + folded(f"All {len(rows):,} layers", listed)
+
+
+def architecture_diagram(model: DualBranchNet, image_size_px: int) -> Markup:
+    """Both branches of each block side by side, from the image at the top to the classes at the bottom."""
+    args, sheet = model.args, _Sheet()
+    channels, size = model.in_chans, image_size_px
+    sheet.stage(f"image {channels} × {size} × {size}")
+    if args.stem is not None:
+        sheet.down(GAP)
+        sheet.stage("stem", f"3×3: {channels} → {args.stem}")
+        channels = args.stem
+    spoken = []
+    for number, (widths, dilations) in enumerate(zip(args.widths, args.unit_dilations(), strict=True), start=1):
+        sheet.block(number, [channels, *widths], dilations, "+" if args.merge == "sum" else "concat")
+        spoken.append(f"block {number} from {channels} to {' to '.join(map(str, widths))} channels at {size} × {size}")
+        channels = widths[-1] * (2 if args.merge == "concat" else 1)
+        sheet.down(24, f"{channels} × {size} × {size}")
+        if number <= len(args.transition_widths):
+            after = args.transition_widths[number - 1]
+            sheet.stage("max-pool 2×2", f"1×1: {channels} → {after}")
+            channels, size = after, size // 2
+            sheet.down(24, f"{channels} × {size} × {size}")
+    height, width = model.final_size
+    sheet.stage(f"mean over {height}×{width}", f"1×1: {channels} → {args.head_width}")
+    sheet.down(GAP)
+    sheet.stage(f"1×1: {args.head_width} → {model.num_classes} classes")
+    return drawing(
+        "architecture.html",
+        title="Dual-branch network",
+        description=f"In each block a depthwise and a dilated branch see the same input; their outputs are joined by "
+        f"{args.merge}. {'; '.join(spoken)}. Then a mean, {args.head_width} hidden channels and {model.num_classes} "
+        "classes.",
+        height=sheet.y + 8,
+        **vars(sheet),
+    )
+
+
+class _Sheet:
+    """What is drawn so far, and how far down."""
+
+    def __init__(self) -> None:
+        self.y = 8
+        self.lines: list[str] = []
+        self.boxes: list[tuple[int, int, int, tuple[str, ...], str]] = []  # middle, top, width, text, kind
+        self.notes: list[tuple[int, int, str, str]] = []  # x, y, text, kind
+
+    def down(self, by: int, size: str = "") -> None:
+        """A line down the middle, with the size of the features to the right of it."""
+        self.lines.append(f"M{MIDDLE} {self.y}v{by}")
+        self.notes.append((MIDDLE + 8, self.y + 16, size, ""))
+        self.y += by
+
+    def stage(self, *text: str) -> None:
+        """A box in the middle."""
+        self.boxes.append((MIDDLE, self.y, BOX_WIDTH, text, "shared"))
+        self.y += LOW_BOX_HEIGHT if len(text) == 1 else BOX_HEIGHT
+
+    def block(self, number: int, channels: list[int], dilations: tuple[int, ...], join: str) -> None:
+        """Both branches below their headings, and where they join; `channels` of the input and of each unit."""
+        self.down(GAP)
+        left, right = BRANCH_X.values()
+        self.lines.append(f"M{left} {self.y + 26}V{self.y}H{right}V{self.y + 26}")
+        self.notes += [(x, self.y + 17, f"{branch} branch {number}", " middle halo") for branch, x in BRANCH_X.items()]
+        self.y += 26
+        for unit, dilation in enumerate(dilations):
+            for branch, x in BRANCH_X.items():
+                taps = f"3×3, dilation {dilation}" if branch == "dilated" and dilation > 1 else "3×3"
+                text = (taps, f"1×1: {channels[unit]} → {channels[unit + 1]}")
+                self.boxes.append((x, self.y, BOX_WIDTH, text, branch))
+                self.lines.append(f"M{x} {self.y + BOX_HEIGHT}v{GAP}")
+            self.y += BOX_HEIGHT + GAP
+        self.lines.append(f"M{left} {self.y}V{self.y + 16}H{right}V{self.y}")
+        self.boxes.append((MIDDLE, self.y + 2, 32 if join == "+" else 76, (join,), "shared"))
+        self.y += 30

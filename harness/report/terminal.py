@@ -1,28 +1,36 @@
-"""Curves of runs as text: braille dots in the terminal's colours, or letters on lines where there are none.
+"""Runs in the terminal: the list of `harness runs`, curves of `harness curves` and of `harness lr-find`, whose page is
+here too.
 
-plotille draws the dots and lines (pure Python, MIT, no dependencies); axes, legend and what is drawn are ours.
+Curves are braille dots in the terminal's colours, or letters on lines where there are none. plotille draws the dots and
+lines (pure Python, MIT, no dependencies); axes, legend and what is drawn are ours.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from markupsafe import Markup, escape
 from plotille import Canvas, color
 
 from harness.errors import HarnessError, nearest
-from harness.report.axes import Axis, fit_axis, number, percent, written
-from harness.report.charts import Series
+from harness.report import page
+from harness.report.charts import Axis, Series, epoch_text, fit_axis, line_chart, number, percent
 from harness.runs import Run, open_run
+
+if TYPE_CHECKING:
+    from harness.training.lr_range import LrRange  # which imports torch
 
 _SPLITS = {"train": "train", "test": "test", "test_ema": "EMA"}
 # What can be drawn: the key in metrics.jsonl, its title, and which splits have it.
-QUANTITIES: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
+QUANTITIES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "loss": ("loss", "loss", tuple(_SPLITS)),
     "accuracy": ("accuracy", "accuracy", tuple(_SPLITS)),
     "lr": ("lr", "learning rate", ("train",)),
@@ -33,9 +41,13 @@ COLOURS = (33, 208, 34, 162, 99, 37, 160, 136)  # of the 256 of terminals, legib
 HEIGHT_LINES = 14
 MIN_WIDTH, MAX_WIDTH = 12, 110
 LARGEST = 1e300  # differences of values up to it are finite
+HEADROOM = 0.5  # of the fall from the first to the least loss of a range test: as much is drawn above the first
 _FEW = 3  # epochs up to which the steps of the training are drawn too
 _DOTS_ACROSS, _DOTS_DOWN = 2, 4  # in a character
 _EMPTY = "\u2800"
+
+
+# --- curves of runs
 
 
 def has_colours() -> bool:
@@ -62,11 +74,8 @@ def draw_runs(paths: Sequence[Path], what: Sequence[str], *, size: os.terminal_s
     """Curves of runs, drawn over one another, and whether any of the runs is still going.
 
     Args:
-        paths: run directories.
         what: of `QUANTITIES`.
-        size: of the terminal, columns and lines.
-        colours: write colour codes; letters tell the curves apart otherwise, and where colours do not suffice. Without
-            a terminal there are none anyhow.
+        colours: write colour codes; letters tell the curves apart otherwise, and where colours do not suffice.
 
     Raises:
         HarnessError: a path is no run.
@@ -77,20 +86,16 @@ def draw_runs(paths: Sequence[Path], what: Sequence[str], *, size: os.terminal_s
         lines.append(f"{run.label}: {run.state}, {f'epoch {number(run.epoch)}' if run.records else 'no records yet'}")
     lines += [f"  {problem}" for run in runs for problem in run.problems]
     for name in what:
-        as_percent = name == "accuracy"
-        title = QUANTITIES[name][1]
-        lines += ["", draw(title, curves_of(runs, name), size=size, colours=colours, as_percent=as_percent)]
+        chart = draw(
+            QUANTITIES[name][1], curves_of(runs, name), size=size, colours=colours, as_percent=name == "accuracy"
+        )
+        lines += ["", chart]
     return "\n".join(lines), any(run.state == "running" for run in runs)
 
 
 def watch(draw: Callable[[], tuple[str, bool]], *, seconds: float, clear: bool) -> None:
-    """Print what `draw` returns, again when it has changed, until it says that nothing is going, or Ctrl-C.
-
-    Args:
-        draw: returns the text, and whether it may still change.
-        seconds: between two looks.
-        clear: clear the terminal before each picture.
-    """
+    """Print the text that `draw` returns, every so many seconds if it has changed, until `draw` says that it will not
+    change any more, or Ctrl-C; `clear` clears the terminal before each picture."""
     before = None
     try:
         while True:
@@ -133,13 +138,14 @@ def draw(
     """A chart with its title, axes and legend, no wider than the terminal."""
     if not curves:
         return f"{title}\n  no values yet"
-    values, places = (np.concatenate([axis(c) for c in curves]) for axis in (_values, lambda c: c.x))
     height = max(4, min(HEIGHT_LINES, size.lines - 6)) if size.lines else HEIGHT_LINES
+    values = np.concatenate([_values(curve) for curve in curves])
     y_axis = fit_axis(values, 0, height * _DOTS_DOWN - 1, most=1.0 if as_percent else None)
-    labels = _labels(y_axis, height, percent if as_percent else number)
+    marks = y_axis.written(percent if as_percent else number, max(3, height // 2))
+    labels = {int(at / _DOTS_DOWN): text for text, at in marks}  # by the row; 0 is the lowest
     margin = max(map(len, labels.values())) + 2
     width = max(MIN_WIDTH, min(MAX_WIDTH, size.columns - margin - 1))
-    x_axis = fit_axis(places, 0, width * _DOTS_ACROSS - 1, log=log_x)
+    x_axis = fit_axis(np.concatenate([curve.x for curve in curves]), 0, width * _DOTS_ACROSS - 1, log=log_x)
     lines = [f"{title} by {x_label}"]
     for above, line in enumerate(_canvas(curves, x_axis, y_axis, width, height, colours)):
         row = height - 1 - above
@@ -157,20 +163,19 @@ def draw(
 def _canvas(curves: Sequence[Series], x_axis: Axis, y_axis: Axis, width: int, height: int, colours: bool) -> list[str]:
     """The lines of the drawing, from the top."""
     canvas = Canvas(width, height, 0, 0, width * _DOTS_ACROSS, height * _DOTS_DOWN, mode="byte")
-    shades = [COLOURS[i % len(COLOURS)] if colours else None for i in range(len(curves))]
-    placed = []
-    for curve, shade in zip(curves, shades, strict=True):
-        x = x_axis.place(np.array(curve.x)).round().astype(int).tolist()
-        y = y_axis.place(_values(curve)).round().astype(int).tolist()
-        places = list(zip(x, y, strict=True))
-        placed.append(places)
+    letters = []  # over all lines
+    for i, curve in enumerate(curves):
+        shade = COLOURS[i % len(COLOURS)] if colours else None
+        x, y = x_axis.place(curve.x), y_axis.place(_values(curve))
+        places = np.stack([x, y], axis=1).round().astype(int).tolist()
         canvas.point(*places[0], color=shade)
-        for (x0, y0), (x1, y1) in itertools.pairwise(places):
-            canvas.line(x0, y0, x1, y1, color=shade)
-    if not colours or len(curves) > len(COLOURS):
-        for i, (places, shade) in enumerate(zip(placed, shades, strict=True)):
-            for x, y in _spread(places, width * _DOTS_ACROSS // 6):
-                canvas.point(x, y, color=shade, marker=LETTERS[i % len(LETTERS)])
+        for one, other in itertools.pairwise(places):
+            canvas.line(*one, *other, color=shade)
+        if not colours or len(curves) > len(COLOURS):
+            places = _spread(places, width * _DOTS_ACROSS // 6)
+            letters += [(place, {"color": shade, "marker": LETTERS[i % len(LETTERS)]}) for place in places]
+    for place, style in letters:
+        canvas.point(*place, **style)
     return str(canvas.plot(linesep="\n")).replace(_EMPTY, " ").split("\n")
 
 
@@ -178,7 +183,7 @@ def _values(curve: Series) -> np.ndarray:
     return np.clip(curve.y, -LARGEST, LARGEST)
 
 
-def _spread(places: Sequence[tuple[int, int]], apart: int) -> list[tuple[int, int]]:
+def _spread(places: Sequence[list[int]], apart: int) -> list[list[int]]:
     """Some of a curve's places for its letter: the last one, and others at least so many dots apart."""
     chosen = [places[-1]]
     for place in reversed(places):
@@ -187,19 +192,11 @@ def _spread(places: Sequence[tuple[int, int]], apart: int) -> list[tuple[int, in
     return chosen
 
 
-def _labels(axis: Axis, height: int, write: Callable[..., str]) -> dict[int, str]:
-    """What is written next to which row; row 0 is the lowest."""
-    ticks = axis.ticks(max(3, height // 2))
-    rows = (axis.place(np.array(ticks)) / _DOTS_DOWN).astype(int).tolist()
-    return {row: text for row, text in zip(rows, written(ticks, write), strict=True) if 0 <= row < height}
-
-
 def _below(axis: Axis, width: int, margin: int) -> list[str]:
-    """The axis of the epochs: a line with marks, and numbers below it that do not touch."""
+    """The lower axis: a line with marks, and numbers below it that do not touch."""
     line, numbers = ["─"] * width, ""
-    ticks = axis.ticks(max(2, width // 12))
-    for tick, text in zip(ticks, written(ticks, number), strict=True):
-        column = int(axis.place(np.array([tick]))[0] / _DOTS_ACROSS)
+    for text, at in axis.written(number, max(2, width // 12)):
+        column = int(at / _DOTS_ACROSS)
         start = max(0, min(column - len(text) // 2, width - len(text)))
         line[column] = "┬"
         if not numbers or start >= len(numbers) + 2:
@@ -214,3 +211,143 @@ def _mark(index: int, colours: bool, curves: int) -> str:
         return letter
     line = "⠤⠤" if curves <= len(COLOURS) else f"⠤{letter}"
     return str(color(line, fg=COLOURS[index % len(COLOURS)], mode="byte"))
+
+
+# --- the list of runs
+
+ORDER = "newest last"  # by the latest record
+_NO_VALUE = "-"
+_LEAST_RUN = 24  # letters: a run id and a little of its folder
+_STATES = ("running", "finished", "stopped", "empty", "broken")
+_FLUSH_RIGHT = ("EPOCH", "BEST", "EMA", "AGE")
+
+
+def as_json(run: Run) -> dict[str, Any]:
+    """A run of the list; accuracies are the highest on the test split, shares from 0 to 1."""
+    best, best_ema = run.best_in("test"), run.best_in("test_ema")
+    return {
+        "run": str(run.path),
+        "recipe": run.recipe_name,
+        "state": "broken" if run.is_broken else run.state,
+        "epoch": run.epoch,
+        "epochs": run.length[0],
+        "best_accuracy": best and best.value,
+        "best_ema_accuracy": best_ema and best_ema.value,
+        "updated_unix_seconds": run.updated_unix_seconds,
+        "problems": list(run.problems),
+    }
+
+
+def render(runs: Sequence[Run], root: Path, *, width: int | None, now_unix_seconds: float | None = None) -> str:
+    """The list of the runs below a folder as text, in the order given: a line each, with what is wrong with them.
+
+    Args:
+        width: columns of the terminal, to which long names are cut; None cuts nothing.
+        now_unix_seconds: for ages; None takes the clock.
+    """
+    if not runs:
+        return f"no runs below {root}"
+    columns = _columns(runs, time.time() if now_unix_seconds is None else now_unix_seconds)
+    sizes = {name: max(map(len, [name, *cells])) for name, cells in columns.items()}
+    paths = [str(run.path) for run in runs]
+    if width:
+        left = width - sum(sizes.values()) - 2 * len(sizes)
+        if "RECIPE" in columns and left < _LEAST_RUN:
+            least = max(len("RECIPE"), sizes["RECIPE"] - (_LEAST_RUN - left))
+            left += sizes["RECIPE"] - least
+            sizes["RECIPE"], columns["RECIPE"] = least, [_cut_middle(cell, least) for cell in columns["RECIPE"]]
+        paths = [_cut_middle(path, max(left, _LEAST_RUN)) for path in paths]
+    columns["RUN"] = paths
+    lines = []
+    for row in zip(*([name, *cells] for name, cells in columns.items()), strict=True):
+        padded = (
+            cell.rjust(sizes[name]) if name in _FLUSH_RIGHT else cell.ljust(sizes.get(name, 0))
+            for name, cell in zip(columns, row, strict=True)
+        )
+        lines.append("  ".join(padded).rstrip())
+    problems = ["".join(f"\n    {problem}" for problem in run.problems) for run in runs]
+    lines = [line + problem for line, problem in zip(lines, ["", *problems], strict=True)]
+    states = columns["STATE"]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in _STATES if state in states)
+    return "\n".join([*lines, f"{len(runs)} run{'s' if len(runs) != 1 else ''} ({counts}), {ORDER}"])
+
+
+def _columns(runs: Sequence[Run], now_unix_seconds: float) -> dict[str, list[str]]:
+    """Cells by the name of their column, but for the run's; a column without any value is left out."""
+    # The folder says it already, unless a training was given another one.
+    foreign = any(run.path.parent.name != run.recipe_name for run in runs)
+    rows = []
+    for run, row in zip(runs, map(as_json, runs), strict=True):
+        percents = [_NO_VALUE if s is None else f"{s:.2%}" for s in (row["best_accuracy"], row["best_ema_accuracy"])]
+        epochs = "?" if row["epochs"] is None else epoch_text(row["epochs"])
+        since, recipe = age(now_unix_seconds - run.updated_unix_seconds), run.recipe_name if foreign else _NO_VALUE
+        rows.append([row["state"], f"{epoch_text(run.epoch)}/{epochs}", *percents, since, recipe])
+    names = ("STATE", "EPOCH", "BEST", "EMA", "AGE", "RECIPE")
+    columns = {name: list(cells) for name, cells in zip(names, zip(*rows, strict=True), strict=True)}
+    return {name: cells for name, cells in columns.items() if set(cells) != {_NO_VALUE}}
+
+
+def age(seconds: float) -> str:
+    """A time span in its largest unit: 5 s, 12 min, 3 h, 2 d."""
+    seconds = max(0.0, seconds)
+    for unit, size, until in (("s", 1, 100), ("min", 60, 6000), ("h", 3600, 48 * 3600)):
+        if seconds < until:
+            return f"{int(seconds // size)} {unit}"
+    return f"{int(seconds // 86400)} d"
+
+
+def _cut_middle(text: str, most: int) -> str:
+    """A text of at most so many letters; of a longer one the beginning goes, since the end tells runs apart."""
+    if len(text) <= most:
+        return text
+    tail = min(most - 2, 21)  # a run id and the slash before it
+    return f"{text[: most - tail - 1]}…{text[-tail:]}"
+
+
+# --- the learning-rate range test
+
+
+def render_curve(found: LrRange, *, size: os.terminal_size, colours: bool) -> str:
+    """The smoothed loss over the rate."""
+    if not found.smoothed:
+        return "no loss was finite"
+    curve = Series("smoothed", found.lrs, _capped(found, found.smoothed))
+    return draw("training loss", [curve], size=size, colours=colours, x_label="learning rate", log_x=True)
+
+
+def render_suggestions(found: LrRange) -> str:
+    """What the rules say, a line each, and how the test ended."""
+    lines = [_end(found)]
+    for rule in found.suggestions:
+        lines.append(f"none: {rule.reason}" if rule.lr is None else f"{rule.lr:.2e}  ({rule.rule}; {rule.source})")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def curve_page(found: LrRange, recipe_name: str) -> str:
+    """A self-contained page: losses, smoothed loss and suggested rates over a logarithmic axis."""
+    losses, smoothed = _capped(found, found.losses), _capped(found, found.smoothed)
+    series = [Series("loss", found.lrs, losses), Series("smoothed", found.lrs, smoothed)]
+    ends = [min([*losses, *smoothed]), max([*losses, *smoothed])] if losses else []
+    series += [Series(s.rule, [s.lr] * 2, ends) for s in found.suggestions if s.lr is not None]
+    title, rate, loss = "Loss over the learning rate", "learning rate", "training loss"
+    chart = line_chart(series, title=title, description=_end(found), x_label=rate, y_label=loss, log_x=True)
+    rows = []
+    for rule in found.suggestions:
+        source = Markup(re.sub("`(.*?)`", r"<code>\1</code>", str(escape(rule.source))))
+        rate = rule.reason if rule.lr is None else Markup('<span class="number">{:.2e}</span>').format(rule.lr)
+        rows.append([rule.rule, source, rate])
+    rates = page.table(["rule", "source", "rate"], rows, caption="Suggested rates")
+    section = page.Section("curve", "Range test", chart + rates, lead=_end(found))
+    return page.page(f"{recipe_name}: learning-rate range test", [section])
+
+
+def _end(found: LrRange) -> str:
+    end = "went to the largest rate" if found.diverged_at is None else f"diverged at lr {found.diverged_at:.2e}"
+    return f"{len(found.losses)} steps, {end}; smoothed with beta {found.beta}"
+
+
+def _capped(found: LrRange, losses: list[float]) -> list[float]:
+    """Losses as they are drawn: a diverging end would press all else flat."""
+    first, least = (found.smoothed[0], min(found.smoothed)) if found.smoothed else (0.0, 0.0)
+    highest = first + max(HEADROOM * (first - least), 1e-6)
+    return [min(loss, highest) for loss in losses]

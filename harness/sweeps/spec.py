@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import math
+import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -79,14 +80,7 @@ class Spec(Section):
 
 @dataclass(frozen=True)
 class SweepRun:
-    """A point trained with one seed.
-
-    Attributes:
-        point: the point's id, a digest of its settings, whatever else the file holds.
-        values: of the sweep's parameters.
-        overrides: all that sets this recipe apart from the sweep's, the seed included.
-        directory: `runs/<sweep>/<point>-seed_<seed>`.
-    """
+    """A point, by its id, trained with one seed: the values of its parameters, and all overrides of the recipe."""
 
     point: str
     values: Mapping[str, Any]
@@ -155,13 +149,46 @@ def load_sweep(path: str | Path) -> Sweep:
         raise ManyErrors(str(path), errors)
     runs: dict[str, SweepRun] = {}
     for (point, overrides), recipe in zip(variants, recipes, strict=True):
-        directory = sweep.folder / f"{point}-seed_{recipe.seed}"
-        run = SweepRun(point, points[point], overrides, recipe, directory)
+        run = SweepRun(point, points[point], overrides, recipe, sweep.folder / f"{point}-seed_{recipe.seed}")
         twin = runs.setdefault(fingerprint(recipe), run)
         if twin is not run:
             what = f"two points are the same training: {label(twin.values)} and {label(run.values)}"
             raise sweep.error(("parameters",), what, "Write each value once.")
     return replace(sweep, runs=tuple(runs.values()))
+
+
+def _read(path: Path) -> Sweep:
+    """The file without its runs; the recipe is not looked at yet."""
+    document = yaml_document.read(path)
+    keys = document.data.keys()
+    if keys & {"base", *Recipe.model_fields} - {"name"} and not keys & {"recipe", "method", "parameters"}:
+        raise HarnessError("this is a recipe, not a sweep", where=str(path), hint=f"harness train {path}")
+    document.data.setdefault("name", path.stem)
+    spec = check(Spec, document.data, document, otherwise=PARAMETER_HINT)
+    document.errors += [document.error_at(*broken) for broken in (_broken_rules(spec) if spec else ())]
+    if spec is None or document.errors:
+        raise ManyErrors(str(path), document.errors)
+    return Sweep(path, spec, document)
+
+
+def _errors_of_recipes(sweep: Sweep, found: Iterable[HarnessError]) -> list[HarnessError]:
+    """What is wrong with recipes, at the lines of the sweep's file; each once, however many runs it is in."""
+    spec = sweep.spec
+    keys: dict[str, KeyPath] = {override_text(key, value): ("overrides", key) for key, value in spec.overrides.items()}
+    for key, parameter in spec.parameters.items():
+        for index, value in enumerate(parameter.values or ()):
+            keys[override_text(key, value)] = ("parameters", key, "values", index)
+    errors: dict[str, HarnessError] = {}
+    for error in found:
+        where = error.where
+        if override := re.fullmatch(r'override "((.*?)=.*)"', where or "", re.DOTALL):
+            where = sweep.error(keys.get(override[1], ("parameters", override[2])), "", "").where
+        placed = HarnessError(error.what, where=where, hint=error.hint or "See the recipe.")
+        errors.setdefault(placed.render(), placed)
+    return list(errors.values())
+
+
+# --- points
 
 
 def points_of(spec: Spec) -> dict[str, dict[str, Any]]:
@@ -187,52 +214,6 @@ def points_of(spec: Spec) -> dict[str, dict[str, Any]]:
     return points
 
 
-def label(values: Mapping[str, Any]) -> str:
-    """The values of a point on one line."""
-    return " ".join(override_text(key, value) for key, value in values.items())
-
-
-def override_text(key: str, value: Any) -> str:
-    """`key=value` as a recipe's override, on the command line too.
-
-    >>> override_text("optimizer.lr", 1e-05), override_text("model.name", "resnet18"), override_text("a", "1")
-    ('optimizer.lr=1e-05', 'model.name=resnet18', 'a="1"')
-    """
-    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_./-]*", value) is not None
-    if plain and parse_value(value, key) == value:
-        return f"{key}={value}"
-    return f"{key}={json.dumps(value, ensure_ascii=False)}"
-
-
-def ends(key: str, parameter: Parameter) -> tuple[float, float]:
-    """The first and last value of a range, both `int` where the setting takes whole numbers only.
-
-    The schema of recipes, and of a dual-branch network's `model.args`, decides; where it is silent, whole ends do.
-    """
-    low, high = parameter.min, parameter.max
-    assert low is not None
-    assert high is not None
-    schema: Any = Recipe
-    parts = key.split(".")
-    if parts[:2] == ["model", "args"]:
-        schema, parts = DualBranchArgs, parts[2:]
-    for part in parts:
-        field = getattr(schema, "model_fields", {}).get(part)
-        if field is None:
-            whole = low.is_integer() and high.is_integer()
-            break
-        schema = field.annotation
-    else:
-        types = _types_of(schema)
-        whole = int in types and float not in types
-    return (math.ceil(low), math.floor(high)) if whole else (low, high)
-
-
-def _types_of(annotation: Any) -> list[Any]:
-    """The types that an annotation is made of."""
-    return [leaf for part in get_args(annotation) for leaf in _types_of(part)] or [annotation]
-
-
 def _draw(sampling_seed: int, key: str, number: int, parameter: Parameter) -> Any:
     """A value of point `number`: a hash, so that more points, or another parameter, leave it as it is."""
     digest = hashlib.sha256(f"{sampling_seed}\n{key}\n{number}".encode()).digest()
@@ -251,35 +232,64 @@ def _draw(sampling_seed: int, key: str, number: int, parameter: Parameter) -> An
     return min(max(value, low), high)
 
 
-def _read(path: Path) -> Sweep:
-    """The file without its runs; the recipe is not looked at yet."""
-    document = yaml_document.read(path)
-    keys = document.data.keys()
-    if keys & {"base", *Recipe.model_fields} - {"name"} and not keys & {"recipe", "method", "parameters"}:
-        raise HarnessError("this is a recipe, not a sweep", where=str(path), hint=f"harness train {path}")
-    document.data.setdefault("name", path.stem)
-    spec = check(Spec, document.data, document, otherwise=PARAMETER_HINT)
-    document.errors += [document.error_at(*broken) for broken in (_broken_rules(spec) if spec else ())]
-    if spec is None or document.errors:
-        raise ManyErrors(str(path), document.errors)
-    return Sweep(path, spec, document)
+def ends(key: str, parameter: Parameter) -> tuple[float, float]:
+    """The first and last value of a range, both `int` where the setting takes whole numbers only.
+
+    The schema of recipes, and of a dual-branch network's `model.args`, decides; where it is silent, whole ends do.
+    """
+    low, high = parameter.min, parameter.max
+    assert low is not None
+    assert high is not None
+    schema, parts = (DualBranchArgs, key.split(".")[2:]) if key.startswith("model.args.") else (Recipe, key.split("."))
+    annotation: Any = schema
+    for part in parts:
+        field = getattr(annotation, "model_fields", {}).get(part)
+        annotation = None if field is None else field.annotation
+    types = _types_of(annotation)
+    whole = int in types and float not in types
+    if annotation is None:
+        whole = low.is_integer() and high.is_integer()
+    return (math.ceil(low), math.floor(high)) if whole else (low, high)
 
 
-Broken = tuple[KeyPath, str, str]
+def _types_of(annotation: Any) -> list[Any]:
+    """The types that an annotation is made of."""
+    return [leaf for part in get_args(annotation) for leaf in _types_of(part)] or [annotation]
+
+
+def label(values: Mapping[str, Any]) -> str:
+    """The values of a point on one line."""
+    return " ".join(override_text(key, value) for key, value in values.items())
+
+
+def override_text(key: str, value: Any) -> str:
+    """`key=value` as a recipe's override, on the command line too.
+
+    >>> override_text("optimizer.lr", 1e-05), override_text("model.name", "resnet18"), override_text("a", "1")
+    ('optimizer.lr=1e-05', 'model.name=resnet18', 'a="1"')
+    """
+    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_./-]*", value) is not None
+    text = value if plain and parse_value(value, key) == value else json.dumps(value, ensure_ascii=False)
+    return f"{key}={text}"
+
+
+# --- rules between keys
+
+Broken = tuple[KeyPath, str, str]  # key, what is wrong, hint
 
 
 def _broken_rules(spec: Spec) -> Iterator[Broken]:
-    """Each broken rule between keys as (key, what is wrong, hint)."""
-    if spec.method == "grid" and spec.points is not None:
+    grid, points, seeds = spec.method == "grid", spec.points, spec.seeds or (0,)
+    if grid and points is not None:
         yield ("points",), "points: a grid has all combinations of its values", "Leave points out, or method: random."
-    if spec.method == "random" and spec.points is None:
+    if not grid and points is None:
         yield ("method",), "method: random needs a number of points", "points: 20"
-    if spec.seeds is not None and len(set(spec.seeds)) < len(spec.seeds):
+    if len(set(seeds)) < len(seeds):
         yield ("seeds",), "seeds: one is given twice", "Each seed once, for example seeds: [0, 1, 2]."
     if spec.metric.key == "loss" and spec.metric.goal == "maximize":
         yield ("metric",), "metric.goal: a lower loss is better", "goal: minimize"
     for key, parameter in spec.parameters.items():
-        for part, what, hint in _broken_parameter(key, parameter, spec.method):
+        for part, what, hint in _broken_parameter(key, parameter, grid):
             yield ("parameters", key, *part), f"parameters.{key}: {what}", hint
     for section, keys in (("overrides", spec.overrides), ("parameters", spec.parameters)):
         if "seed" in keys:
@@ -288,53 +298,33 @@ def _broken_rules(spec: Spec) -> Iterator[Broken]:
             yield (section, "name"), f"{section}.name: the sweep's name names the runs", "name: …, above."
     for key in spec.overrides.keys() & spec.parameters.keys():
         yield ("overrides", key), f"overrides.{key}: is one of the parameters too", "Keep one of them."
-    points = spec.points or math.prod(len(parameter.values or ()) for parameter in spec.parameters.values())
-    count = points * len(spec.seeds or (0,))
+    count = len(seeds) * (points or math.prod(len(p.values or ()) for p in spec.parameters.values()))
     if count > MAX_RUNS:
         yield ("parameters",), f"{count:,} runs are more than {MAX_RUNS:,}", "Fewer values, points or seeds."
 
 
-def _broken_parameter(key: str, parameter: Parameter, method: str) -> Iterator[Broken]:
+def _broken_parameter(key: str, parameter: Parameter, grid: bool) -> Iterator[Broken]:
     """Those within a parameter, whose key is left out."""
-    low, high = parameter.min, parameter.max
-    if parameter.values is not None:
-        if low is not None or high is not None or "scale" in parameter.model_fields_set:
-            yield (), "has values and a range", "Give values alone, or min and max."
-        for index, value in enumerate(parameter.values):
-            if value in parameter.values[:index]:
-                yield ("values",), f"{value!r} is given twice", "Each value once."
-            try:
-                json.dumps(value, allow_nan=False)
-            except ValueError:
-                yield ("values",), f"{value!r} is no finite number", "Give a finite one."
-    elif low is None or high is None:
+    low, high, values = parameter.min, parameter.max, parameter.values or ()
+    if values and (low is not None or high is not None or "scale" in parameter.model_fields_set):
+        yield (), "has values and a range", "Give values alone, or min and max."
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            yield ("values",), f"{value!r} is given twice", "Each value once."
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError:
+            yield ("values",), f"{value!r} is no finite number", "Give a finite one."
+    if values:
+        return
+    if low is None or high is None:
         yield (), "needs values, or both min and max", PARAMETER_HINT
-    elif method == "grid":
+    elif grid:
         yield (), "a grid needs values, not a range", "Give values: [...], or method: random."
     elif low >= high:
         yield (), f"min {low:g} must be below max {high:g}", "Swap them, or give values."
     elif parameter.scale == "log" and low <= 0:
         yield (), f"a logarithmic range must begin above 0, not at {low:g}", "For example min: 1e-5."
-    else:
-        first, last = ends(key, parameter)
-        if first > last:
-            what = f"takes whole numbers, and there is none from {low:g} to {high:g}"
-            yield (), what, "For example {min: 4, max: 16}."
-
-
-def _errors_of_recipes(sweep: Sweep, found: Iterable[HarnessError]) -> list[HarnessError]:
-    """What is wrong with recipes, at the lines of the sweep's file; each once, however many runs it is in."""
-    spec = sweep.spec
-    keys: dict[str, KeyPath] = {override_text(key, value): ("overrides", key) for key, value in spec.overrides.items()}
-    for key, parameter in spec.parameters.items():
-        values = enumerate(parameter.values or ())
-        keys |= {override_text(key, value): ("parameters", key, "values", index) for index, value in values}
-    errors: dict[str, HarnessError] = {}
-    for error in found:
-        where = error.where
-        override = re.fullmatch(r'override "((.*?)=.*)"', where or "", re.DOTALL)
-        if override:
-            where = sweep.error(keys.get(override[1], ("parameters", override[2])), "", "").where
-        placed = HarnessError(error.what, where=where, hint=error.hint or "See the recipe.")
-        errors.setdefault(placed.render(), placed)
-    return list(errors.values())
+    elif operator.gt(*ends(key, parameter)):
+        what = f"takes whole numbers, and there is none from {low:g} to {high:g}"
+        yield (), what, "For example {min: 4, max: 16}."

@@ -23,12 +23,14 @@ import pytest
 from PIL import Image
 
 from harness.cli import main
-from harness.report.charts import Series, bar_chart, heat_map, line_chart
-from harness.report.lr_curve import curve_page
+from harness.report.charts import Series, bar_chart, line_chart
+from harness.report.explain import confusion_chart
 from harness.report.page import Section, grid, table
 from harness.report.page import page as page_of
+from harness.report.terminal import curve_page
 from harness.training.lr_range import LrRange, suggest
-from tests.report.test_report import SECTIONS
+from tests.report.conftest import Watched
+from tests.report.test_reporter import SECTIONS
 
 pytestmark = pytest.mark.browser
 
@@ -48,21 +50,6 @@ ILLEGIBLE = """() => [...document.querySelectorAll('figure.chart > svg')].flatMa
         && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3));
     return [...outside, ...over].map(([text]) => text);
 })"""
-
-
-class Watched:
-    """A page with all that went wrong in it and all that it asked for."""
-
-    def __init__(self, browser: Any, width: int = 1440, scheme: str = "light", scripts: bool = True) -> None:
-        self.context = browser.new_context(
-            viewport={"width": width, "height": 800}, color_scheme=scheme, java_script_enabled=scripts
-        )
-        self.page = self.context.new_page()
-        self.errors: list[str] = []
-        self.requests: list[str] = []
-        self.page.on("console", lambda m: self.errors.append(m.text) if m.type in ("error", "warning") else None)
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("request", lambda request: self.requests.append(request.url))
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +99,7 @@ def test_all_letters_of_charts_can_be_read(browser: Any, tmp_path: Path, width: 
     charts.append(bar_chart(names, [0.1, 0.2, 0.5, 1.0], title="T", description=""))
     for classes in (2, 10, 16, 20, 30):
         named = [names[k % len(names)] for k in range(classes)]
-        words = {"title": "T", "description": "", "row_label": "true class", "column_label": "predicted class"}
-        charts.append(heat_map(np.eye(classes), named, named, texts=[["1"] * classes] * classes, **words))
+        charts.append(confusion_chart(np.eye(classes, dtype=int), named))
     file = tmp_path / "charts.html"
     file.write_text(page_of("charts", [Section("charts", "Charts", grid(*charts))]))
     watched = Watched(browser, width)

@@ -1,11 +1,13 @@
-"""`harness compare`: groups and figures of runs written by hand, and of real trainings what the runs themselves say."""
+"""`harness compare`: groups and figures of runs written by hand, what real trainings say of themselves, the page."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +20,23 @@ from harness.cli import main
 from harness.report.compare import (
     NOT_SET,
     Answers,
-    Figure,
     compare,
     differing_settings,
     group_runs,
     headline_figures,
+    over_images,
+    over_seeds,
     why_not_paired,
 )
-from harness.report.compare_page import comparison_page
-from harness.report.compare_text import p_text, points, render, spread_text
-from harness.report.significance import over_images, over_seeds
+from harness.report.comparison_view import comparison_page, p_text, pair_sentences, points, render, spread_text
 from harness.report.terminal import QUANTITIES, draw_runs
 from harness.runs import Run, open_run
 from harness.training.predictions import predict_test_split
 from tests.handmade import ANY_CONTENT, write_contents, write_run
+from tests.report.conftest import Watched
 
 NAMES = ("a-0", "a-1", "a-2", "b-0", "b-1", "b-2")
+EVIL = "<script>window.hacked = true</script><img src=x onerror='window.hacked = true'>"
 
 
 @pytest.fixture
@@ -52,6 +55,12 @@ def as_json(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[
     return json.loads(capsys.readouterr().out)
 
 
+def as_text(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    capsys.readouterr()
+    assert main(["compare", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
 def run_of(folder: Path, accuracies: tuple[float, ...] = (0.5, 0.6), **settings: object) -> Run:
     number = len(list(folder.glob("*/*")))
     return open_run(write_run(folder / "small" / f"run-{number}", accuracies, settings=settings))
@@ -68,21 +77,18 @@ def test_runs_of_one_experiment_are_a_group(tmp_path: Path) -> None:
         run_of(tmp_path, seed=1, optimizer={"lr": 0.1, "momentum": 0.9}),
     ]
     groups = group_runs(runs)
-    assert [(g.letter, [r.run_id for r in g.runs]) for g in groups] == [
-        ("A", ["run-0", "run-2"]),
-        ("B", ["run-1"]),
-        ("C", ["run-3"]),
-    ]
+    in_groups = [(g.letter, [r.run_id for r in g.runs]) for g in groups]
+    assert in_groups == [("A", ["run-0", "run-2"]), ("B", ["run-1"]), ("C", ["run-3"])]
     assert groups[0].name == "small, other"
     assert differing_settings(groups) == {
-        "optimizer.lr": [0.1, 0.2, 0.1],
-        "optimizer.momentum": [NOT_SET, NOT_SET, 0.9],
+        "optimizer.lr": {"A": 0.1, "B": 0.2, "C": 0.1},
+        "optimizer.momentum": {"A": NOT_SET, "B": NOT_SET, "C": 0.9},
     }
 
 
 def test_values_that_print_alike_are_told_apart(tmp_path: Path) -> None:
     groups = group_runs([run_of(tmp_path, a="1"), run_of(tmp_path, a=1), run_of(tmp_path, a=True)])
-    assert differing_settings(groups) == {"a": ["1", 1, True]}
+    assert differing_settings(groups) == {"a": {"A": "1", "B": 1, "C": True}}
     many = group_runs([run_of(tmp_path, a=i) for i in range(28)])
     assert [group.letter for group in many[24:]] == ["Y", "Z", "A2", "B2"]
 
@@ -98,35 +104,29 @@ def test_runs_of_unknown_recipes_are_groups_of_their_own(tmp_path: Path) -> None
 
 def test_figures_by_hand(tmp_path: Path) -> None:
     runs = [run_of(tmp_path, (0.5, 0.7, 0.6)), run_of(tmp_path, (0.5, 0.5, 0.8)), run_of(tmp_path, lr=1)]
-    figures = {figure.key: figure for figure in headline_figures(group_runs(runs))}
-    assert figures["last_accuracy"].values == {"A": [0.6, 0.8], "B": [0.6]}
-    assert figures["best_accuracy"].values["A"] == [0.7, 0.8]
-    assert figures["last_loss"].values["A"] == pytest.approx([1.4, 1.2])
-    assert figures["seconds"].values["A"] == [100, 100]
-    assert figures["images_per_second"].values["A"] == [900, 900]
-    assert figures["parameters"].values["B"] == [1234]
+    runs.append(open_run(write_run(tmp_path / "x" / "grows", (0.5, 0.6), settings={"lr": 2}, finished=False)))
+    figures = {figure["key"]: figure["groups"] for figure in headline_figures(group_runs(runs))}
+    values = {key: {letter: group["values"] for letter, group in groups.items()} for key, groups in figures.items()}
+    assert values["last_accuracy"] == {"A": [0.6, 0.8], "B": [0.6], "C": [0.6]}
+    assert values["best_accuracy"]["A"] == [0.7, 0.8]
+    assert values["last_loss"]["A"] == pytest.approx([1.4, 1.2])
+    assert values["seconds"] == {"A": [100, 100], "B": [100], "C": [100]}  # of the last two epochs of 50
+    assert values["images_per_second"] == {"A": [900, 900], "B": [900], "C": [1000]}
+    assert values["parameters"] == {"A": [1234, 1234], "B": [1234], "C": []}
     assert "last_ema_accuracy" not in figures
-    told = figures["last_accuracy"].to_json()["groups"]
-    assert told["A"]["mean"] == pytest.approx(0.7)
-    assert told["A"]["standard_deviation"] == pytest.approx(0.02**0.5)  # (0.1² + 0.1²) / (2 - 1)
-    assert told["B"]["standard_deviation"] is None
-
-
-def test_figures_of_a_run_that_grows_come_from_its_records(tmp_path: Path) -> None:
-    run = open_run(write_run(tmp_path / "small" / "run", (0.5, 0.6), finished=False))
-    figures = {figure.key: figure.values["A"] for figure in headline_figures(group_runs([run]))}
-    assert figures["seconds"] == [100]  # two epochs of 50
-    assert figures["images_per_second"] == [1000]
-    assert "parameters" not in figures
+    accuracy = figures["last_accuracy"]
+    assert (accuracy["A"]["n"], accuracy["A"]["mean"]) == (2, pytest.approx(0.7))
+    assert accuracy["A"]["standard_deviation"] == pytest.approx(0.02**0.5)  # (0.1² + 0.1²) / (2 - 1)
+    assert accuracy["B"]["standard_deviation"] is None
 
 
 def test_figures_have_no_more_digits_than_they_mean() -> None:
-    def figure(kind: str, values: list[float]) -> str:
-        return spread_text(Figure("k", "t", kind, {"A": values}), "A")
+    def figure(key: str, mean: float, deviation: float) -> str:
+        return spread_text(key, {"values": [mean], "mean": mean, "standard_deviation": deviation})
 
-    assert figure("measured", [7.1145, 9.8877]) == "8.5 ± 2.0"
-    assert figure("measured", [340.31, 341.77]) == "341.0 ± 1.0"
-    assert figure("number", [1.57243, 1.42801]) == "1.5002 ± 0.1021"
+    assert figure("seconds", 8.5011, 1.961) == "8.5 ± 2.0"
+    assert figure("seconds", 341.04, 1.03) == "341.0 ± 1.0"
+    assert figure("last_loss", 1.50022, 0.10213) == "1.5002 ± 0.1021"
     assert [points(share) for share in (-1e-6, 0.0, 1e-6, -0.0123)] == ["+0.00", "+0.00", "+0.00", "−1.23"]
     assert [p_text(p) for p in (0.5, 0.01234, 0.00009, 1)] == ["p = 0.5", "p = 0.012", "p < 0.0001", "p = 1"]
 
@@ -160,7 +160,6 @@ def test_three_seeds_beside_three(seeds: Path, capsys: pytest.CaptureFixture[str
     correct = {name: predict_test_split(seeds / name, which="last").correct_N.numpy() for name in NAMES}
     results = {name: json.loads((seeds / name / "result.json").read_text()) for name in NAMES}
     assert {name: int(correct[name].sum()) for name in NAMES} == {name: results[name]["correct"] for name in NAMES}
-
     (pair,) = found["pairs"]
     first, second = (np.stack([correct[f"{group}-{seed}"] for seed in range(3)]) for group in "ab")
     assert pair["images"] == asdict(over_images(first, second))
@@ -169,21 +168,20 @@ def test_three_seeds_beside_three(seeds: Path, capsys: pytest.CaptureFixture[str
     accuracy = next(figure for figure in found["figures"] if figure["key"] == "last_accuracy")["groups"]["A"]
     assert accuracy["values"] == [results[f"a-{seed}"]["accuracy"] for seed in range(3)]
 
-
-def test_as_text(seeds: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", *map(str, paths(seeds))]) == 0
-    text = capsys.readouterr().out
-    assert "A  tiny: 3 runs, seeds 0, 1, 2" in text
-    assert "optimizer.lr  0.1  0.0001" in text
-    assert "sample standard deviation over the runs of a group, n = 3" in text
-    assert "over 37 test images" in text
-    assert "paired permutation test" in text
-    assert "over seeds (3 and 3 runs)" in text
-    assert "at the 5% level" in text
+    text = as_text(capsys, *paths(seeds))
+    for words in (
+        "A  tiny: 3 runs, seeds 0, 1, 2",
+        "optimizer.lr  0.1  0.0001",
+        "sample standard deviation over the runs of a group, n = 3",
+        "over 37 test images",
+        "paired permutation test",
+        "over seeds (3 and 3 runs)",
+        "at the 5% level",
+    ):
+        assert words in text
     assert max(map(len, text.splitlines())) <= 100
-    narrow = [render(compare(paths(seeds), checkpoint="last", weights="raw"), width=44) for _ in range(2)]
-    assert max(map(len, narrow[0].splitlines())) <= 44
-    assert narrow[0] == narrow[1]
+    narrow = render(compare(paths(seeds), checkpoint="last", weights="raw"), width=44)
+    assert max(map(len, narrow.splitlines())) <= 44
 
 
 def test_a_run_each_by_best_checkpoints_and_averaged_weights(seeds: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,8 +192,7 @@ def test_a_run_each_by_best_checkpoints_and_averaged_weights(seeds: Path, capsys
     assert (found["checkpoint"], found["weights"]) == ("best", "ema")
     assert pair["images"]["method"] == "McNemar's mid-p test"
     assert pair["seeds"]["p_value"] is None
-    assert main(["compare", str(seeds / "a-0"), str(seeds / "b-0")]) == 0
-    assert "not tested, it takes two runs in each group" in capsys.readouterr().out
+    assert "not tested, it takes two runs in each group" in as_text(capsys, *paths(seeds, "a-0", "b-0"))
 
 
 def test_more_than_two_groups_are_corrected(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,8 +206,7 @@ def test_more_than_two_groups_are_corrected(runs: Path, capsys: pytest.CaptureFi
     expected = {small: min(1, 2 * small), large: min(1, max(large, 2 * small))}
     assert adjusted == pytest.approx([expected[p] for p in raw])
     assert found["pairs"][0]["seeds_p_adjusted"] == found["pairs"][0]["seeds"]["p_value"]  # the only one tested
-    assert main(["compare", *map(str, paths(runs))]) == 0
-    assert "by Holm's correction" in capsys.readouterr().out
+    assert "by Holm's correction" in as_text(capsys, *paths(runs))
 
 
 def test_other_test_images_are_not_paired(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,8 +215,7 @@ def test_other_test_images_are_not_paired(runs: Path, tmp_path: Path, capsys: py
     (pair,) = as_json(capsys, runs / "a-0", tmp_path / "other")["pairs"]
     assert (pair["images"], pair["other_images"]) == (None, True)
     assert None not in (pair["first_accuracy"], pair["second_accuracy"])
-    assert main(["compare", str(runs / "a-0"), str(tmp_path / "other")]) == 0
-    text = " ".join(capsys.readouterr().out.split())
+    text = " ".join(as_text(capsys, runs / "a-0", tmp_path / "other").split())
     assert "cannot be paired, since they were tested on other images" in text
     assert "the figures above are unpaired" in text
     assert "over seeds (1 and 1 runs, on other test images)" in text
@@ -237,9 +232,8 @@ def test_runs_without_checkpoints_and_unfinished_ones(runs: Path, capsys: pytest
     (pair,) = found["pairs"]
     assert pair["images"]["count"] == 37  # by the runs that have answers
     assert pair["counts"] == [2, 3]  # of finished runs, and all accuracies that were written down
-    assert pair["first_accuracy"] == pytest.approx(
-        np.mean([json.loads((runs / name / "result.json").read_text())["accuracy"] for name in ("a-1", "a-2")])
-    )
+    written_down = [json.loads((runs / name / "result.json").read_text())["accuracy"] for name in ("a-1", "a-2")]
+    assert pair["first_accuracy"] == pytest.approx(np.mean(written_down))
     found = as_json(capsys, *paths(runs, "a-1", "b-0"))
     assert found["pairs"][0]["refusal"] == "no run of B has a checkpoint that could be asked"
     found = as_json(capsys, *paths(runs, "a-0", "b-1"))
@@ -280,7 +274,7 @@ def test_only_finished_runs_with_an_accuracy_are_counted_over_seeds(tmp_path: Pa
     ]
     runs.append(write_run(tmp_path / "a-again", (0.5,), settings={"seed": 0, "lr": "a"}, finished=False))
     found = compare(runs, checkpoint="last", weights="raw")
-    assert found.pairs[0].counts == (2, 1)
+    assert found.pairs[0].counts == [2, 1]
     text = render(found, width=200)
     assert "over seeds (2 and 1 runs): not tested, it takes two runs in each group" in text
     assert "n differs, see above)" in text
@@ -295,8 +289,7 @@ def test_runs_of_other_versions_and_broken_ones_are_shown(tmp_path: Path, capsys
     found = as_json(capsys, *there)
     assert found["differences"]["network.width"] == {"A": "(not set)", "B": "NaN", "C": "(not set)"}
     assert "broken/run: recipe.yaml is broken." in found["notes"]
-    assert main(["compare", *map(str, there)]) == 0
-    assert "(not set)" in capsys.readouterr().out
+    assert "(not set)" in as_text(capsys, *there)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -329,5 +322,62 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(run), "--html", str(other)]) == 2
     assert "nothing was overwritten" in capsys.readouterr().err
     assert other.read_text() == "<html>"
-    assert main(["compare", str(run), "--html", str(tmp_path / "no" / "x.html")]) == 2
-    assert "is no folder that can be written to" in capsys.readouterr().err
+
+
+# --- the page
+
+
+@pytest.fixture
+def handmade(tmp_path: Path) -> list[Path]:
+    """Three seeds of each of two groups, without checkpoints; a name and a setting that would be markup."""
+    made = []
+    for group, gain in (("a", 0.0), ("b", 0.1)):
+        for seed in range(3):
+            settings = {"seed": seed, "name": EVIL, "optimizer": {"lr": 0.1 + gain}, "model": {"args": {"x": EVIL}}}
+            settings["model"]["args"]["y" + EVIL] = group + EVIL
+            accuracies = [0.3 + gain, 0.5 + gain + 0.01 * seed, 0.6 + gain + 0.01 * seed]
+            made.append(write_run(tmp_path / "small" / f"{group}-{seed}", accuracies, settings=settings, ema=True))
+    return made
+
+
+def words(text: str) -> str:
+    return " ".join(unescape(re.sub(r"<[^>]*>", " ", text)).split())
+
+
+def test_the_page_says_what_the_terminal_says(handmade: list[Path], tmp_path: Path) -> None:
+    found = compare(handmade, checkpoint="last", weights="raw")
+    page = words(comparison_page(found))
+    assert all(sentence in page for sentence in pair_sentences(found.pairs[0], found))
+    assert len(found.notes) == 6  # without checkpoints no run says anything of single images
+    assert all(words(escape(note)) in page for note in found.notes)
+    assert "61.00 ± 1.00%" in page
+    assert "71.00 ± 1.00%" in page
+    assert "Mean ± sample standard deviation over the runs of a group, n = 3." in page
+    empty = write_run(tmp_path / "small" / "empty", (), finished=False)
+    page = words(comparison_page(compare([empty], checkpoint="last", weights="raw")))
+    for nothing in ("No run has any figures yet.", "No run has any records yet.", "All runs are of one recipe."):
+        assert nothing in page
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (360, "dark")])
+def test_the_page_in_a_browser(browser: Any, handmade: list[Path], tmp_path: Path, width: int, scheme: str) -> None:
+    file = tmp_path / "comparison.html"
+    for compared in (handmade[:2], handmade):  # an earlier page is written over
+        assert main(["compare", *map(str, compared), "--html", str(file)]) == 0
+    watched = Watched(browser, width, scheme)
+    page = watched.page
+    page.goto(file.as_uri())
+    assert watched.errors == []
+    assert all(url.startswith(("file:", "data:")) for url in watched.requests)
+    assert page.evaluate("window.hacked") is None
+    assert page.title() == f"Comparison: {EVIL}"
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("main section").count() == 5
+    accuracy = page.locator("figure.chart").filter(has=page.get_by_text("Test accuracy", exact=True)).first
+    styles = [line.get_attribute("style") or "" for line in accuracy.locator("polyline.series").all()]
+    assert len(set(styles)) == len(styles) == 6  # every run has a line of its own
+    colours = [re.findall(r"series-\d", style) for style in styles]
+    assert colours == [["series-0"]] * 3 + [["series-1"]] * 3  # a colour a group
+    assert accuracy.locator("svg").first.bounding_box()["width"] > 250
+    watched.context.close()

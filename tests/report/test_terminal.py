@@ -1,4 +1,5 @@
-"""Curves as text: what is drawn, that it fits, that pipes get no colour codes, and runs that still grow."""
+"""Runs as text: the list's figures, order and widths, curves that fit and have no colour codes in pipes, and runs that
+still grow."""
 
 from __future__ import annotations
 
@@ -23,13 +24,103 @@ from filelock import FileLock
 from harness.cli import main
 from harness.errors import HarnessError
 from harness.files import LOCK
+from harness.recipe import load
+from harness.recipe.loading import resolved_yaml
 from harness.report.charts import Series
-from harness.report.terminal import curves_of, draw, draw_runs, parse_what
-from harness.runs import open_run
+from harness.report.terminal import age, as_json, curves_of, draw, draw_runs, parse_what, render
+from harness.runs import list_runs, open_run
 from tests.handmade import records_of, write_run
 
+NAMES = [f"20260101-00000{i}-aaaa" for i in range(3)]
 SIZE = os.terminal_size((80, 40))
 COLOUR_CODE = re.compile(r"\x1b\[[0-9;]*m")
+
+
+# --- the list
+
+
+def test_figures_and_what_is_broken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "small" / "whole", (0.5, 0.7, 0.6), ema=True)
+    (write_run(tmp_path / "small" / "broken", settings={"training": {}}) / "result.json").write_text("{")
+    whole, broken = (as_json(run) for run in sorted(list_runs(tmp_path), key=lambda run: run.is_broken))
+    assert (whole["best_accuracy"], whole["best_ema_accuracy"]) == (0.7, pytest.approx(0.71))
+    assert (whole["epoch"], whole["epochs"], whole["recipe"], whole["state"]) == (3, 2, "small", "finished")
+    assert (broken["state"], broken["problems"]) == ("broken", ["result.json is broken"])
+    assert main(["runs", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "finished    3/2  70.00%  71.00%" in out
+    assert "broken      2/?  60.00%       -" in out
+    assert "\n    result.json is broken\n" in out
+    assert "2 runs (1 finished, 1 broken), newest last" in out
+
+
+def test_the_newest_is_last_and_ages_are_of_the_latest_record(tmp_path: Path) -> None:
+    for name, start in zip(NAMES, (3e5, 1e5, 2e5), strict=True):
+        write_run(tmp_path / "small" / name, (0.5,), start_unix_seconds=start)
+    runs = list_runs(tmp_path)
+    assert [run.path.name for run in runs] == [NAMES[1], NAMES[2], NAMES[0]]
+    lines = render(runs, tmp_path, width=None, now_unix_seconds=3e5 + 60 + 300).splitlines()
+    assert "5 min" in lines[3]
+    assert "27 h" in lines[2]
+    ages = {-3: "0 s", 99: "99 s", 100: "1 min", 5999: "99 min", 6000: "1 h", 172_799: "47 h", 172_800: "2 d"}
+    assert [age(seconds) for seconds in ages] == list(ages.values())
+
+
+def test_lines_fit_a_terminal_and_run_ids_stay_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(Path("runs", "quickstart", NAMES[0]), ema=True)
+    write_run(Path("runs", "a" * 60, NAMES[1]), ema=True)
+    write_run(Path("runs", "other", NAMES[2]), settings={"name": "b" * 90})
+    runs = list_runs()
+    text = render(runs, Path("runs"), width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(name in text for name in NAMES)
+    assert "a" * 60 in render(runs, Path("runs"), width=None)
+    plain = render([run for run in runs if run.recipe_name == "quickstart"], Path("runs"), width=80)
+    assert f"runs/quickstart/{NAMES[0]}" in plain
+    assert "RECIPE" not in plain
+
+
+def test_only_runs_of_a_recipe_and_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "small" / "a")
+    write_run(tmp_path / "large" / "b")
+    assert main(["runs", str(tmp_path), "--recipe", "large", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["order"] == "newest last"
+    assert [run["recipe"] for run in found["runs"]] == ["large"]
+    assert main(["runs", str(tmp_path), "--recipe", "lrge"]) == 2
+    assert 'Did you mean "large"?' in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert main(["runs"]) == 0
+    assert capsys.readouterr().out == "no runs below runs\n"
+
+
+def test_hundreds_of_runs_in_under_two_seconds_without_torch(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "small" / "run-0", [i / 60 for i in range(50)], ema=True)
+    recipe = resolved_yaml(load(Path(__file__).parents[2] / "recipes" / "seed.yaml"))
+    steps = (first / "metrics.jsonl").read_text() + 500 * (first / "metrics.jsonl").read_text().splitlines(True)[0]
+    for i in range(300):
+        run = tmp_path / "small" / f"run-{i}"
+        run.mkdir(exist_ok=True)
+        for name, text in (("recipe.yaml", recipe), ("provenance.json", "{}"), ("metrics.jsonl", steps)):
+            (run / name).write_text(text)
+    code = (
+        "import sys\nfrom harness.cli import main\n"
+        f"code = main(['runs', {str(tmp_path)!r}])\n"
+        "sys.exit('torch is imported' if 'torch' in sys.modules else code)"
+    )
+    before = os.times()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    after = os.times()
+    assert done.returncode == 0, done.stderr
+    assert "300 runs" in done.stdout
+    # Other processes may keep it waiting, so the clock would tell of them.
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 2
+
+
+# --- curves
 
 
 def straight(name: str, values: list[float]) -> Series:
@@ -74,8 +165,7 @@ def test_numbers_at_the_ends_of_what_floats_hold(values: list[float]) -> None:
 @pytest.mark.parametrize(("count", "colours"), [(9, True), (30, False)])
 def test_many_curves_are_told_apart(count: int, colours: bool) -> None:
     curves = [straight(f"run {i}", [float(i), float(i)]) for i in range(count)]
-    legend = draw("loss", curves, size=SIZE, colours=colours).splitlines()[-count:]
-    marks = [line.split("run")[0] for line in legend]
+    marks = [line.split("run")[0] for line in draw("loss", curves, size=SIZE, colours=colours).splitlines()[-count:]]
     rows = draw("loss", curves[:2], size=SIZE, colours=False).splitlines()
     assert (set("ab") & set(rows[1]), set("ab") & set(rows[14])) == ({"b"}, {"a"})  # each letter on its curve
     assert len(set(marks)) == count
@@ -84,8 +174,7 @@ def test_many_curves_are_told_apart(count: int, colours: bool) -> None:
 
 def test_train_test_and_averaged_weights_of_several_runs(tmp_path: Path) -> None:
     runs = [open_run(write_run(tmp_path / "small" / f"run-{i}", (0.3, 0.4, 0.5), ema=i == 0)) for i in range(2)]
-    one = {curve.name for curve in curves_of(runs[:1], "loss")}
-    assert one == {"train", "test", "EMA"}
+    assert {curve.name for curve in curves_of(runs[:1], "loss")} == {"train", "test", "EMA"}
     both = [curve.name for curve in curves_of(runs, "accuracy")]
     assert both == ["run-0 train", "run-0 test", "run-0 EMA", "run-1 train", "run-1 test"]
     assert [curve.name for curve in curves_of(runs, "throughput")] == ["run-0", "run-1"]
@@ -99,36 +188,31 @@ def test_a_run_shows_what_there_is_and_what_is_broken(tmp_path: Path) -> None:
     assert "recipe.yaml is broken" in text
     assert "test: 60.00% at epoch 2" in text
     run = write_run(tmp_path / "small" / "run", (), finished=False)
-    empty, goes_on = draw_runs([run], ("loss",), size=SIZE, colours=False)
-    assert "no values yet" in empty
-    assert "stopped" in empty or "empty" in empty
-    assert not goes_on
-    first_steps = records_of((0.3,))[:1]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in first_steps) + '{"kind": "st')
+    text, is_going = draw_runs([run], ("loss",), size=SIZE, colours=False)
+    assert "no values yet" in text
+    assert "empty" in text
+    assert not is_going
+    (run / "metrics.jsonl").write_text(json.dumps(records_of((0.3,))[0]) + '\n{"kind": "st')
     with FileLock(run / LOCK):
-        text, goes_on = draw_runs([run], ("loss",), size=SIZE, colours=False)
-    assert goes_on
+        text, is_going = draw_runs([run], ("loss",), size=SIZE, colours=False)
+    assert is_going
     assert "train: 1.7 at epoch 0.5" in text
     assert "running" in text
 
 
-def test_piped_it_is_plain_text(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "small" / "run")
+def test_piped_it_is_plain_text_in_any_encoding(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "small" / "run", settings={"name": "café"})
     command = [sys.executable, "-m", "harness", "curves", str(run), "--what", "loss,accuracy,lr,throughput"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert all(f"{title} by epoch" in done.stdout for title in ("loss", "accuracy", "learning rate"))
-
-
-def test_where_the_encoding_lacks_the_letters(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "small" / "run", settings={"name": "café"})
-    for command in ("curves", "runs", "compare"):
-        done = subprocess.run([sys.executable, "-m", "harness", command, str(run)], capture_output=True, timeout=60,
+    for name in ("curves", "runs", "compare"):
+        done = subprocess.run([sys.executable, "-m", "harness", name, str(run)], capture_output=True, timeout=60,
                               check=False, env=os.environ | {"PYTHONIOENCODING": "ascii"})  # fmt: skip
         assert done.returncode == 0, done.stderr
-        assert b"caf?" in done.stdout or command == "runs"
+        assert b"caf?" in done.stdout or name == "runs"
 
 
 def on_a_terminal(
@@ -179,8 +263,7 @@ def test_on_a_terminal_it_has_colours_and_its_width(tmp_path: Path) -> None:
 def test_watching_ends_with_the_run_and_draws_what_comes(tmp_path: Path) -> None:
     run = write_run(tmp_path / "small" / "run", (0.3,), finished=False)
     command = [sys.executable, "-u", "-m", "harness", "curves", str(run), "--what", "accuracy", "--watch"]
-    lock = FileLock(run / LOCK)
-    with lock:
+    with FileLock(run / LOCK):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         for line in process.stdout:
@@ -195,13 +278,12 @@ def test_watching_ends_with_the_run_and_draws_what_comes(tmp_path: Path) -> None
 
 def test_watching_ends_with_ctrl_c(tmp_path: Path) -> None:
     run = write_run(tmp_path / "small" / "run", (0.3,), finished=False)
+    command = ["curves", str(run), "--what", "loss", "--watch"]
     with FileLock(run / LOCK):
-        code, text = on_a_terminal(
-            ["curves", str(run), "--what", "loss", "--watch"], columns=60, until="at epoch 1", then=signal.SIGINT
-        )
+        code, text = on_a_terminal(command, columns=60, until="at epoch 1", then=signal.SIGINT)
     assert code == 0
     assert "Traceback" not in text
-    assert text.count("\x1b[H\x1b[2J") == 1  # drawn anew only when there is something new
+    assert text.count("\x1b[H\x1b[2J") == 1  # drawn again only when there is something new
 
 
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,8 +24,9 @@ from harness.files import LOCK
 from harness.launch.local import Ranks
 from harness.recipe.loading import resolved_yaml
 from harness.runs import EXIT_CODE
-from harness.sweeps.run import Trainer, check_ranks, check_unchanged, held, run_here, status_of, statuses
+from harness.sweeps.run import Trainer, check_ranks, check_unchanged, held, run_here
 from harness.sweeps.spec import load_sweep
+from harness.sweeps.table import status_of, statuses
 from tests.conftest import ROOT, kill_tree, run_limited
 from tests.sweeps.conftest import finish
 
@@ -55,7 +56,7 @@ def test_states_and_what_is_due(sweep: Path) -> None:
     sweep.write_text(SWEEP.replace("[0.1,", "[1, 0.9, 0.8, 0.7, 0.1,"))
     found = load_sweep("sweep.yaml")
     _, failed, killed, stopped, queued, finished, running = (run.directory for run in found.runs)
-    for run, code in ((failed, 3), (killed, 137)):
+    for run, code in ((failed, 3), (killed, 137), (queued, 3)):
         run.mkdir(parents=True)
         (run / EXIT_CODE).write_text(f"{code}\n")
     for run in (stopped, finished, running):
@@ -279,3 +280,33 @@ def test_a_sweep_is_started_once_and_not_on_each_rank(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["sweep", "sweep.yaml"]) == 2
     assert "starts ranks itself" in capsys.readouterr().err
+
+
+# --- as a SLURM array, without one; tests/cluster/test_sweeps.py has a real one
+
+
+def test_json_is_json_where_nothing_is_submitted(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sweep", "sweep.yaml", "--slurm", "--json"]
+    runs = load_sweep("sweep.yaml").runs
+    assert main([*words, "--dry-run"]) == 0
+    tasks = [{"run_directory": str(run.directory.absolute())} for run in runs]
+    assert json.loads(capsys.readouterr().out) == {"job": None, "runs": tasks}
+    assert not Path("runs").exists()
+    for run in runs:
+        finish(run.directory)
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out) == {"job": None, "runs": []}
+    assert main(words[:-1]) == 0
+    assert "no run is due" in capsys.readouterr().out
+    # A list of jobs that cannot be read, taken for none, would have its runs trained twice.
+    file = Path("runs", "sweep", "slurm", "submitted.json")
+    file.parent.mkdir(parents=True)
+    file.write_text('[{"job_id": "1", ')
+    assert main(["sweep", "sweep.yaml", "--table"]) == 2
+    assert f"ERROR {file}: is broken\n  HINT:" in capsys.readouterr().err
+
+
+def test_more_runs_than_tasks_of_an_array(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep.write_text(f"{SWEEP}seeds: [{', '.join(map(str, range(334)))}]\n")
+    assert main(["sweep", "sweep.yaml", "--slurm", "--dry-run"]) == 2
+    assert "1,002 runs are more than the 1,001 tasks of an array" in capsys.readouterr().err

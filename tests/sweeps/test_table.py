@@ -63,3 +63,6 @@ def test_the_table_has_mean_and_deviation_over_seeds_the_best_first(
     (first, second, *_) = table(sweep, capsys, "{key: loss, goal: minimize}")
     assert (first["id"], first["mean"], second["id"]) == (high, pytest.approx(0.3), low)
     assert table(sweep, capsys, "{at: best}")[0]["mean"] == pytest.approx(0.8)
+    (runs[5].directory / "result.json").unlink()  # now no point has a figure for each seed but the first
+    (runs[2].directory / "result.json").unlink()
+    assert not any(point["best"] for point in table(sweep, capsys))

@@ -15,8 +15,8 @@ from harness.cli import main
 from harness.launch.local import Ranks
 from harness.recipe import load
 from harness.recipe.document import RECIPES
+from harness.sweeps.run import wandb_configuration
 from harness.sweeps.spec import load_sweep
-from harness.sweeps.wandb import configuration
 from harness.tracking.wandb_run import new_run_id, values_of
 from tests.conftest import ROOT, run_limited
 from tests.faults.runs import NotHere
@@ -43,7 +43,7 @@ TWO = Ranks(2, 1, gpu=False)
 
 def test_the_configuration_says_the_same_as_the_file(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    found = configuration(load_sweep("sweep.yaml"), TWO)
+    found = wandb_configuration(load_sweep("sweep.yaml"), TWO)
     assert found.pop("command") == [
         *("${env}", "ACCELERATE_USE_CPU=true", "OMP_NUM_THREADS=1"),
         *(sys.executable, "-m", "harness.launch.torchrun", "accelerate", "launch"),
@@ -70,7 +70,7 @@ def test_the_configuration_says_the_same_as_the_file(sweep: Path, monkeypatch: p
 def test_what_is_optimised_has_the_name_that_trainings_log(sweep: Path) -> None:
     """Of the training, `train/loss` is that of a log step."""
     sweep.write_text(f"{SWEEP}metric: {{split: train, key: loss, goal: minimize}}\n")
-    found = configuration(load_sweep("sweep.yaml"), TWO)
+    found = wandb_configuration(load_sweep("sweep.yaml"), TWO)
     assert found["metric"] == {"name": "train/epoch_loss", "goal": "minimize"}
     record = {"kind": "epoch", "split": "train", "step": 4, "epoch": 1, "loss": 0.5}
     assert found["metric"]["name"] in values_of(record)

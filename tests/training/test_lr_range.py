@@ -17,7 +17,7 @@ import torch
 from harness.cli import main
 from harness.errors import HarnessError
 from harness.recipe import load
-from harness.report.lr_curve import curve_page, render_curve, render_suggestions
+from harness.report.terminal import curve_page, render_curve, render_suggestions
 from harness.training.lr_range import STEEPEST, TENTH, find_lr, rates, smooth, suggest
 from harness.training.run import train
 

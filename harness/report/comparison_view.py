@@ -1,0 +1,272 @@
+"""A comparison as text for a terminal, and as a self-contained page with the same sentences and the curves over one
+another."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from harness.report import charts, page
+from harness.report.compare import Comparison, Estimate, Pair
+
+LEVEL = 0.05
+MEASURED = ("seconds", "images_per_second")  # figures by a clock
+NO_VALUE = "-"
+PLAIN_WIDTH = 100  # where there is no terminal
+WHAT_EACH_SAYS = (
+    "Over test images: whether these trained networks would differ on other images of the kind too. Over seeds: "
+    "whether other trainings would differ on these images too. What only the images tell may be the luck of the seeds."
+)
+UNKNOWN_DIFFERENCES = "What these recipes differ in is not known, since not all of them can be read."
+_LONGEST_VALUE = 28
+# Title, key in metrics.jsonl, split, words on the axis.
+_CHARTS = (
+    ("Test accuracy", "accuracy", "test", "accuracy"),
+    ("Test accuracy of averaged weights (EMA)", "accuracy", "test_ema", "accuracy"),
+    ("Test loss", "loss", "test", "loss"),
+    ("Training loss", "loss", "train", "loss"),
+    ("Learning rate", "lr", "train", "learning rate"),
+    ("Throughput", "images_per_second", "train", "images a second"),
+)
+
+
+def render(comparison: Comparison, *, width: int | None) -> str:
+    """The whole comparison, for a terminal of so many columns; None where there is none."""
+    columns = max(40, width or PLAIN_WIDTH)
+    letters = [group.letter for group in comparison.groups]
+    parts = ["\n".join(_wrapped(line, columns) for line in group_lines(comparison))]
+    if comparison.differences:
+        rows = [[key, *map(_shortened, values.values())] for key, values in comparison.differences.items()]
+        parts.append(_tables(["recipe", *letters], rows, columns))
+    elif len(letters) > 1:
+        parts.append(_wrapped(UNKNOWN_DIFFERENCES, columns))
+    if comparison.figures:
+        below = _wrapped(f"({what_the_spread_is(comparison)})", columns, further="")
+        parts.append(f"{_tables(['figure', *letters], figure_rows(comparison), columns)}\n{below}")
+    for pair in comparison.pairs:
+        head, *sentences = pair_sentences(pair, comparison)
+        parts.append("\n".join([_wrapped(head, columns), *(_wrapped(s, columns, "  ") for s in sentences)]))
+    if any(pair.images or pair.seeds for pair in comparison.pairs):
+        parts.append(_wrapped(WHAT_EACH_SAYS, columns, further=""))
+    if comparison.notes:
+        parts.append("\n".join(_wrapped(f"NOTE {note}", columns) for note in comparison.notes))
+    return "\n\n".join(parts)
+
+
+def group_lines(comparison: Comparison) -> Iterator[str]:
+    """Each group with its recipe, the number of its runs and their seeds."""
+    for group in comparison.groups:
+        seeds = sorted((str(run.seed) for run in group.runs if run.seed is not None), key=lambda s: (len(s), s))
+        words = f", {_counted(len(seeds), 'seed', number=False)} {', '.join(seeds)}" if seeds else ""
+        yield f"{group.letter}  {group.name}: {_counted(len(group.runs), 'run')}{words}"
+
+
+def what_the_spread_is(comparison: Comparison) -> str:
+    """What ± means, with the number of runs."""
+    counts = {len(group.runs) for group in comparison.groups}
+    if counts == {1}:
+        return "a run each"
+    over = "mean ± sample standard deviation over the runs of a group"
+    if len(counts) > 1:
+        return f"{over}, n differs, see above"
+    (n,) = counts
+    fewer = any(0 < group["n"] < n for figure in comparison.figures for group in figure["groups"].values())
+    return f"{over}, n = {n}{' unless it is told' if fewer else ''}"
+
+
+def figure_rows(comparison: Comparison) -> list[list[str]]:
+    """The headline figures as rows of a table; with n where not all runs of a group have the figure."""
+    rows = []
+    for figure in comparison.figures:
+        row = [figure["title"]]
+        for group in comparison.groups:
+            found = figure["groups"][group.letter]
+            n = f" (n = {found['n']})" if 0 < found["n"] < len(group.runs) else ""
+            row.append(spread_text(figure["key"], found) + n)
+        rows.append(row)
+    return rows
+
+
+def spread_text(key: str, figure: Mapping[str, Any]) -> str:
+    """Mean ± sample standard deviation of a group's figure, with no more digits than it means."""
+    values, mean, deviation = figure["values"], figure["mean"], figure["standard_deviation"]
+    if not values:
+        return NO_VALUE
+    if key.endswith("accuracy"):
+        return f"{mean:.2%}" if deviation is None else f"{100 * mean:.2f} ± {100 * deviation:.2f}%"
+    if not deviation and (key == "parameters" or all(value == int(value) for value in values)):
+        return f"{mean:,.0f}"
+    if key == "parameters" or abs(mean) >= 1000:
+        places = 0
+    elif key in MEASURED or abs(mean) >= 100:
+        places = 1
+    else:
+        places = 4 if abs(mean) < 10 else 2
+    return f"{mean:,.{places}f}" if deviation is None else f"{mean:,.{places}f} ± {deviation:,.{places}f}"
+
+
+def value_text(value: Any) -> str:
+    """A recipe's value as YAML would have it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def pair_sentences(pair: Pair, comparison: Comparison) -> Iterator[str]:
+    """A heading and what is known of a group next to the first."""
+    which = f"{pair.second} beside {pair.first} ({comparison.checkpoint} checkpoint, {comparison.weights} weights)"
+    if pair.first_accuracy is None or pair.second_accuracy is None:
+        yield f"{which}: not both have a test accuracy of a finished run"
+    else:
+        gain = points(pair.second_accuracy - pair.first_accuracy)
+        yield f"{which}: test accuracy {pair.first_accuracy:.2%} → {pair.second_accuracy:.2%}, {gain} points"
+    many = len(comparison.pairs) > 1
+    if pair.images is not None:
+        over = f"over {pair.images.count:,} test images, each compared with itself"
+        yield _estimate(over, pair.images, pair.images_p_adjusted if many else None)
+    else:
+        yield f"over test images: cannot be paired, since {pair.refusal}; the figures above are unpaired"
+    unlike = ", on other test images" if pair.other_images else ""
+    over = f"over seeds ({pair.counts[0]} and {pair.counts[1]} runs{unlike})"
+    if pair.seeds is not None and pair.seeds.p_value is not None:
+        yield _estimate(over, pair.seeds, pair.seeds_p_adjusted if many else None)
+    elif pair.seeds is not None:
+        why = "it takes two runs in each group" if min(pair.counts) < 2 else "the runs of a group do not differ"
+        yield f"{over}: not tested, {why}"
+
+
+def _estimate(over: str, found: Estimate, adjusted: float | None) -> str:
+    assert found.p_value is not None
+    verdict = "significant" if (found.p_value if adjusted is None else adjusted) < LEVEL else "not significant"
+    holm = "" if adjusted is None else f", {p_text(adjusted)} by Holm's correction"
+    return (
+        f"{over}: {points(found.difference)} points, 95% interval {interval_text(found)}, "
+        f"{p_text(found.p_value)} ({found.method}){holm}: {verdict} at the {LEVEL:.0%} level"
+    )
+
+
+def interval_text(found: Estimate) -> str:
+    """In percentage points."""
+    return NO_VALUE if found.low is None or found.high is None else f"{points(found.low)} to {points(found.high)}"
+
+
+def p_text(p_value: float | None) -> str:
+    """A p-value to two digits."""
+    if p_value is None:
+        return NO_VALUE
+    return "p < 0.0001" if p_value < 1e-4 else f"p = {p_value:.2g}"
+
+
+def points(share: float) -> str:
+    """A difference of shares in percentage points, with its sign."""
+    return f"{round(100 * share, 2) + 0.0:+.2f}".replace("-", "−")  # + 0.0: no negative zero
+
+
+def _counted(count: int, noun: str, *, number: bool = True) -> str:
+    words = noun if count == 1 else f"{noun}s"
+    return f"{count} {words}" if number else words
+
+
+def _shortened(value: Any) -> str:
+    text = value_text(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
+
+
+def _wrapped(text: str, columns: int, indent: str = "", further: str = "  ") -> str:
+    together = re.sub(r"\bp ([<=]) ", "p\u00a0\\1\u00a0", text)  # a p-value is not torn apart
+    more = indent + further
+    filled = textwrap.fill(together, columns, initial_indent=indent, subsequent_indent=more, break_on_hyphens=False)
+    return filled.replace("\u00a0", " ")
+
+
+def _tables(header: Sequence[str], rows: Sequence[Sequence[str]], columns: int) -> str:
+    """A table; groups that have no room next to the others come in a further one below."""
+    widths = [max(map(len, cells)) for cells in zip(header, *rows, strict=True)]
+    blocks: list[list[int]] = [[0]]
+    for i in range(1, len(header)):
+        if len(blocks[-1]) > 1 and sum(widths[j] + 2 for j in [*blocks[-1], i]) - 2 > columns:
+            blocks.append([0])
+        blocks[-1].append(i)
+    return "\n\n".join(
+        "\n".join("  ".join(row[i].ljust(widths[i]) for i in block).rstrip() for row in [header, *rows])
+        for block in blocks
+    )
+
+
+# --- the page
+
+
+def comparison_page(comparison: Comparison) -> str:
+    """The whole page, one HTML document that needs no other file."""
+    letters = [group.letter for group in comparison.groups]
+    groups = [
+        [charts.swatch(number) + f" {line}", Markup("<br>").join(f"{run.path} ({run.state})" for run in group.runs)]
+        for number, (group, line) in enumerate(zip(comparison.groups, group_lines(comparison), strict=True))
+    ]
+    differences = page.missing(UNKNOWN_DIFFERENCES if len(letters) > 1 else "All runs are of one recipe.")
+    if comparison.differences:
+        rows = [[key, *map(value_text, values.values())] for key, values in comparison.differences.items()]
+        differences = page.table(["key", *letters], rows, caption="What the recipes differ in")
+    figures = page.missing("No run has any figures yet.")
+    if comparison.figures:
+        numeric = range(1, len(letters) + 1)
+        rows = figure_rows(comparison)
+        figures = page.table(["figure", *letters], rows, caption="Headline figures", numeric=numeric)
+    significance = page.Section("significance", "Beyond chance?", _pairs(comparison), WHAT_EACH_SAYS)
+    runs = sum(len(group.runs) for group in comparison.groups)
+    return page.page(
+        f"Comparison: {', '.join(dict.fromkeys(group.name for group in comparison.groups))}",
+        [
+            page.Section("groups", "Groups", page.table(["group", "runs"], groups, caption="Groups of runs")),
+            page.Section("differences", "Differences of the recipes", differences),
+            page.Section("figures", "Figures", figures, f"{what_the_spread_is(comparison).capitalize()}."),
+            *([significance] if comparison.pairs else []),
+            page.Section("curves", "Curves", _curves(comparison), "A colour a group; dashes tell its runs apart."),
+        ],
+        subtitle=f"{_counted(runs, 'run')} in {_counted(len(letters), 'group')}",
+        notes=comparison.notes,
+    )
+
+
+def _pairs(comparison: Comparison) -> Markup:
+    said, rows = [], []
+    for pair in comparison.pairs:
+        head, *sentences = pair_sentences(pair, comparison)
+        said.append((head, sentences))
+        for over, found, adjusted in (
+            ("test images", pair.images, pair.images_p_adjusted),
+            ("seeds", pair.seeds, pair.seeds_p_adjusted),
+        ):
+            cells = [NO_VALUE] * 5
+            if found is not None:
+                p_values = [p_text(found.p_value), p_text(adjusted)]
+                cells = [points(found.difference), interval_text(found), *p_values, found.method]
+            rows.append([f"{pair.second} − {pair.first}", over, *cells])
+    header = ["groups", "over", "difference, points", "95% interval", "p", "p, Holm", "test"]
+    table = page.table(header, rows, caption="Differences of test accuracy", numeric=(2, 3))
+    return page.render("pairs.html", pairs=said) + table
+
+
+def _curves(comparison: Comparison) -> Markup:
+    drawn = []
+    for title, key, split, y_label in _CHARTS:
+        series = []
+        for number, group in enumerate(comparison.groups):
+            for place, run in enumerate(group.runs):
+                points = run.curve(split, key, kind="step" if key == "lr" else "epoch")
+                seed = run.setting("seed")
+                name = f"{group.letter}, {run.run_id if seed is None else f'seed {seed}'}"
+                # One colour for a group, and dashes for its runs; eight styles on, the colour is the same.
+                style = number % charts.COLOURS + charts.COLOURS * place
+                if points:
+                    series.append(charts.Series(name, [p.epoch for p in points], [p.value for p in points], style))
+        if series:
+            words = f"{title} of {_counted(len(series), 'run')} by epoch."
+            percents = key == "accuracy"
+            chart = charts.line_chart(
+                series, title=title, description=words, x_label="epoch", y_label=y_label, as_percent=percents
+            )
+            drawn.append(chart)
+    return page.grid(*drawn) if drawn else page.missing("No run has any records yet.")
