@@ -34,41 +34,11 @@ def test_hash_takes_any_whole_numbers_and_their_order_counts() -> None:
     assert int(grid[2, 3]) == int(hash64(4, 2, 3))
 
 
-@pytest.mark.parametrize("vary", ["seed", "stream", "id"])
-def test_every_bit_is_fair_and_independent_of_the_last_key(vary: str) -> None:
-    count = 1 << 16
-    numbers = np.arange(count)
-    hashes = {
-        "seed": lambda: np.array([int(hash64(seed, 1)) for seed in range(count // 16)], dtype=np.uint64),
-        "stream": lambda: hash64(0, numbers, 1),
-        "id": lambda: hash64(0, 1, numbers),
-    }[vary]()
-    bits = ((hashes[:, None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)).astype(np.int64)
-    # Chi-square with one degree of freedom for each bit; 20 is a chance of 1 in 100,000 for one of them.
-    assert _chi_square_of_bits(bits) < 20
-    # Neighbouring keys: a bit and the same bit of the next key differ half the time.
-    assert _chi_square_of_bits(bits[1:] ^ bits[:-1]) < 20
-    # Bytes at either end are uniform: 255 degrees of freedom, mean 255, standard deviation 22.6.
-    for shift in (0, 56):
-        seen = np.bincount(((hashes >> np.uint64(shift)) & np.uint64(255)).astype(np.int64), minlength=256)
-        expected = len(hashes) / 256
-        assert 150 < ((seen - expected) ** 2 / expected).sum() < 380
-
-
-def _chi_square_of_bits(bits: np.ndarray) -> float:
-    ones, expected = bits.sum(axis=0), len(bits) / 2
-    return float((2 * (ones - expected) ** 2 / expected).max())
-
-
-@pytest.mark.parametrize("bound", [1, 2, 9, 32, 1000])
-def test_uniform_below_is_uniform(bound: int) -> None:
-    values = uniform_below(bound, hash64(11, np.arange(200_000)))
-    assert values.dtype == np.int64
-    seen = np.bincount(values, minlength=bound)
-    assert len(seen) == bound
-    expected = len(values) / bound
-    freedom = bound - 1
-    assert ((seen - expected) ** 2 / expected).sum() <= freedom + 5 * np.sqrt(2 * freedom) + 1e-9
+def test_uniform_below_is_uniform() -> None:
+    seen = np.bincount(uniform_below(9, hash64(11, np.arange(90_000))), minlength=9)
+    assert len(seen) == 9
+    assert np.abs(seen - 10_000).max() < 400  # the standard deviation of each is 94
+    assert int(uniform_below(2**31, np.array([2**64 - 1], dtype=np.uint64))[0]) == 2**31 - 1
 
 
 def test_epoch_order_is_a_permutation_of_its_own_for_each_epoch_and_seed() -> None:
@@ -159,14 +129,6 @@ def test_a_later_start_gives_the_tail(plan: BatchPlan, epoch: int, data: st.Data
     plan = replace(plan, rank=data.draw(st.integers(0, plan.world_size - 1)))
     whole, tail = plan.micro_batches(epoch), plan.micro_batches(epoch, start)
     assert list(map(str, tail)) == list(map(str, whole[start:]))
-
-
-def test_the_seeds_epoch_has_391_steps() -> None:
-    plan = BatchPlan(50_000, 128)
-    assert plan.steps_per_epoch == 391
-    assert plan.global_count(389) == 128
-    assert plan.global_count(390) == 80
-    assert BatchPlan(50_000, 128, drop_last=True).steps_per_epoch == 390
 
 
 def test_a_small_last_batch_has_fewer_micro_batches() -> None:

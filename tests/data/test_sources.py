@@ -108,6 +108,11 @@ def test_links_are_followed_and_loops_are_not(root: Path, tmp_path_factory: pyte
     assert located.load(8).train_count == 12
 
 
+def empty(root: Path, pattern: str) -> None:
+    for path in root.glob(f"{pattern}/*.png"):
+        path.unlink()
+
+
 def not_utf8(root: Path) -> None:
     for split in ("train", "test"):
         os.mkdir(os.fsencode(root / split) + b"/caf\xe9")
@@ -133,20 +138,6 @@ def broken_images(root: Path) -> None:
         save(root / path, png()[:90])
 
 
-def missing_test_class(root: Path) -> None:
-    (root / "test" / "ape").rename(root / "test" / "zebr")
-
-
-def empty_train_class(root: Path) -> None:
-    for path in (root / "train" / "ape").iterdir():
-        path.unlink()
-
-
-def empty_test(root: Path) -> None:
-    for path in root.glob("test/*/*.png"):
-        path.unlink()
-
-
 def no_classes(root: Path) -> None:
     (root / "train").rename(root / "old")
     save(root / "train" / "0.png")
@@ -163,10 +154,12 @@ def no_classes(root: Path) -> None:
             broken_images,
             r"(?s)^2 images cannot be used.*Cat/0\.png: not a readable.*zebra/1\.png: not a readable image",
         ),
-        (missing_test_class, r'(?s)test/zebr: the class "zebr" has no folder in .*train\s+HINT: Did you mean "zebra"'),
-        (missing_test_class, 'test: has no folder for the class "ape"'),
-        (empty_train_class, "train/ape: holds no images"),
-        (empty_test, "test: holds no images"),
+        (
+            lambda root: (root / "test" / "ape").rename(root / "test" / "zebr"),
+            r'(?s)test/zebr: the class "zebr" has no folder .*Did you mean "zebra".*test: has no folder for .* "ape"',
+        ),
+        (lambda root: empty(root, "train/ape"), "train/ape: holds no images"),
+        (lambda root: empty(root, "test/*"), "test: holds no images"),
         (lambda root: (root / "test").rename(root / "testing"), "has no folder test or val or valid"),
         (lambda root: (root / "train").rename(root / "training"), "has no folder train"),
         (no_classes, "train: has no class folders"),
@@ -179,8 +172,7 @@ def test_wrong_folders_are_named(root: Path, break_it: Callable[[Path], Any], wo
 
 
 def test_an_empty_class_folder_stands_for_no_test_images(root: Path) -> None:
-    for path in (root / "test" / "ape").iterdir():
-        path.unlink()
+    empty(root, "test/ape")
     assert load_folders(root).labels_B[9:].tolist() == [0, 0, 2, 2]
 
 
@@ -323,21 +315,6 @@ def test_wrong_parquet_files_are_named(tmp_path: Path, made: Any, words: str) ->
     assert "BytesIO" not in str(caught.value)
 
 
-def test_flipped_bytes_are_noticed(tmp_path: Path) -> None:
-    """Parquet pages carry no checksum unless asked for, but the images in them do."""
-    write(tmp_path, train=[rows(3)], test=[rows(3)])
-    path = tmp_path / "train-00000-of-00001.parquet"
-    content, reference = path.read_bytes(), load_parquet(tmp_path).images_BHWC
-    noticed = 0
-    for position in range(4, len(content) - 8, 41):
-        path.write_bytes(content[:position] + bytes([content[position] ^ 16]) + content[position + 1 :])
-        try:
-            np.testing.assert_array_equal(load_parquet(tmp_path).images_BHWC, reference)
-        except HarnessError:
-            noticed += 1
-    assert noticed > 5
-
-
 # --- without files; whatever changes these sums changes the data that recorded results stand on
 
 DIGITS_SHA256 = {
@@ -355,24 +332,11 @@ def digest(images: ImageSet) -> str:
     return sha256.hexdigest()
 
 
-def centroid_accuracy(images: ImageSet) -> float:
-    """Of the nearest class mean, the simplest classifier there is."""
-    count, labels_B = images.train_count, images.labels_B
-    flat = images.images_BHWC.reshape(len(labels_B), -1).astype(float)
-    centroids = np.stack([flat[:count][labels_B[:count] == label].mean(0) for label in range(len(images.classes))])
-    distances = ((flat[count:, None] - centroids) ** 2).sum(-1)
-    return float((distances.argmin(1) == labels_B[count:]).mean())
-
-
-def test_digits_are_always_the_same_and_split_by_class_without_overlap() -> None:
-    assert digest(locate("digits").load(32)) == DIGITS_SHA256[32]
-    sets = locate("digits").load(8)
-    assert digest(sets) == DIGITS_SHA256[8]
-    true = load_digits()
-    assert (np.abs(np.bincount(sets.labels_B[sets.train_count :]) - np.bincount(true.target) / 5) <= 0.5).all()
-    found = sorted(np.rint(image[..., 0] * (16 / 255)).astype(int).tobytes() for image in sets.images_BHWC)
-    assert found == sorted(image.astype(int).tobytes() for image in true.images)
-    assert 0.85 < centroid_accuracy(sets) < 0.95
+@pytest.mark.parametrize("image_size_px", [8, 32])
+def test_digits_are_always_the_same(image_size_px: int) -> None:
+    images = locate("digits").load(image_size_px)
+    assert digest(images) == DIGITS_SHA256[image_size_px]
+    assert (images.train_count, len(images.labels_B)) == (1438, len(load_digits().target))
 
 
 def test_synthetic_is_a_pure_function_of_its_options() -> None:
@@ -382,12 +346,4 @@ def test_synthetic_is_a_pure_function_of_its_options() -> None:
     assert digest(locate("synthetic", synthetic=options | {"seed": 1}).load(16)) != SYNTHETIC_SHA256
     more = locate("synthetic", synthetic=options | {"train_images": 700}).load(16)
     np.testing.assert_array_equal(more.images_BHWC[:600], first.images_BHWC[:600])
-    assert not np.array_equal(first.images_BHWC[:50], first.images_BHWC[600:])
-
-
-def test_synthetic_defaults_are_balanced_and_learnable() -> None:
-    sets = locate("synthetic").load(32)
-    assert (sets.images_BHWC.shape, sets.train_count) == ((512 + 256, 32, 32, 3), 512)
-    assert sets.classes == tuple("0123456789")
-    assert np.ptp(np.bincount(sets.labels_B[:512])) <= 1
-    assert centroid_accuracy(sets) > 0.95
+    assert locate("synthetic").load(4).images_BHWC.shape == (512 + 256, 4, 4, 3)
