@@ -75,8 +75,8 @@ def _send_checkpoints(recipe: Recipe, path: Path, run: Any) -> None:
         facts |= {"test_accuracy": best["accuracy"], "epoch": best["epoch"]} if is_best else {}
         artifact = wandb.Artifact(name, type="model", metadata=facts)
         artifact.add_dir(str(folder))
-        aliases = [folder.name, *["last"] * (folder == folders[-1]), *["best"] * is_best]
-        run.log_artifact(artifact, aliases=aliases)
+        given = {folder.name: True, "last": folder == folders[-1], "best": is_best}
+        run.log_artifact(artifact, aliases=[alias for alias, is_given in given.items() if is_given])
 
 
 def _send_predictions(recipe: Recipe, path: Path, run: Any) -> None:

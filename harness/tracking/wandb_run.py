@@ -43,13 +43,8 @@ _WAITS_LONGER = f"({LIMIT_VARIABLE}=SECONDS waits longer)"
 _ANSWER_SECONDS = 10.0  # for a first sign of life: a server that is not there must not hold up a short training
 _LIMIT_SECONDS = 60.0
 _ARTIFACTS_SECONDS = 150.0  # with what else the first rank ends with, below the time limit of collectives
-_MODES: dict[str, Mode] = {
-    "online": "online",
-    "offline": "offline",
-    "disabled": "disabled",
-    "dryrun": "offline",
-    "run": "online",
-}
+_MODES: dict[str, Mode] = {"online": "online", "offline": "offline", "disabled": "disabled"}
+_MODES |= {"dryrun": "offline", "run": "online"}  # W&B's older words
 
 # Of an optimizer step, in the order in which they are written.
 PLACES = {("step", "train"): 0, ("epoch", "train"): 1, ("epoch", "test"): 2, ("epoch", "test_ema"): 3}
@@ -200,10 +195,7 @@ def read_history(entity: str, project: str, run_id: str) -> list[dict[str, Any]]
     """The rows that the server has of a run, in its order; None where it does not let them be read.
 
     W&B's own servers give them by the public interface. Others that speak the protocol (openwandb) do not know that
-    query, but serve the history as the file they were sent.
-
-    Raises:
-        OSError: it does not answer.
+    query, but serve the history as the file they were sent. Raises OSError where the server does not answer.
     """
     path = "/files/" + "/".join(quote(part, safe="") for part in (entity, project, run_id, "wandb-history.jsonl"))
     try:
@@ -224,8 +216,7 @@ def read_history(entity: str, project: str, run_id: str) -> list[dict[str, Any]]
 def resolve_mode(setting: Mode | Literal["auto"]) -> Mode:
     """`auto` is online with an API key and offline without.
 
-    `$WANDB_MODE` wins over `auto` alone; it may be `dryrun` or `run` too, W&B's older words. One that is no mode sends
-    nothing.
+    `$WANDB_MODE` wins over `auto` alone; one that is no mode sends nothing.
     """
     if setting != "auto":
         return setting

@@ -17,24 +17,13 @@ import pytest
 from harness.recipe.schema import Recipe
 from harness.tracking import wandb_run
 from harness.tracking.wandb_run import UPLOADED, Summary, WandbTracker, identity_of, resolve_mode, row_number, values_of
-from tests.conftest import RunRanks
-from tests.faults.check import differences, reached, records
+from tests.faults.check import differences, reached
 from tests.faults.runs import Stage
 from tests.faults.wandb_server import WandbServer, environment
 from tests.tracking.conftest import record, rows_of, wandb_id
 from tests.tracking.door import Door
 
 TEST = record("epoch", "test", 4, loss=0.5928, accuracy=0.8171)
-DIGITS = """
-data: {source: digits, loader: device, image_size_px: 8}
-model:
-  name: dual_branch
-  args: {widths: [[4, 8], [8]], transition_widths: [8], head_width: 8, dropout: 0.2}
-training: {epochs: 2, global_batch_size: 256}
-ema: {decay: 0.5}
-checkpoint: {every_epochs: null}
-tracking: {wandb: online, log_every_steps: 2}
-"""
 
 
 def test_names_of_a_log_step() -> None:
@@ -233,28 +222,6 @@ def test_the_note_of_what_was_uploaded_says_whether_all_was(artifacts: Any, door
     assert len(warnings) == len(artifacts)
     noted = json.loads((tmp_path / UPLOADED).read_text())
     assert (noted["last_row"], noted["finished"]) == (row_number(TEST), not artifacts)
-
-
-@pytest.mark.slow
-def test_two_ranks_are_one_run_and_its_history_is_metrics_jsonl(
-    wandb_server: WandbServer, run_ranks: RunRanks, tmp_path: Path
-) -> None:
-    (tmp_path / "two.yaml").write_text(DIGITS)
-    run, before = tmp_path / "run", set(wandb_server.runs())
-    words = ("-m", "harness", "train", tmp_path / "two.yaml", "--run-dir", run)
-    done = run_ranks(2, *words, env=environment(wandb_server.port))
-    assert done.returncode == 0, done.stderr
-    (run_id,) = set(wandb_server.runs()) - before
-    assert run_id == wandb_id(run)
-    assert len(records(run)) == 6 + 2 * 3  # log steps; of each epoch the training, raw and averaged weights
-    assert wandb_server.history(run_id) == rows_of(run)
-    there = wandb_server.runs()[run_id]
-    assert (there["state"], there["name"]) == ("finished", "two-run")
-    assert there["tags"] == ["model:dual_branch", "data:digits", "precision:no", "ranks:2"]
-    assert there["config"]["training"]["value"]["global_batch_size"] == 256
-    best = json.loads((run / "result.json").read_text())["best"]
-    assert [there["summary"][f"best/{key}"] for key in ("accuracy", "epoch")] == [best["accuracy"], best["epoch"]]
-    assert "Total params: " in wandb_server.files(run_id)["model_summary.txt"].read_text()
 
 
 @pytest.mark.slow
