@@ -203,8 +203,12 @@ def take_overrides(arguments: argparse.Namespace, unknown: list[str]) -> None:
     """Overrides may stand before or behind options; anything else that is left over is a mistake."""
     options = [a for a in unknown if a.startswith("-")]
     if hasattr(arguments, "sbatch_options"):  # `submit` hands them on
-        arguments.sbatch_options = options
-        unknown, options = [a for a in unknown if a not in options], []
+        arguments.sbatch_options, unknown = options, [a for a in unknown if a not in options]
+        values = [a for a in unknown if "=" not in a]
+        if options and values:
+            hint = f"Options of sbatch are written as one word, such as {options[0]}={values[0]}."
+            raise HarnessError(f'unknown argument "{values[0]}"', hint=hint)
+        options = []
     takes = hasattr(arguments, "overrides")
     if options or (unknown and not takes):
         wrong = (options or unknown)[0]
