@@ -46,8 +46,12 @@ class Parser(argparse.ArgumentParser):
         arguments, left = self.parse_known_args(words)
         options = [word for word in left if word.startswith("-")]
         if hasattr(arguments, "sbatch_options"):  # `submit` hands them on
-            arguments.sbatch_options = options
-            left, options = [word for word in left if word not in options], []
+            arguments.sbatch_options, left = options, [word for word in left if word not in options]
+            values = [word for word in left if "=" not in word]
+            if options and values:
+                hint = f"Options of sbatch are written as one word, such as {options[0]}={values[0]}."
+                raise HarnessError(f'unknown argument "{values[0]}"', hint=hint)
+            options = []
         if options or (left and not hasattr(arguments, "overrides")):
             what = f'unknown argument "{(options or left)[0]}"'
             raise HarnessError(what, hint=f"See {self.prog} --help; overrides are key.path=value.")

@@ -46,13 +46,6 @@ def test_a_wrong_recipe_ends_with_2_and_no_traceback() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_job_is_submitted(tmp_path: Path) -> None:
-    done = launch("--slurm", "recipes/seed.yaml", "--nodes", "2", "--dry-run", cwd=tmp_path)
-    assert "#SBATCH --nodes=2\n" in done.stdout
-    assert f"HARNESS_PYTHON={sys.prefix}/bin/python\n" in done.stdout
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.slow
 def test_two_ranks_train_and_leave_a_run(tmp_path: Path) -> None:
     run = tmp_path / "run"

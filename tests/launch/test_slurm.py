@@ -117,7 +117,7 @@ def test_secrets_do_not_get_into_the_text(monkeypatch: pytest.MonkeyPatch, capsy
         (["--run-dir", "/a\\b"], 2, "cannot be given to sbatch as --output"),
         (["--run-dir", DEBUG], 2, "cannot be used as a run directory"),
         (["--run-dir", str(ROOT)], 2, "is not a run directory"),
-        (["--qos", "high"], 2, 'override "high": not of the form key.path=value'),
+        (["--qos", "high"], 2, "as one word, such as --qos=high"),
         ([], 2, "there is no sbatch here"),
     ],
 )
