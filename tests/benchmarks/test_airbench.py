@@ -30,11 +30,11 @@ def pixels_of(count: int) -> np.ndarray:
 
 
 def images_of(count: int) -> TrainingImages:
-    return TrainingImages(pixels_of(count), np.arange(count), translate_px=2, seed=0, **SCALE)
+    return TrainingImages(pixels_of(count), np.arange(count), settings=Settings(), **SCALE)
 
 
 def training_of(count: int, **settings: Any) -> Training:
-    images = TrainingImages(pixels_of(count), np.arange(count) % 2, translate_px=2, seed=0, **SCALE)
+    images = TrainingImages(pixels_of(count), np.arange(count) % 2, settings=Settings(), **SCALE)
     return Training(images, torch.randn(8, 3, 32, 32), settings=Settings(batch_size=2, widths=(24, 24, 24), **settings))
 
 
@@ -177,9 +177,10 @@ def test_a_short_training_learns_the_digits() -> None:
     store = prepare("digits", image_size_px=32)
     train, test = store.split("train"), store.split("test")
     scale = {"mean": store.manifest.mean, "std": store.manifest.std}
-    images = TrainingImages(train.images_BHWC, train.labels_B, translate_px=2, seed=0, **scale)
+    settings = Settings(epochs=3, batch_size=32, widths=(24, 32, 32))
+    images = TrainingImages(train.images_BHWC, train.labels_B, settings=settings, **scale)
     few = normalised(torch.from_numpy(train.images_BHWC[:500].copy()), **scale)
-    training = Training(images, few, settings=Settings(epochs=3, batch_size=32, widths=(24, 32, 32)))
+    training = Training(images, few, settings=settings)
     for _ in range(3):
         training.epoch()
     labels = torch.from_numpy(test.labels_B.copy())
