@@ -325,9 +325,11 @@ def _refuse_or_help(words: Sequence[str]) -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 1 broke off, 2 bad input, 3 diverged, 130 interrupted."""
+    began_at = time.perf_counter()
+    # A stream may be closed, as by `>&-`.
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # whose encoding may lack ± or the dots of a curve
         sys.stdout.reconfigure(errors="replace")
-    began_at = time.perf_counter()
     words = sys.argv[1:] if argv is None else list(argv)
     lasting = bool(words) and words[0] in COMMANDS and COMMANDS[words[0]].lasting
     if argv is None:
@@ -398,12 +400,16 @@ def _is_lost(stream: TextIO) -> bool:
 
 
 def _outliving_reader(stream: Any) -> TextIO:
-    raw = io.BufferedWriter(_OutlivesReader(stream.fileno(), "w", closefd=False))
+    raw = io.BufferedWriter(_OutlivesReader(stream))
     return io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=stream.line_buffering)
 
 
 class _OutlivesReader(io.FileIO):
     """A pipe whose reader may leave, as `| head` does, or a terminal that may be closed: what follows goes nowhere."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream.fileno(), "w", closefd=False)
+        self._stream = stream  # which would close the descriptor as it is cleared away
 
     def write(self, data: Any) -> int:
         try:

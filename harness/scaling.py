@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -117,9 +118,8 @@ def parse_network(text: str, *, gpus_per_node: int | None = None) -> Network:
     Raises:
         HarnessError: an unknown name or key, a value that is no positive number, or GPUs a node without a link.
     """
-    network = _custom(text, f"--network {text}") if "=" in text else _known(text, NETWORKS, "network", "--network")
-    if gpus_per_node is None or gpus_per_node == network.gpus_per_node:
-        return network
+    network = _custom(text) if "=" in text else _known(text, NETWORKS, "network", "--network")
+    gpus_per_node = gpus_per_node or network.gpus_per_node
     if gpus_per_node > 1 and network.intra is None:
         what = f"{network.name} has no link of its own within a node"
         hint = "Leave it out (all GPUs equally far), or name one: --network alpha_us=5,gbps=100,intra=nvlink4"
@@ -133,21 +133,20 @@ def _known(name: str, valid: dict[str, Any], what: str, where: str) -> Any:
     return valid[name]
 
 
-def _custom(text: str, where: str) -> Network:
-    found: dict[str, Any] = {"alpha_us": math.nan, "gbps": math.nan, "intra": None}
-    parts = [part.partition("=")[::2] for part in text.split(",")]
+def _custom(text: str) -> Network:
+    where, parts = f"--network {text}", [part.partition("=")[::2] for part in text.split(",")]
+    given: dict[str, Any] = {"alpha_us": "", "gbps": "", "intra": None}
     for key, value in parts:
-        _known(key, found, "key", where)
-        try:
-            found[key] = _known(value, NETWORKS, "network", where).inter if key == "intra" else float(value)
-        except ValueError:
-            found[key] = math.nan
-    link, within = Link(found["alpha_us"], found["gbps"]), found["intra"]
-    if len({key for key, _ in parts}) < len(parts) or not (0 <= link.alpha_us <= 1e9 and 1e-6 <= link.gbps <= 1e9):
+        _known(key, given, "key", where)
+        given[key] = _known(value, NETWORKS, "network", where).inter if key == "intra" else value
+    link, intra = Link(math.nan, math.nan), given["intra"]
+    with suppress(ValueError):
+        link = Link(float(given["alpha_us"]), float(given["gbps"]))
+    if len(dict(parts)) < len(parts) or not (0 <= link.alpha_us <= 1e9 and 1e-6 <= link.gbps <= 1e9):
         what = "needs alpha_us, a number from 0 to 1e9, and gbps, one from 1e-6 to 1e9, each once"
         hint = "Microseconds of latency and Gbit/s each way: --network alpha_us=5,gbps=100"
         raise HarnessError(what, where=where, hint=hint)
-    return Network(text, link, "as given", within, 8 if within else 1)
+    return Network(text, link, "as given", intra, 8 if intra else 1)
 
 
 @dataclass(frozen=True)
@@ -230,12 +229,10 @@ def workload_of(recipe: Recipe, *, on_gpu: bool = False) -> Workload:
     training, size_px, classes = recipe.training, recipe.data.image_size_px, recipe.data.num_classes or 10
     net = build_model(recipe.model.name, num_classes=classes, image_size_px=size_px, args=recipe.model.args)
     norms = [m.num_features for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-    number_bytes = 0 if not training.sync_batch_norm else 4 if on_gpu else 8
-    messages = [
-        number_bytes * count for channels in norms for count in (2 * channels + 1, 2 * channels) if number_bytes
-    ]
+    messages = [(4 if on_gpu else 8) * numbers for c in norms for numbers in (2 * c + 1, 2 * c)]
     buckets = gradient_buckets([p.numel() * p.element_size() for p in net.parameters() if p.requires_grad])
-    return Workload(training.global_batch_size, training.gradient_accumulation_steps, buckets, messages)
+    steps = training.gradient_accumulation_steps
+    return Workload(training.global_batch_size, steps, buckets, messages if training.sync_batch_norm else ())
 
 
 def measured_pass(recipe: Recipe, device: torch.device) -> tuple[float, float, str]:
@@ -266,13 +263,11 @@ def affine(small: tuple[int, float], large: tuple[int, float]) -> float:
 
 
 def scale(recipe: Recipe, gpus: Sequence[int], network: Network, *, step_ms: float | None = None) -> dict[str, Any]:
-    """Predict step time and efficiency on each number of GPUs.
+    """Predict step time and efficiency on each number of GPUs; `step_ms` is the compute time of an optimizer step on
+    one device, proportional to its images, None measures it here.
 
-    `step_ms` is the compute time of an optimizer step on one device, proportional to its images; None measures it here.
-
-    Returns:
-        A dict for JSON: "strong" and "weak" (a row of `predict` for each number), "recipe", "compute", "network" and
-        "assumptions", a sentence each.
+    Returns a dict for JSON: "strong" and "weak" (a row of `predict` for each number), "recipe", "compute", "network"
+    and "assumptions", a sentence each.
 
     Raises:
         HarnessError: the recipe's network is wrong, or fp16 is to be measured without a GPU.
@@ -283,25 +278,17 @@ def scale(recipe: Recipe, gpus: Sequence[int], network: Network, *, step_ms: flo
     if step_ms is None:
         fixed, an_image, how = measured_pass(recipe, device)
     work = replace(workload_of(recipe, on_gpu=device.type == "cuda"), fixed_seconds=fixed, seconds_per_image=an_image)
-    accumulation = work.gradient_accumulation_steps
+    accumulation, messages = work.gradient_accumulation_steps, len(work.sync_batch_norm_bytes)
     compute = {"step_ms": accumulation * work.pass_seconds(work.micro_batch_size) * 1e3, "how": how}
     compute |= {"fixed_ms_per_pass": fixed * 1e3, "ms_per_image": an_image * 1e3}
     compute |= {"measured_on": device.type if step_ms is None else None}
     what = {"name": recipe.name, "model": recipe.model.name, **asdict(work), "gradient_bytes": sum(work.bucket_bytes)}
-    what |= {"sync_batch_norm_messages_per_step": accumulation * len(work.sync_batch_norm_bytes)}
-    return {
-        **{mode: [predict(work, network, n, mode=mode) for n in sorted(set(gpus))] for mode in ("strong", "weak")},
-        "recipe": what,
-        "compute": compute,
-        "network": {
-            "name": network.name,
-            "inter": network.inter._asdict(),
-            "intra": network.intra and network.intra._asdict(),
-            "gpus_per_node": network.gpus_per_node,
-            "source": network.source,
-        },
-        "assumptions": _assumptions(work, network, compute),
-    }
+    what |= {"sync_batch_norm_messages_per_step": accumulation * messages}
+    links = {"inter": network.inter._asdict(), "intra": network.intra and network.intra._asdict()}
+    where = {"name": network.name, **links, "gpus_per_node": network.gpus_per_node, "source": network.source}
+    rows = {mode: [predict(work, network, n, mode=mode) for n in sorted(set(gpus))] for mode in ("strong", "weak")}
+    assumptions = _assumptions(work, network, compute)
+    return {**rows, "recipe": what, "compute": compute, "network": where, "assumptions": assumptions}
 
 
 def _assumptions(work: Workload, network: Network, compute: dict[str, Any]) -> list[str]:

@@ -8,7 +8,6 @@ import math
 import os
 import resource
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -27,33 +26,22 @@ HARNESS = [sys.executable, "-m", "harness"]
 Out = pytest.CaptureFixture[str]
 
 
-@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
-def test_help_imports_nothing_heavy(words: list[str]) -> None:
+ACTIONS = ("recipe show", "data prepare", "data verify", "track sync", "bench loader", "bench scaling")
+
+
+def test_no_help_imports_anything_heavy() -> None:
     code = (
         "import sys\nfrom harness.cli import main\n"
-        "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert not end.code\n"
+        "for words in sys.argv[1:]:\n"
+        "    try:\n        main(words.split())\n    except SystemExit as end:\n        assert not end.code\n"
         "heavy = {'torch', 'numpy', 'pydantic', 'timm', 'yaml', 'wandb'} & set(sys.modules)\n"
         "sys.exit(repr(heavy) if heavy else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
+    commands = [f"{name} --help" for name in (*COMMANDS, *ACTIONS)]
+    done = run_limited([sys.executable, "-c", code, "--help", "--version", *commands], 60, dict(os.environ), ROOT)
     assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in COMMANDS if words == ["--help"])
-
-
-@pytest.mark.parametrize(
-    "command", ["recipe show", "data prepare", "data verify", "bench loader", "bench step", "bench scaling"]
-)
-def test_every_action_has_help(command: str, capsys: Out) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main([*command.split(), "--help"])
-    assert caught.value.code == 0
-    assert f"usage: harness {command}" in capsys.readouterr().out
-
-
-def test_version(capsys: Out) -> None:
-    with pytest.raises(SystemExit):
-        main(["--version"])
-    assert capsys.readouterr().out.startswith("harness 0.")
+    assert "\nharness 0." in done.stdout
+    assert all(f"usage: harness {name}" in done.stdout for name in (*COMMANDS, *ACTIONS))
 
 
 @pytest.mark.parametrize(
@@ -157,12 +145,8 @@ def test_data_prepare_and_verify(capsys: Out, empty_cache: Path, tmp_path: Path)
 def test_doctor(capsys: Out) -> None:
     assert main(["doctor"]) == 0
     assert "cache_folder" in capsys.readouterr().out
-    assert main(["doctor", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["libraries"]["torch"]
-    assert main(["doctor", "--numerics", DEBUG]) == 0
-    assert "float64" in capsys.readouterr().out
     assert main(["doctor", "--numerics", DEBUG, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)
+    assert json.loads(capsys.readouterr().out)["kernels"]
 
 
 def test_a_loss_that_is_not_finite_is_null_in_json(tiny: Path, tmp_path: Path, capsys: Out) -> None:
@@ -198,9 +182,12 @@ def test_an_output_that_is_full_is_one_error(words: str, redirection: str) -> No
         assert len(done.stderr.splitlines()) == 2
 
 
-def test_a_reader_that_leaves_at_once_is_no_error() -> None:
-    done = run_limited(["bash", "-c", f"{shlex.join(HARNESS)} recipe schema | true; exit ${{PIPESTATUS[0]}}"], 60,
-                       dict(os.environ), ROOT)  # fmt: skip
+@pytest.mark.parametrize(
+    "words", ["recipe schema | true", "data verify | true", "recipe list >&-", "data verify >&- 2>&-"]
+)
+def test_a_reader_that_leaves_at_once_or_never_came_is_no_error(words: str) -> None:
+    command = f"{shlex.join(HARNESS)} {words}; exit ${{PIPESTATUS[0]}}"
+    done = run_limited(["bash", "-c", command], 60, dict(os.environ), ROOT)
     assert (done.returncode, done.stderr) == (0, "")
 
 

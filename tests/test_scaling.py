@@ -9,32 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness import scaling
 from harness.cli import main
 from harness.errors import HarnessError
 from harness.recipe import load
-from harness.scaling import (
-    NETWORKS,
-    Link,
-    Network,
-    Workload,
-    affine,
-    all_reduce_seconds,
-    exposed_seconds,
-    gradient_buckets,
-    parse_network,
-    predict,
-    ring_seconds,
-    workload_of,
-)
+from harness.scaling import NETWORKS, Link, Network, Workload, all_reduce_seconds, predict, ring_seconds
 
 LINK = Link(alpha_us=10e6, gbps=8e-9)  # round numbers: 10 s a message, 1 s a byte
 # Two ranks that reach each other by a ring: α = 1 s, hardly a cost of bytes, so that an all-reduce takes 2 s.
 TWO_SECONDS = Network("two seconds", Link(1e6, 1e12), "", all_reduce=ring_seconds)
-BYTES = st.just(0.0) | st.floats(1, 1e10)
 LINKS = st.builds(Link, st.floats(0, 1e4), st.floats(1e-3, 1e6))
 WORKLOADS = st.builds(
     Workload,
@@ -75,7 +61,8 @@ def test_nodes_worked_out_by_hand() -> None:
     assert nodes.all_reduce_seconds(6, 9) == pytest.approx(4 * (1 + 0.5 * 3) + 10 + 3)
 
 
-@given(ranks=st.integers(1, 5000), size=BYTES, link=LINKS, factor=st.floats(1, 10))
+@settings(deadline=None)  # other programs may keep it waiting
+@given(st.integers(1, 5000), st.just(0.0) | st.floats(1, 1e10), LINKS, st.floats(1, 10))
 def test_times_are_finite_and_never_below_what_the_bytes_need(
     ranks: int, size: float, link: Link, factor: float
 ) -> None:
@@ -96,7 +83,7 @@ def test_times_are_finite_and_never_below_what_the_bytes_need(
     ],
 )
 def test_what_the_backward_pass_hides(buckets: list[int], backward_seconds: float, seconds: float) -> None:
-    assert exposed_seconds(buckets, backward_seconds, lambda size_bytes: 5.0) == pytest.approx(seconds)
+    assert scaling.exposed_seconds(buckets, backward_seconds, lambda size_bytes: 5.0) == pytest.approx(seconds)
 
 
 def test_a_step_worked_out_by_hand() -> None:
@@ -119,20 +106,18 @@ def test_a_step_worked_out_by_hand() -> None:
     assert weak["efficiency"] == pytest.approx(26 / 40)
 
 
-@pytest.mark.parametrize(
-    ("network", "gpus", "mode", "why"),
-    [
-        ("infiniband-ndr", 128, "strong", "a micro-batch of 100 images does not divide among 128 GPUs"),
-        ("infiniband-ndr", 8, "strong", "a micro-batch of 100 images does not divide among 8 GPUs"),
-        ("infiniband-ndr", 128, "weak", None),
-        ("nvlink4", 1024, "weak", "nvlink4 joins at most 256 GPUs"),
-    ],
-)
-def test_what_cannot_be_is_a_row_with_its_reason(network: str, gpus: int, mode: str, why: str | None) -> None:
-    row = predict(Workload(100, 1, (4,), seconds_per_image=1.0), NETWORKS[network], gpus, mode=mode)
-    assert row.get("impossible") == why
+def test_what_cannot_be_is_a_row_with_its_reason() -> None:
+    work = Workload(100, 1, (4,), seconds_per_image=1.0)
+    rows = [
+        predict(work, TWO_SECONDS, gpus, mode=mode) for gpus, mode in ((8, "strong"), (128, "strong"), (128, "weak"))
+    ]
+    why = "a micro-batch of 100 images does not divide among {} GPUs"
+    assert [row.get("impossible") for row in rows] == [why.format(8), why.format(128), None]
+    large = predict(work, NETWORKS["nvlink4"], 1024, mode="weak")
+    assert large == {"gpus": 1024, "impossible": "nvlink4 joins at most 256 GPUs"}
 
 
+@settings(deadline=None)
 @given(work=WORKLOADS, name=st.sampled_from(sorted(NETWORKS)), mode=st.sampled_from(["strong", "weak"]),
        gpus=st.integers(1, 2048) | st.sampled_from([2, 4, 8, 16]))  # fmt: skip
 def test_no_prediction_is_too_good_to_be_true(work: Workload, name: str, mode: str, gpus: int) -> None:
@@ -148,6 +133,7 @@ def test_no_prediction_is_too_good_to_be_true(work: Workload, name: str, mode: s
     assert 0 < found["efficiency"] <= 1
 
 
+@settings(deadline=None)
 @given(sizes=st.lists(st.integers(1, 400), min_size=1, max_size=30))
 def test_buckets_are_those_of_torch(sizes: list[int]) -> None:
     """By torch's own function, with limits small enough for these tensors."""
@@ -155,35 +141,31 @@ def test_buckets_are_those_of_torch(sizes: list[int]) -> None:
     parameters = [torch.empty(size) for size in reversed(sizes)]
     indices, _ = dist._compute_bucket_assignment_by_size(parameters, [first, cap])
     theirs = [sum(parameters[i].numel() * 4 for i in bucket) for bucket in indices]
-    assert sorted(gradient_buckets([4 * size for size in sizes], first=first, cap=cap)) == sorted(theirs)
+    assert sorted(scaling.gradient_buckets([4 * size for size in sizes], first=first, cap=cap)) == sorted(theirs)
 
 
 def test_the_seeds_network() -> None:
-    work = workload_of(load("seed"))
+    work = scaling.workload_of(load("seed"))
     assert (sum(work.bucket_bytes), len(work.bucket_bytes)) == (4 * 380_646, 2)
     assert len(work.sync_batch_norm_bytes) == 2 * 18
     assert work.sync_batch_norm_bytes[:2] == [(2 * 32 + 1) * 8, 2 * 32 * 8]
-    halves = workload_of(load("seed", ["training.sync_batch_norm=false", "training.gradient_accumulation_steps=2"]))
-    assert (halves.sync_batch_norm_bytes, halves.micro_batch_size) == ([], 64)
+    halves = scaling.workload_of(
+        load("seed", ["training.sync_batch_norm=false", "training.gradient_accumulation_steps=2"])
+    )
+    assert (halves.sync_batch_norm_bytes, halves.micro_batch_size) == ((), 64)
 
 
-@pytest.mark.parametrize(
-    ("small", "large", "fixed"),
-    [
-        ((16, 0.5), (64, 1.1), 0.3),
-        ((16, 0.1), (64, 1.1), 0.0),  # steeper than through the origin: nothing is fixed
-        ((16, 1.2), (64, 1.1), 1.1),  # falling, by noise: all is fixed
-    ],
-)
-def test_two_times_give_a_fixed_part(small, large, fixed: float) -> None:
-    assert affine(small, large) == pytest.approx(fixed)
+def test_two_times_give_a_fixed_part() -> None:
+    assert scaling.affine((16, 0.5), (64, 1.1)) == pytest.approx(0.3)
+    assert scaling.affine((16, 0.1), (64, 1.1)) == 0.0  # steeper than through the origin: nothing is fixed
+    assert scaling.affine((16, 1.2), (64, 1.1)) == 1.1  # falling, by noise: all is fixed
 
 
 def test_networks_by_name_and_by_figures() -> None:
     assert (NETWORKS["infiniband-ndr"].inter.gbps, NETWORKS["nvlink4"].inter.gbps) == (400, 450 * 8)
-    own = parse_network("gbps=100,alpha_us=5,intra=nvlink4", gpus_per_node=4)
+    own = scaling.parse_network("gbps=100,alpha_us=5,intra=nvlink4", gpus_per_node=4)
     assert (own.inter, own.gpus_per_node, own.intra) == (Link(5, 100), 4, NETWORKS["nvlink4"].inter)
-    assert parse_network("infiniband-ndr", gpus_per_node=1).intra is None
+    assert scaling.parse_network("infiniband-ndr", gpus_per_node=1).intra is None
 
 
 @pytest.mark.parametrize(
@@ -200,7 +182,7 @@ def test_networks_by_name_and_by_figures() -> None:
 )  # fmt: skip
 def test_mistakes_in_networks(text: str, gpus_per_node: int | None, what: str, hint: str) -> None:
     with pytest.raises(HarnessError) as caught:
-        parse_network(text, gpus_per_node=gpus_per_node)
+        scaling.parse_network(text, gpus_per_node=gpus_per_node)
     assert what in str(caught.value)
     assert hint in str(caught.value.hint)
 
@@ -208,14 +190,12 @@ def test_mistakes_in_networks(text: str, gpus_per_node: int | None, what: str, h
 def test_scale_prints_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["scale", "seed", "--step-ms", "20", "--gpus", "8,1,64,1024", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    for mode in ("strong", "weak"):
-        assert [row["gpus"] for row in result[mode]] == [1, 8, 64, 1024]
-        assert result[mode][0]["step_ms"] == pytest.approx(20)
-        assert result[mode][0]["images_per_second"] == pytest.approx(6400)
+    for rows in (result["strong"], result["weak"]):
+        assert [row["gpus"] for row in rows] == [1, 8, 64, 1024]
+        assert (rows[0]["step_ms"], rows[0]["images_per_second"]) == pytest.approx((20, 6400))
     efficiencies = [row["efficiency"] for row in result["weak"]]
     assert efficiencies == sorted(efficiencies, reverse=True)
-    assert result["network"]["gpus_per_node"] == 8
-    assert result["recipe"]["gradient_bytes"] == 4 * 380_646
+    assert (result["network"]["gpus_per_node"], result["recipe"]["gradient_bytes"]) == (8, 4 * 380_646)
 
 
 def test_the_table_ends_with_its_assumptions(capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,17 +229,13 @@ def test_a_recipe_is_measured_where_no_time_is_given(
     [
         ("--network infiniband-nrd", 'HINT: Did you mean "infiniband-ndr"?'),
         ("--gpus 1,x", '--gpus: must be a whole number from 1 to 1000000, not "x"'),
-        ("--gpus 99999999999 --step-ms 3", "--gpus: must be a whole number from 1 to 1000000"),
         ("--step-ms -3", "--step-ms: must be more than 0"),
         ("--step-ms nan", "--step-ms: must be more than 0"),
-        ("--step-ms 3 --gpus-per-node 0", "must be a whole number from 1"),
-        ("--step-ms 3 model.name=resnet81", "HINT: Did you mean"),
-        ("training.precision=fp16", "training.precision: fp16 needs a GPU"),
+        pytest.param("training.precision=fp16", "training.precision: fp16 needs a GPU",
+                     marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can do it")),
     ],
-)
+)  # fmt: skip
 def test_mistakes_are_explained(options: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    if "fp16" in options and torch.cuda.is_available():
-        pytest.skip("a GPU can do it")
     assert main(["scale", "seed", *options.split()]) == 2
     error = capsys.readouterr().err
     assert text in error

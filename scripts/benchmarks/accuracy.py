@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -34,13 +33,8 @@ WHITENED_IMAGES = 5000
 def bench_accuracy(*, epochs: int | None = None) -> dict[str, Any]:
     """Train airbench94, the seed's recipe in bf16 and the fast recipe by turns, and report how soon each was how good.
 
-    `epochs` is the most of each contestant, with schedules shortened to them; None is each one's own number.
-
-    Returns:
-        A dict for JSON. "contestants": for each its parameters, epochs, seconds of training up to the end of each
-        epoch, correct answers of `test_images` after each, by kind (raw: the weights as they are; ema: averaged ones;
-        tta: raw ones with test-time augmentation), and for each kind the seconds up to the end of the first epoch that
-        reached so many percent, or None. Besides "settings" and "machine".
+    `epochs` is the most of each contestant, with schedules shortened to them; None is each one's own number. Returns a
+    dict for JSON: "contestants" (see `figures`), "settings" and "machine".
 
     Raises:
         HarnessError: no CIFAR-10, or a contestant that failed.
@@ -74,13 +68,12 @@ def entries(epochs: int | None) -> dict[str, Contestant]:
 def of_recipe(name: str, epochs: int | None, *overrides: str) -> Contestant:
     """A training of ours, of `epochs` epochs where the recipe has more, its warm-up shortened in proportion."""
     recipe = load(name, overrides)
-    assert recipe.training.epochs is not None  # so are the recipes that take part
-    chosen = min(recipe.training.epochs, epochs or recipe.training.epochs)
-    if chosen < recipe.training.epochs:
+    whole, warmup = recipe.training.epochs, recipe.schedule.warmup_epochs
+    assert whole is not None  # in the recipes that take part
+    chosen = min(whole, epochs or whole)
+    if chosen < whole:
         overrides = (*overrides, f"training.epochs={chosen}")
-        if recipe.schedule.warmup_epochs is not None:
-            warmup = recipe.schedule.warmup_epochs * chosen / recipe.training.epochs
-            overrides = (*overrides, f"schedule.warmup_epochs={warmup:.4g}")
+        overrides += () if warmup is None else (f"schedule.warmup_epochs={warmup * chosen / whole:.4g}",)
     return Contestant(f"{HERE}:harness", {"recipe": name, "overrides": list(overrides)}, rounds=chosen)
 
 
@@ -88,8 +81,9 @@ def harness(*, recipe: str, overrides: list[str]) -> Round:
     """The training of a recipe, as `harness train` does it, without its files."""
     loaded = load(recipe, overrides)
     parts, cadence, progress = assembled(loaded), epochs_alone(loaded), Progress()
-    first = parts.plan.micro_batches(0)[0][:1]
-    list(parts.train_loader.batches(first, epoch=0))  # compiled where it has to be; batches depend on no earlier ones
+    list(
+        parts.train_loader.batches(parts.plan.micro_batches(0)[0][:1], epoch=0)
+    )  # compiled where it has to be; batches depend on no earlier ones
 
     def one_round() -> tuple[float, int, dict[str, Any]]:
         before = progress.images_seen
@@ -111,24 +105,23 @@ def airbench94(*, settings: dict[str, Any], source: str = "cifar10") -> Round:
     store = prepare(source, image_size_px=32, download=False)
     manifest, train, test = store.manifest, store.split("train"), store.split("test")
     scale = {"mean": manifest.mean, "std": manifest.std}
-    images = airbench.TrainingImages(
-        train.images_BHWC, train.labels_B, translate_px=chosen.translate_px, seed=chosen.seed, **scale
-    )
+    images = airbench.TrainingImages(train.images_BHWC, train.labels_B, settings=chosen, **scale)
     few_BCHW = airbench.normalised(torch.from_numpy(train.images_BHWC[:WHITENED_IMAGES].copy()), **scale)
     test_NCHW = airbench.normalised(torch.from_numpy(test.images_BHWC.copy()), **scale)
     labels_N = torch.from_numpy(test.labels_B.copy())
     training: list[airbench.Training] = []
+    counts: list[int] = []
+
+    def train_epoch() -> None:
+        if not training:
+            training.append(airbench.Training(images, few_BCHW, num_classes=len(manifest.classes), settings=chosen))
+        counts.append(training[0].epoch())
 
     def one_round() -> tuple[float, int, dict[str, Any]]:
-        started_at = time.perf_counter()
-        if not training:
-            classes = len(manifest.classes)
-            training.append(airbench.Training(images, few_BCHW, num_classes=classes, settings=chosen))
-        count = training[0].epoch()
-        trained_at = time.perf_counter()
-        correct = airbench.evaluate(training[0].net, test_NCHW, labels_N)
-        payload = _payload(training[0].net, correct, len(labels_N), time.perf_counter() - trained_at)
-        return trained_at - started_at, count, payload
+        seconds, correct = seconds_of(train_epoch), dict[str, int]()
+        net = training[0].net
+        evaluation_seconds = seconds_of(lambda: correct.update(airbench.evaluate(net, test_NCHW, labels_N)))
+        return seconds, counts[-1], _payload(net, correct, len(labels_N), evaluation_seconds)
 
     return one_round
 
@@ -139,7 +132,12 @@ def _payload(net: torch.nn.Module, correct: dict[str, int], total: int, seconds:
 
 
 def figures(times: Times | None, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the result says of a contestant."""
+    """What the result says of a contestant.
+
+    `seconds` of training up to the end of each epoch, `correct` answers after each by kind (raw: the weights as they
+    are; ema: averaged ones; tta: raw ones with test-time augmentation), and for each kind the seconds up to the end of
+    the first epoch that reached so many percent, or None.
+    """
     assert times is not None  # none of them needs a package that may be missing
     seconds = [round(sum(times.seconds[: n + 1]), 3) for n in range(len(times.seconds))]
     total = times.payloads[0]["total"]
@@ -158,7 +156,6 @@ def figures(times: Times | None, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _seconds_to_accuracy(seconds: list[float], correct: list[int], total: int) -> dict[str, float | None]:
-    """For each target in percent the seconds at the end of the first epoch that reached it; None where none did."""
     return {
         str(percent): next((s for s, c in zip(seconds, correct, strict=True) if 100 * c >= percent * total), None)
         for percent in TARGETS_PERCENT

@@ -13,7 +13,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,26 +129,17 @@ class TrainingImages:
     """The training split, uint8 (N, H, W, 3) and int64 (N,), with its augmentation, batch after batch.
 
     Each image is flipped in every second epoch, beginning by a coin (alternating flip), and cut at random out of itself
-    with a border of reflected pixels. The seed is that of order, coins and shifts.
+    with a border of reflected pixels. `scale` is mean and std of each channel, on the scale [0, 1].
     """
 
-    def __init__(
-        self,
-        images_NHWC: np.ndarray,
-        labels_N: np.ndarray,
-        *,
-        mean: Sequence[float],
-        std: Sequence[float],
-        translate_px: int,
-        seed: int,
-    ) -> None:
-        border, (height, width) = (translate_px, translate_px), images_NHWC.shape[1:3]
+    def __init__(self, images_NHWC: np.ndarray, labels_N: np.ndarray, *, settings: Settings, **scale: Any) -> None:
+        border, (height, width) = (settings.translate_px, settings.translate_px), images_NHWC.shape[1:3]
         padded = torch.from_numpy(np.pad(images_NHWC, ((0, 0), border, border, (0, 0)), mode="reflect"))
         # A view of all crops: [image, y, x] is one, (H, W, 3).
         self._crops = padded.unfold(1, height, 1).unfold(2, width, 1).permute(0, 1, 2, 4, 5, 3)
         self._labels_N = torch.from_numpy(np.array(labels_N))
-        self._mean, self._std, self._shifts = mean, std, 2 * translate_px + 1
-        self._generator = torch.Generator().manual_seed(seed)
+        self._scale, self._shifts = scale, 2 * settings.translate_px + 1
+        self._generator = torch.Generator().manual_seed(settings.seed)
         self._coins_N = torch.rand(len(labels_N), generator=self._generator) < 0.5
 
     def batches(self, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -157,7 +150,7 @@ class TrainingImages:
             images_BHWC = self._crops[ids_B, y_B, x_B]
             flipped_B = self._coins_N[ids_B] != bool(epoch % 2)
             images_BHWC[flipped_B] = images_BHWC[flipped_B].flip(2)
-            yield normalised(images_BHWC, self._mean, self._std), self._labels_N[ids_B]
+            yield normalised(images_BHWC, **self._scale), self._labels_N[ids_B]
 
     def __len__(self) -> int:
         return len(self._labels_N)
@@ -182,9 +175,8 @@ class Training:
         with torch.no_grad():
             self.net.whiten.weight.copy_(whitening_filters(whiten_on_BCHW))
         self._lookahead, self.optimizer = Lookahead(self.net), _optimizer(self.net, settings)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: lr_share(step, self.total_steps, settings)
-        )
+        share = partial(lr_share, total_steps=self.total_steps, settings=settings)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, share)
 
     def epoch(self) -> int:
         """Train one epoch, or what is left of the training; returns how many images were trained on."""
@@ -194,8 +186,7 @@ class Training:
         for images_BCHW, labels_B in self._images.batches(self._epoch, settings.batch_size):
             if self._step == self.total_steps:
                 break
-            logits_BK = _logits(self.net, images_BCHW)
-            smoothing = settings.label_smoothing
+            logits_BK, smoothing = _logits(self.net, images_BCHW), settings.label_smoothing
             self.optimizer.zero_grad(set_to_none=True)
             F.cross_entropy(logits_BK, labels_B, label_smoothing=smoothing, reduction="sum").backward()
             self.optimizer.step()
@@ -215,10 +206,8 @@ def _optimizer(net: AirbenchNet, settings: Settings) -> torch.optim.Optimizer:
     lr, decay = settings.lr / per_step, settings.weight_decay * settings.batch_size / per_step
     biases = [module.bias for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     others = [p for p in net.parameters() if p.requires_grad and all(p is not bias for bias in biases)]
-    groups = [
-        {"params": group, "lr": rate, "weight_decay": decay / rate}
-        for group, rate in ((biases, lr * settings.bias_scaler), (others, lr))
-    ]
+    rates = ((biases, lr * settings.bias_scaler), (others, lr))
+    groups = [{"params": group, "lr": rate, "weight_decay": decay / rate} for group, rate in rates]
     return torch.optim.SGD(groups, momentum=settings.momentum, nesterov=True)
 
 

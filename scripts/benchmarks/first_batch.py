@@ -16,6 +16,7 @@ from typing import Any
 
 from harness.bench import Contestant, Round, describe_machine, run_contest, spread
 
+HERE = "scripts.benchmarks.first_batch:first_batch"
 LOADERS = ("harness_ffcv", "harness_device", "stock_ffcv")
 IMAGES, BATCH_SIZE = 8192, 128
 SCALE: dict[str, Any] = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
@@ -33,30 +34,24 @@ def bench_first_batch(*, rounds: int = 3, loaders: Sequence[str] = LOADERS) -> d
     """
     from harness.data.prepare import prepare
 
-    path = str(prepare("synthetic", synthetic={"train_images": IMAGES}).split("train").path)
-    seconds: dict[str, list[float]] = {name: [] for name in loaders}
-    functions: dict[str, list[int]] = {name: [] for name in loaders}
-    workers = len(os.sched_getaffinity(0))
+    path = prepare("synthetic", synthetic={"train_images": IMAGES}).split("train").path
+    how = {"path": str(path), "workers": len(os.sched_getaffinity(0))}
+    found: dict[str, list[tuple[float, int]]] = {name: [] for name in loaders}
     with tempfile.TemporaryDirectory(prefix="harness-bench-") as folder:
         contestants = {
-            name: Contestant(
-                "scripts.benchmarks.first_batch:first_batch",
-                {"loader": name, "path": path, "workers": workers, "cache": str(Path(folder, name))},
-            )
-            for name in loaders
+            name: Contestant(HERE, {"loader": name, "cache": str(Path(folder, name)), **how}) for name in loaders
         }
         for _ in range(rounds + 1):
-            for name, times in run_contest(contestants, rounds=1, threads=workers).items():
+            for name, times in run_contest(contestants, rounds=1, threads=len(os.sched_getaffinity(0))).items():
                 assert times is not None
-                seconds[name] += times.seconds
-                functions[name] += times.counts
+                found[name].append((times.seconds[0], times.counts[0]))
     results = {
         name: {
-            **spread("seconds", each[1:]),
-            "first_process_seconds": each[0],
-            "functions_compiled": [functions[name][0], functions[name][-1]],
+            **spread("seconds", [seconds for seconds, _ in each[1:]]),
+            "first_process_seconds": each[0][0],
+            "functions_compiled": [each[0][1], each[-1][1]],
         }
-        for name, each in seconds.items()
+        for name, each in found.items()
     }
     settings = {"images": IMAGES, "batch_size": BATCH_SIZE, "later_processes": rounds}
     return {"contestants": results, "settings": settings, "machine": describe_machine()}
@@ -70,7 +65,13 @@ def first_batch(*, loader: str, path: str, workers: int, cache: str) -> Round:
 
     def one_round() -> tuple[float, int]:
         start = time.perf_counter()
-        compilations = _compilations() if loader.endswith("ffcv") else []
+        compilations: list[Any] = []
+        if loader.endswith("ffcv"):
+            from numba.core import event
+
+            recorder = event.RecordingListener()
+            event.register("numba:compile", recorder)
+            compilations = recorder.buffer
         batches = _batches(loader, Path(path), workers)
         next(batches)
         seconds, functions = time.perf_counter() - start, len(compilations) // 2  # each has a start and an end
@@ -79,16 +80,6 @@ def first_batch(*, loader: str, path: str, workers: int, cache: str) -> Round:
         return seconds, functions
 
     return one_round
-
-
-def _compilations() -> list[Any]:
-    """What numba compiles from now on."""
-    from numba.core import event
-
-    recorder = event.RecordingListener()
-    event.register("numba:compile", recorder)
-    buffer: list[Any] = recorder.buffer
-    return buffer
 
 
 def _batches(loader: str, path: Path, workers: int) -> Any:

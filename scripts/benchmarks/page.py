@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Mapping
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,15 @@ ALL: dict[str, Callable[[int], dict[str, Any]]] = {
     "startup": lambda rounds: bench_startup(rounds=rounds),
 }
 WHAT = {
-    "loader": "Batches of augmented CIFAR-10 images, ready to train on: cropped (padding 4), flipped, normalised. The "
-    "stock FFCV pipeline is that of its CIFAR-10 example, which cuts out as well.",
+    "loader": "Batches of augmented images, ready to train on: cropped (padding 4), flipped, normalised. The stock "
+    "FFCV pipeline is that of its CIFAR-10 example, which cuts out as well.",
     "step": "A training step of the seed's network (dual branch, 380,646 parameters, dropout in each unit), batch 128.",
-    "overhead": "The same loops around a network of a few thousand parameters, batch 8, one thread: what is left is "
-    "overhead. Peers have torch's own layout, ours is channels_last: `harness_plain` runs the layers that "
-    "`pytorch_channels_last` runs. Ratios are medians of the rounds' own ratios.",
-    "ranks": "The same network on two ranks over gloo, a thread and a batch of 8 each: raw DDP, Accelerate and ours. "
-    "Ratios as above.",
-    "startup": "Whole commands; the training is the seed's network on the digits, up to its first step, "
-    "as the run itself tells: without what Python waited for before our first line.",
+    "overhead": "The same loops around a network of a few thousand parameters, batch 8, one thread. Peers have torch's "
+    "own layout, ours is channels_last: `harness_plain` runs the layers that `pytorch_channels_last` runs. Ratios are "
+    "medians of the rounds' own ratios.",
+    "ranks": "The same network on two ranks over gloo, a thread and a batch of 8 each. Ratios as above.",
+    "startup": "Whole commands; the training is the seed's network on the digits, up to its first step, as the run "
+    "itself reports it: without what Python waited for before our first line.",
 }
 HEAD = """# Benchmarks
 
@@ -105,12 +105,11 @@ def _losses(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for name, result in results.items():
         unit, rows = table(result)
         medians = {label: figures[0] for label, figures in rows.items() if figures is not None}
-        for one in (label for label in medians if label.startswith("harness")):
-            for other in (label for label in medians if not label.startswith("harness")):
-                slower = medians[one] / medians[other]
-                slower = 1 / slower if unit.endswith("_per_second") else slower
-                if slower > 1:
-                    lines.append(f"- {name}: `{one}` takes {slower:.2f} times as long as `{other}` (medians).")
+        for one, other in permutations(medians, 2):
+            slower = medians[one] / medians[other]
+            slower = 1 / slower if unit.endswith("_per_second") else slower
+            if slower > 1 and one.startswith("harness") and not other.startswith("harness"):
+                lines.append(f"- {name}: `{one}` takes {slower:.2f} times as long as `{other}` (medians).")
     return lines
 
 
@@ -121,16 +120,14 @@ def _draw(results: Results, path: Path) -> None:
     except ImportError:
         raise HarnessError("the picture needs matplotlib", hint="pip install '.[bench]'") from None
     figure = Figure(figsize=(9, 2.6 * len(results)), layout="constrained")
-    for axes, (name, result) in zip(figure.subplots(len(results)), results.items(), strict=True):
+    for axes, (title, result) in zip(figure.subplots(len(results)), results.items(), strict=True):
         unit, rows = table(result)
         measured = {label: figures for label, figures in rows.items() if figures is not None}
         spread = [[f[0] - f[1] for f in measured.values()], [f[2] - f[0] for f in measured.values()]]
-        ours = ("harness", "train", "help")
-        colours = ["#c2571a" if label.startswith(ours) else "#8a9bb0" for label in measured]
-        bars = {"color": colours, "error_kw": {"elinewidth": 1, "ecolor": "#444444"}}
-        axes.barh(list(measured), [figures[0] for figures in measured.values()], xerr=spread, **bars)
+        colours = ["#c2571a" if name.startswith(("harness", "train", "help")) else "#8a9bb0" for name in measured]
+        axes.barh(list(measured), [figures[0] for figures in measured.values()], xerr=spread, color=colours)
         axes.invert_yaxis()
-        axes.set_title(f"{name}: {unit.replace('_', ' ')}", loc="left", fontsize=10)
+        axes.set_title(f"{title}: {unit.replace('_', ' ')}", loc="left", fontsize=10)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None})

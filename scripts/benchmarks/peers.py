@@ -91,19 +91,13 @@ def lightning(**settings: Any) -> Round:
     module, steps = Module(), WARMUP_STEPS + task.steps + 1
     batches: DataLoader[Any] = DataLoader([task.batch()] * steps, batch_size=None)  # type: ignore[arg-type]
 
+    how: dict[str, Any] = {"max_steps": steps, "accelerator": "gpu" if task.device == "cuda" else "cpu", "devices": 1}
+    how |= {"precision": "bf16-mixed" if task.bf16 else "32-true", "logger": False, "enable_checkpointing": False}
+    how |= {"enable_progress_bar": False, "enable_model_summary": False}
+
     def one_round() -> tuple[float, int]:
-        trainer = pl.Trainer(
-            max_steps=steps,
-            accelerator="gpu" if task.device == "cuda" else "cpu",
-            devices=1,
-            precision="bf16-mixed" if task.bf16 else "32-true",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
         module.times.clear()
-        trainer.fit(module, batches)
+        pl.Trainer(**how).fit(module, batches)
         return module.times[-1] - module.times[WARMUP_STEPS], task.steps * task.batch_size
 
     return one_round

@@ -56,38 +56,32 @@ def bench_scaling(
     oversubscribed: a rank has max(1, cores // ranks) threads.
 
     Returns:
-        A dict for JSON: "ranks" (a list; each with ranks, threads_per_rank, oversubscribed, images_per_rank,
-        "variants" with images_per_second and step_ms as median, min and max and bucket_bytes, "costs" in ms a step
-        as median, min and max over the rounds' differences, "predicted_step_ms": by `harness scale` from the step
-        without communication, None for one rank or too few cores), "speedup_over_one_rank" where one rank was
-        measured, "settings" and "machine".
+        A dict for JSON: "ranks" (a list; of each its "variants", "costs" as the rounds' differences, and
+        "predicted_step_ms": by `harness scale` from the step without communication, None for one rank or too few
+        cores), "speedup_over_one_rank" where one rank was measured, "settings" and "machine".
 
     Raises:
         HarnessError: the recipe is wrong, or numbers are out of range; code 1 where a process died.
     """
     recipe, cores = load(recipe_path, overrides), usable_cores()
     _check(recipe, ranks)
-    results = []
+    results: list[dict[str, Any]] = []
     for count in sorted(set(ranks)):
         threads = max(1, cores // count)
         arguments = {"recipe_path": recipe_path, "overrides": list(overrides), "threads": threads}
         contestant = Contestant("scripts.benchmarks.scaling:variants", arguments, ranks=count)
-        times = run_contest({f"{count} ranks": contestant}, rounds=rounds, threads=threads)[f"{count} ranks"]
+        (times,) = run_contest({f"{count} ranks": contestant}, rounds=rounds, threads=threads).values()
         assert times is not None
-        figures = _figures(times.payloads, count, recipe)
-        crowded = {"ranks": count, "threads_per_rank": threads, "oversubscribed": count > cores}
-        results.append(crowded | figures | {"predicted_step_ms": _predicted(recipe, figures, count, cores)})
-    training = recipe.training
+        figures: dict[str, Any] = {"ranks": count, "threads_per_rank": threads, "oversubscribed": count > cores}
+        figures |= _figures(times.payloads, count, recipe)
+        results.append(figures | {"predicted_step_ms": _predicted(recipe, figures, cores)})
     speeds = {each["ranks"]: each["variants"]["full"]["images_per_second_median"] for each in results}
+    speedup = {str(count): speed / speeds[1] for count, speed in speeds.items()} if 1 in speeds else {}
+    names = ("precision", "global_batch_size", "gradient_accumulation_steps", "sync_batch_norm")
+    settings: dict[str, Any] = {"recipe": recipe.name, "rounds": rounds, "cores": cores, "backend": "gloo"}
+    settings |= {name: getattr(recipe.training, name) for name in names}
     return {
-        "ranks": results,
-        "speedup_over_one_rank": {str(n): speed / speeds[1] for n, speed in speeds.items()} if 1 in speeds else {},
-        "settings": {
-            "recipe": recipe.name, "rounds": rounds, "cores": cores, "backend": "gloo", "precision": training.precision,
-            "global_batch_size": training.global_batch_size, "sync_batch_norm": training.sync_batch_norm,
-            "gradient_accumulation_steps": training.gradient_accumulation_steps,
-        },
-        "machine": describe_machine(),
+        "ranks": results, "speedup_over_one_rank": speedup, "settings": settings, "machine": describe_machine()
     }  # fmt: skip
 
 
@@ -170,27 +164,22 @@ class _Run:
 def _figures(rounds: Sequence[dict[str, Any]], ranks: int, recipe: Recipe) -> dict[str, Any]:
     images = _micro_batch(recipe)
     ms = {name: [1e3 * each[name]["seconds"] for each in rounds] for name in rounds[0]}
-    found = {
-        name: {
-            **spread("images_per_second", [1e3 * images / each for each in times]),
-            **spread("step_ms", times),
-            "bucket_bytes": rounds[-1][name]["bucket_bytes"],
-        }
-        for name, times in ms.items()
-    }
-    costs = {
-        name: spread("ms", [a - b for a, b in zip(ms[one], ms[other], strict=True)])
-        for name, (one, other) in COSTS.items()
-        if one in ms and other in ms
-    }
-    return {"images_per_rank": images // ranks, "variants": found, "costs": costs}
+    found: dict[str, Any] = {"images_per_rank": images // ranks, "variants": {}, "costs": {}}
+    for name, times in ms.items():
+        speeds = spread("images_per_second", [1e3 * images / each for each in times])
+        buckets = {"bucket_bytes": rounds[-1][name]["bucket_bytes"]}
+        found["variants"][name] = speeds | spread("step_ms", times) | buckets
+    for name, (one, other) in COSTS.items():
+        if one in ms and other in ms:
+            found["costs"][name] = spread("ms", [a - b for a, b in zip(ms[one], ms[other], strict=True)])
+    return found
 
 
-def _predicted(recipe: Recipe, figures: dict[str, Any], ranks: int, cores: int) -> float | None:
+def _predicted(recipe: Recipe, figures: dict[str, Any], cores: int) -> float | None:
     """Milliseconds of the whole step, from the one without communication and the model's network loopback-gloo."""
+    ranks, measured = figures["ranks"], figures["variants"]
     if not 1 < ranks <= cores:
         return None
-    measured = figures["variants"]
     alone_ms = measured.get("independent", measured["no_exchange"])["step_ms_median"]
     work, all_reduce = workload_of(recipe), partial(NETWORKS["loopback-gloo"].all_reduce_seconds, ranks)
     exchange = exposed_seconds(work.bucket_bytes, BACKWARD_SHARE * alone_ms / 1e3, all_reduce)

@@ -23,12 +23,8 @@ def bench_startup(*, rounds: int = 5) -> dict[str, Any]:
     """Time whole commands, in turn: help, imports alone, and the seed's network from the command to its first step.
 
     The training has the digits, so that no download and no 10,000 test images are measured. One round that is not
-    counted fills the caches (converted data, verdicts of the numerics check, compiled kernels): the others are what a
-    user has from the second run on.
-
-    Returns:
-        A dict for JSON: "contestants" (for each command its seconds as median, min and max), "first_run_seconds" of the
-        uncounted round, "breakdown_seconds" of the training's way to its first step, "settings" and "machine".
+    counted ("first_run_seconds") fills the caches (converted data, verdicts of the numerics check, compiled kernels):
+    the others are what a user has from the second run on. "breakdown_seconds" is the training's way to its first step.
 
     Raises:
         HarnessError: a command failed.
@@ -36,21 +32,18 @@ def bench_startup(*, rounds: int = 5) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {"help": [], "import_torch": [], "train_to_first_step": []}
     breakdowns: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory(prefix="harness-bench-") as folder:
-        cache = Path(folder, "cache")
-        cache.mkdir()
+        cache = tempfile.mkdtemp(dir=folder)
         for number in range(rounds + 1):
             seconds["help"].append(_seconds("-m", "harness", "--help"))
             seconds["import_torch"].append(_seconds("-c", "import torch"))
             run = Path(folder, f"run_{number}")
-            _seconds("-m", "harness", "train", *TRAIN, "--run-dir", str(run), HARNESS_CACHE=str(cache))
+            _seconds("-m", "harness", "train", *TRAIN, "--run-dir", str(run), HARNESS_CACHE=cache)
             breakdowns.append(json.loads((run / "result.json").read_text())["startup_seconds"])
             seconds["train_to_first_step"].append(sum(breakdowns[-1].values()))
     return {
         "contestants": {name: spread("seconds", times[1:]) for name, times in seconds.items()},
         "first_run_seconds": {name: times[0] for name, times in seconds.items()},
-        "breakdown_seconds": {
-            phase: statistics.median(each[phase] for each in breakdowns[1:]) for phase in breakdowns[0]
-        },
+        "breakdown_seconds": {name: statistics.median(each[name] for each in breakdowns[1:]) for name in breakdowns[0]},
         "settings": {"rounds": rounds, "train": TRAIN},
         "machine": describe_machine(),
     }
@@ -58,10 +51,10 @@ def bench_startup(*, rounds: int = 5) -> dict[str, Any]:
 
 def _seconds(*arguments: str, **environment: str) -> float:
     """Of Python with these arguments."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
-    command, kept = [sys.executable, *arguments], {"capture_output": True, "text": True, "env": environment}
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    command = [sys.executable, *arguments]
     try:
-        return seconds_of(lambda: subprocess.run(command, check=True, **kept))  # type: ignore[call-overload]
+        return seconds_of(lambda: subprocess.run(command, check=True, capture_output=True, text=True, env=variables))
     except subprocess.CalledProcessError as error:
         what = f"{' '.join(arguments)} failed: {error.stderr.strip()[-300:]}"
         raise HarnessError(what, hint="Try it by itself.", exit_code=EXIT_FAILED) from error
