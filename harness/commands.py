@@ -172,7 +172,7 @@ def _summary(arguments: argparse.Namespace) -> int:
 
     recipe = load(arguments.recipe, arguments.overrides)
     from harness.models.build import build_model
-    from harness.models.inspect import render_report, report_json
+    from harness.models.summary import render_report, report_json
 
     size = recipe.data.image_size_px
     model = build_model(

@@ -15,7 +15,7 @@ import torch
 
 from harness.errors import EXIT_DONE, HarnessError, print_error
 from harness.models.build import build_model
-from harness.models.inspect import summarise
+from harness.models.summary import summarise
 from harness.recipe import Recipe
 from harness.run_directory import CHECKPOINTS
 from harness.tracking.extras import Answers, CheckpointFolder, Extras, Guess
