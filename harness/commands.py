@@ -171,7 +171,7 @@ def _print_job(job_id: str, places: list[tuple[Any, Any]]) -> None:
 def summary(arguments: Namespace) -> None:
     recipe = load_recipe(arguments)
     from harness.models.build import build_model
-    from harness.models.inspect import render_report, report_json
+    from harness.models.summary import render_report, report_json
 
     size_px, classes = recipe.data.image_size_px, recipe.data.num_classes or 10
     model = build_model(recipe.model.name, num_classes=classes, image_size_px=size_px, args=recipe.model.args)

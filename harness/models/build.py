@@ -1,11 +1,12 @@
-"""Any network by its name: the dual-branch family or a model of timm."""
+"""Any network by its name, the dual-branch family or a model of timm, and how to run one without disturbing it."""
 
 from __future__ import annotations
 
 import inspect
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import timm
@@ -15,18 +16,16 @@ from torch import nn
 
 from harness.errors import HarnessError, nearest
 from harness.models import dual_branch  # registers the family with timm
+from harness.recipe.schema import DualBranchArgs
 
-FAMILY = (dual_branch.dual_branch.__name__, dual_branch.dual_branch_seed.__name__)
-
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+FROM_SCRATCH = "recipes train from scratch"
 # Set by the data or by the harness; given twice they could only disagree.
 RESERVED = {
     "num_classes": "the data's classes decide it, and data.num_classes checks them",
     "img_size": "data.image_size_px decides it",
     "in_chans": "images have three channels",
-    "pretrained": "recipes train from scratch",
-    "pretrained_cfg": "recipes train from scratch",
-    "pretrained_cfg_overlay": "recipes train from scratch",
-    "checkpoint_path": "recipes train from scratch",
+    **dict.fromkeys(("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path"), FROM_SCRATCH),
     "features_only": "training needs a classifier",
     "cache_dir": "nothing is downloaded",
     "device": "the launcher decides it",
@@ -35,27 +34,16 @@ RESERVED = {
 
 
 def build_model(name: str, *, num_classes: int, image_size_px: int, args: Mapping[str, Any]) -> nn.Module:
-    """A freshly initialised network on the CPU, in training mode, float32.
+    """A freshly initialised network on the CPU: float32 images (B, 3, size, size) -> logits (B, num_classes).
 
-    It maps images (B, 3, image_size_px, image_size_px) to logits (B, num_classes); one image of zeros is sent
-    through it to make sure. The initial weights come from torch's global generator.
-
-    Args:
-        name: `dual_branch`, `dual_branch_seed` or any name of `timm.list_models()`.
-        num_classes: classes, ≥ 1.
-        image_size_px: height and width of the images, pixels.
-        args: keyword arguments of the model's constructor, as in a recipe's `model.args`.
+    The initial weights come from torch's global generator. One image of zeros is sent through, which draws nothing.
 
     Raises:
         HarnessError: an unknown name or argument, with the nearest valid one, or a network that cannot be
             built or cannot take such images.
     """
-    if num_classes < 1:
-        raise HarnessError(
-            f"a classifier needs at least one class, got {num_classes}", hint="Set data.num_classes to 1 or more."
-        )
-    if not isinstance(name, str) or ":" in name or not timm.is_model(name):
-        hint = nearest(str(name), [*timm.list_models(), *FAMILY])
+    if ":" in name or not timm.is_model(name):
+        hint = nearest(name, timm.list_models())
         raise HarnessError(f'there is no model "{name}"', where="model.name", hint=hint)
     for key in args:
         if key in RESERVED:
@@ -67,6 +55,29 @@ def build_model(name: str, *, num_classes: int, image_size_px: int, args: Mappin
     return model
 
 
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; afterwards every module has its former mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For many small operations: next to other work on the cores, more threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _create(name: str, kwargs: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, **kwargs)
@@ -75,17 +86,12 @@ def _create(name: str, kwargs: dict[str, Any]) -> nn.Module:
     except Exception as error:  # whatever a model's constructor thinks of its arguments
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown is None:
-            raise HarnessError(
-                f'timm cannot build "{name}" with these arguments: {_one_line(error)}',
-                where="model.args",
-                hint="See the model's constructor in timm's documentation.",
-            ) from error
+            what = f'timm cannot build "{name}" with these arguments: {_one_line(error)}'
+            hint = "See the model's constructor in timm's documentation."
+            raise HarnessError(what, where="model.args", hint=hint) from error
         key = unknown.group(1)
-        raise HarnessError(
-            f'"{name}" has no argument "{key}"',
-            where=f"model.args.{key}",
-            hint=nearest(key, _arguments(name) - set(RESERVED)),
-        ) from None
+        hint = nearest(key, _arguments(name) - set(RESERVED))
+        raise HarnessError(f'"{name}" has no argument "{key}"', where=f"model.args.{key}", hint=hint) from None
 
 
 def _arguments(name: str) -> set[str]:
@@ -94,44 +100,25 @@ def _arguments(name: str) -> set[str]:
         built = typing.get_type_hints(model_entrypoint(name)).get("return")
     except (NameError, TypeError, RuntimeError):
         return set()
-    if built is dual_branch.DualBranchNet:
-        own = set(inspect.signature(built).parameters) - {"settings"}
-        return own | set(dual_branch.DualBranchArgs.model_fields)
-    names: set[str] = set()
-    for owner in inspect.getmro(built) if inspect.isclass(built) else ():
-        if "__init__" not in vars(owner):
-            continue
-        parameters = inspect.signature(vars(owner)["__init__"]).parameters.values()
-        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break  # no further argument reaches the classes above
-    return names - {"self"}
+    constructors = [vars(owner)["__init__"] for owner in getattr(built, "__mro__", ()) if "__init__" in vars(owner)]
+    parameters = [p for constructor in constructors for p in inspect.signature(constructor).parameters.values()]
+    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {"self"}
+    return names | set(DualBranchArgs.model_fields) if built is dual_branch.DualBranchNet else names
 
 
 @torch.no_grad()
 def _check_forward(model: nn.Module, name: str, *, num_classes: int, image_size_px: int) -> None:
-    """One forward pass in evaluation mode, which leaves weights, modes and generators as they are."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with eval_mode(model), torch.random.fork_rng(devices=[]):
             logits = model(torch.zeros(1, 3, image_size_px, image_size_px))
     except Exception as error:  # whatever a layer thinks of the size of its input
-        raise HarnessError(
-            f'"{name}" cannot take images of {image_size_px}×{image_size_px} px: {_one_line(error)}',
-            where="model.name",
-            hint="Set a larger data.image_size_px or choose another model.",
-        ) from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
+        what = f'"{name}" cannot take images of {image_size_px}×{image_size_px} px: {_one_line(error)}'
+        hint = "Set a larger data.image_size_px or choose another model."
+        raise HarnessError(what, where="model.name", hint=hint) from error
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if shape != (1, num_classes):
-        raise HarnessError(
-            f'"{name}" gives {shape} for one image, not logits of {num_classes} classes',
-            where="model.name",
-            hint="Choose a model that classifies.",
-        )
+        what = f'"{name}" gives {shape} for one image, not logits of {num_classes} classes'
+        raise HarnessError(what, where="model.name", hint="Choose a model that classifies.")
 
 
 def _one_line(error: Exception) -> str:

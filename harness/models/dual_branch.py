@@ -4,11 +4,7 @@
 
 Importing this file registers `dual_branch` (the family) and `dual_branch_seed` with timm.
 
-Legend of shape letters:
-    B  images of a batch
-    C  channels
-    H  height, W  width, in pixels; halved by each transition
-    K  classes
+Legend of shape letters: B images, C channels, H height and W width in pixels (halved by each transition), K classes.
 """
 
 from collections import OrderedDict
@@ -17,47 +13,75 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import SelectAdaptivePool2d
+from timm.layers import LayerNorm2d, SelectAdaptivePool2d, create_act_layer
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
 from harness.errors import HarnessError, nearest
-from harness.models.units import AvgPool2d, Merge, branch, conv_stem, transition
 from harness.recipe.schema import DualBranchArgs, parse_settings
 
 # Not `from __future__ import annotations`: torch.fx writes forward's annotations into its code, as text they break it.
 
-__all__ = ["DualBranchArgs", "DualBranchNet"]
-
-# Of CIFAR-10's training pixels in [0, 1]; they describe what the networks are made for and change no weight.
-CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
-CIFAR_STD = (0.2470, 0.2435, 0.2616)
 IMAGE_SIZE_PX = 32
-_EXAMPLES = {"num_classes": 10, "in_chans": 3, "img_size": IMAGE_SIZE_PX}
-_POOLS = ("avg", "max", "avgmax", "")
+GROUP_NORM_CHANNELS = 16  # channels a group; best in table 3 (right) of Wu & He 2018, "Group Normalization"
 BRANCHES = ("depthwise_branches", "dilated_branches")
+POOLS = ("avg", "max", "avgmax", "")
 
 
 class RefusedPool(HarnessError, AssertionError):
     """A pooling that the head does not have; timm's own models refuse it by an AssertionError."""
 
 
+class DepthwiseConv2d(nn.Module):
+    """Depthwise separable convolution: 3×3 on each channel alone, then 1×1 over the channels, both with bias.
+
+    (B, in_channels, H, W) -> (B, out_channels, H, W). Howard et al. 2017, https://arxiv.org/abs/1704.04861.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, dilation: int = 1) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(
+            in_channels, in_channels, kernel_size=3, padding=dilation, dilation=dilation, groups=in_channels
+        )
+        self.pointwise = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.pointwise(self.depthwise(x_BCHW))
+
+
+class Merge(nn.Sequential):
+    """Both branches of a block in one: (B, C, H, W) twice -> (B, C, H, W) by sum, (B, 2 C, H, W) by concat.
+
+    A module, which timm's feature extractors look for; an empty Sequential, which has no row in the summary.
+    """
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, one_BCHW: Tensor, other_BCHW: Tensor) -> Tensor:  # type: ignore[override]
+        return one_BCHW + other_BCHW if self.how == "sum" else torch.cat((one_BCHW, other_BCHW), dim=1)
+
+
+class AvgPool2d(nn.AvgPool2d):
+    """Average over all pixels, whatever the size: (B, C, H, W) -> (B, C, 1, 1).
+
+    The sums are `nn.AvgPool2d`'s to the bit, which those of an adaptive pooling are not. `kernel_size` is the usual
+    height and width, for the receptive field; the class's name is its row in the summary.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.avg_pool2d(input, input.shape[-2:])
+
+
 class DualBranchNet(nn.Module):
     """The dual-branch family, with timm's interface. The defaults are the seed's network, 380,646 parameters.
 
     float (B, in_chans, H, W), any H and W that the transitions can halve -> logits (B, K) of the same dtype.
-    PyTorch's default initialisation.
-
-    Args:
-        num_classes: classes K; 0 leaves the classifier out, and the head's hidden features are returned.
-        in_chans: channels of the images.
-        img_size: usual height and width of the images, pixels; one number for both or (height, width).
-        global_pool: avg, max, avgmax (their mean), or "" for logits or features of each pixel (B, …, H, W).
-        drop_rate: share of the hidden features dropped before the classifier.
-        device: where the weights are made; "meta" for none.
-        dtype: of the weights.
-        **settings: fields of `harness.recipe.schema.DualBranchArgs`.
+    `img_size` is the images' usual size in pixels, one number or (height, width); `global_pool` is avg, max, avgmax
+    (their mean), or "" for the logits of each pixel; `drop_rate` drops hidden features before the classifier, which
+    `num_classes` = 0 leaves out. `settings` are fields of `DualBranchArgs`. PyTorch's default initialisation.
 
     Raises:
         HarnessError: settings that are unknown (a TypeError too) or out of range, or images too small for the
@@ -77,8 +101,7 @@ class DualBranchNet(nn.Module):
     ) -> None:
         super().__init__()
         self.args = parse_settings(settings)
-        self.num_classes = _count("num_classes", num_classes, at_least=0)
-        self.in_chans = _count("in_chans", in_chans, at_least=1)
+        self.num_classes, self.in_chans = num_classes, in_chans
         self.final_size = _final_size(img_size, transitions=len(self.args.transition_widths))
         if not 0 <= drop_rate < 1:
             raise HarnessError(f"drop_rate: must be at least 0 and less than 1, got {drop_rate!r}", hint="Such as 0.2.")
@@ -89,23 +112,26 @@ class DualBranchNet(nn.Module):
         self.to(dtype=dtype)
 
     def _build(self, args: DualBranchArgs, global_pool: str) -> None:
-        style: dict[str, Any] = {"norm": args.norm, "activation": args.activation}
         features: list[dict[str, Any]] = []
+        channels = self.in_chans if args.stem is None else args.stem
         # An empty Sequential where there is nothing to do: unlike an identity it has no row in the summary.
-        self.stem = nn.Sequential() if args.stem is None else conv_stem(self.in_chans, args.stem, **style)
+        self.stem = nn.Sequential()
+        if args.stem is not None:
+            self.stem = nn.Sequential(_normed(nn.Conv2d(self.in_chans, channels, 3, padding=1), channels, args))
         self.depthwise_branches, self.dilated_branches = nn.ModuleList(), nn.ModuleList()
         self.merges, self.transitions = nn.ModuleList(), nn.ModuleList()
-        channels = self.in_chans if args.stem is None else args.stem
-        after: tuple[int | None, ...] = (*args.transition_widths, None)
+        after = (*args.transition_widths, None)
         for block, (widths, dilations) in enumerate(zip(args.widths, args.unit_dilations(), strict=True)):
-            style["dropout"] = args.dropout
-            self.depthwise_branches.append(branch(channels, widths, (1,) * len(widths), **style))
-            self.dilated_branches.append(branch(channels, widths, dilations, **style))
+            self.depthwise_branches.append(_branch(channels, widths, (1,) * len(widths), args))
+            self.dilated_branches.append(_branch(channels, widths, dilations, args))
             self.merges.append(Merge(args.merge))
             channels = widths[-1] * (2 if args.merge == "concat" else 1)
             features.append({"num_chs": channels, "reduction": 2**block, "module": f"merges.{block}"})
-            self.transitions.append(transition(channels, after[block]))
-            channels = after[block] or channels
+            self.transitions.append(nn.Sequential())
+            if (width := after[block]) is not None:
+                pool, conv = nn.MaxPool2d(kernel_size=2, stride=2), nn.Conv2d(channels, width, kernel_size=1)
+                self.transitions[block] = nn.Sequential(OrderedDict[str, nn.Module](pool=pool, conv=conv))
+                channels = width
         self.feature_info, self.num_features = features, channels
         self.head_hidden_size = args.head_width
         self.head = nn.Sequential(
@@ -134,18 +160,13 @@ class DualBranchNet(nn.Module):
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """What the branches of each block merge to, described by `feature_info`, and the features before pooling.
 
-        Args:
-            x_BCHW: images.
-            indices: blocks, counted from 0; a number for so many last ones, None for all.
-            norm: without effect, as there is no norm after the blocks.
-            stop_early: do not run the blocks after the last of `indices`.
-            output_fmt: NCHW.
-            intermediates_only: return the list alone.
+        `indices` counts blocks from 0, or is a number of last ones, or None for all; with `stop_early` the blocks after
+        the last of them are not run. There is no norm after the blocks.
         """
         assert output_fmt == "NCHW", "The features are NCHW."
         take, last = feature_take_indices(len(self.merges), indices)
         x, taken = self._blocks(x_BCHW, take, last if stop_early else len(self.merges) - 1)
-        if intermediates_only:
+        if intermediates_only:  # not one conditional expression: TorchScript gives that one type
             return taken
         return x, taken
 
@@ -183,9 +204,9 @@ class DualBranchNet(nn.Module):
         """A new, freshly initialised classifier for `num_classes`; 0 leaves it out. The pooling stays if None.
 
         Raises:
-            HarnessError: a negative number of classes, or a pooling that there is not (an AssertionError too).
+            HarnessError: a pooling that there is not (an AssertionError too).
         """
-        self.num_classes = _count("num_classes", num_classes, at_least=0)
+        self.num_classes = num_classes
         if global_pool is not None:
             self.head[0] = self._pool(global_pool).train(self.training)
         like = next(self.parameters())
@@ -194,13 +215,7 @@ class DualBranchNet(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the blocks after the last of `indices`, and the head if it has nothing to stand on; returns the blocks.
-
-        Args:
-            indices: as in `forward_intermediates`.
-            prune_norm: without effect, as there is no norm after the blocks.
-            prune_head: drop the head in any case.
-        """
+        """Drop the blocks after the last of `indices`, and the head if it has nothing to stand on or is not wanted."""
         take, last = feature_take_indices(len(self.merges), indices)
         shortened = last < len(self.merges) - 1
         for parts in (*BRANCHES, "merges", "transitions"):
@@ -229,42 +244,47 @@ class DualBranchNet(nn.Module):
         return set()
 
     def _pool(self, name: str) -> nn.Module:
-        if name not in _POOLS:
-            hint = nearest(name, [pool for pool in _POOLS if pool])
-            raise RefusedPool(f'the dual-branch network has no global_pool "{name}"', hint=hint)
+        if name not in POOLS:
+            what = f'the dual-branch network has no global_pool "{name}"'
+            raise RefusedPool(what, hint=nearest(name, [pool for pool in POOLS if pool]))
         self.global_pool = name
         return AvgPool2d(self.final_size) if name == "avg" else SelectAdaptivePool2d(pool_type=name)
 
     def _classifier(self, num_classes: int) -> nn.Module:
-        if num_classes == 0:
-            return nn.Identity()
-        return nn.Conv2d(self.head_hidden_size, num_classes, kernel_size=1)
+        return nn.Conv2d(self.head_hidden_size, num_classes, kernel_size=1) if num_classes else nn.Identity()
 
 
-def _count(name: str, value: int, *, at_least: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise HarnessError(
-            f"{name}: must be a whole number ≥ {at_least}, got {value!r}",
-            hint=f"Set {name} to a number such as {_EXAMPLES[name]}.",
-        )
-    return value
+def _branch(channels: int, widths: tuple[int, ...], dilations: tuple[int, ...], args: DualBranchArgs) -> nn.Sequential:
+    """Units one after another: (B, channels, H, W) -> (B, widths[-1], H, W)."""
+    units = []
+    for width, dilation in zip(widths, dilations, strict=True):
+        layers = _normed(DepthwiseConv2d(channels, width, dilation=dilation), width, args)
+        layers["drop"] = nn.Dropout(args.dropout)
+        units.append(nn.Sequential(layers))
+        channels = width
+    return nn.Sequential(*units)
+
+
+def _normed(conv: nn.Module, channels: int, args: DualBranchArgs) -> OrderedDict[str, nn.Module]:
+    """A convolution, normalisation, activation; no norm is no layer, rather than an identity in the summary."""
+    layers = OrderedDict[str, nn.Module](conv=conv)
+    if args.norm == "group":  # about GROUP_NORM_CHANNELS channels a group, whatever number of channels there is
+        most = max(1, channels // GROUP_NORM_CHANNELS)
+        layers["norm"] = nn.GroupNorm(next(n for n in range(most, 0, -1) if channels % n == 0), channels)
+    elif args.norm != "none":
+        layers["norm"] = {"batch": nn.BatchNorm2d, "layer": LayerNorm2d}[args.norm](channels)
+    layers["act"] = create_act_layer(args.activation, inplace=False)
+    return layers
 
 
 def _final_size(img_size: int | tuple[int, int], *, transitions: int) -> tuple[int, int]:
     """Height and width of the last features: each transition halves, rounding down."""
-    sizes = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if len(sizes) != 2:
-        raise HarnessError(
-            f"img_size: must be one number or (height, width), got {img_size!r}",
-            hint="Give the images' size in pixels, as img_size=32 or img_size=(32, 48).",
-        )
-    height, width = (_count("img_size", size, at_least=1) // 2**transitions for size in sizes)
-    if min(height, width) < 1:
-        raise HarnessError(
-            f"images of {sizes[0]}×{sizes[1]} px are too small for {transitions} transitions (each halves)",
-            hint=f"Use at least {2**transitions} px, or fewer blocks in widths.",
-        )
-    return height, width
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    least = 2**transitions
+    if min(height, width) < least:
+        what = f"images of {height}×{width} px are too small for {transitions} transitions (each halves)"
+        raise HarnessError(what, hint=f"Use at least {least} px, or fewer blocks in widths.")
+    return height // least, width // least
 
 
 class _Features(FeatureGetterNet):
@@ -284,26 +304,22 @@ def _fit_channels(state: dict[str, Tensor], model: DualBranchNet) -> dict[str, T
             wanted = model.get_parameter(name).shape[0]
             if name in state and state[name].shape[0] != wanted:
                 given = state[name]
-                mean = given.mean(0, keepdim=True)
-                state[name] = mean if wanted == 1 else given[torch.arange(wanted) % given.shape[0]]
+                state[name] = given.mean(0, keepdim=True) if wanted == 1 else given[torch.arange(wanted) % len(given)]
     return state
 
 
-def _cfg() -> dict[str, Any]:
-    return {
-        "num_classes": 10,
-        "input_size": (3, IMAGE_SIZE_PX, IMAGE_SIZE_PX),
-        "pool_size": (8, 8),
-        "crop_pct": 1.0,
-        "interpolation": "bilinear",
-        "mean": CIFAR_MEAN,
-        "std": CIFAR_STD,
-        "first_conv": tuple(f"{part}.0.0.conv.pointwise" for part in BRANCHES),
-        "classifier": "head.classifier",
-    }
-
-
-default_cfgs = generate_default_cfgs({"dual_branch": _cfg(), "dual_branch_seed": _cfg()})
+_CONFIG = {
+    "num_classes": 10,
+    "input_size": (3, IMAGE_SIZE_PX, IMAGE_SIZE_PX),
+    "pool_size": (8, 8),
+    "crop_pct": 1.0,
+    "interpolation": "bilinear",
+    "mean": (0.4914, 0.4822, 0.4465),  # of CIFAR-10's training pixels in [0, 1]
+    "std": (0.2470, 0.2435, 0.2616),
+    "first_conv": tuple(f"{part}.0.0.conv.pointwise" for part in BRANCHES),
+    "classifier": "head.classifier",
+}
+default_cfgs = generate_default_cfgs({"dual_branch": _CONFIG, "dual_branch_seed": _CONFIG})
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> DualBranchNet:
@@ -315,15 +331,8 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> DualBranchNet:
     overlay |= kwargs.pop("pretrained_cfg_overlay", None) or {}
     features = {"out_indices": tuple(range(len(args.widths))), "feature_cls": _Features}
     features |= kwargs.pop("feature_cfg", None) or {}
-    return build_model_with_cfg(
-        DualBranchNet,
-        variant,
-        pretrained,
-        pretrained_cfg_overlay=overlay,
-        pretrained_filter_fn=_fit_channels,
-        feature_cfg=features,
-        **kwargs,
-    )
+    given = {"pretrained_cfg_overlay": overlay, "pretrained_filter_fn": _fit_channels, "feature_cfg": features}
+    return build_model_with_cfg(DualBranchNet, variant, pretrained, **given, **kwargs)
 
 
 @register_model
@@ -334,16 +343,5 @@ def dual_branch(pretrained: bool = False, **kwargs: Any) -> DualBranchNet:
 
 @register_model
 def dual_branch_seed(pretrained: bool = False, **kwargs: Any) -> DualBranchNet:
-    """The seed's network, layer for layer; keyword arguments change it, as with timm's own models."""
-    seed = {
-        "widths": ((32, 64, 128), (64, 128, 256), (128, 256, 256)),
-        "dilations": 2,
-        "transition_widths": (32, 64),
-        "head_width": 64,
-        "merge": "sum",
-        "dropout": 0.25,
-        "norm": "batch",
-        "activation": "relu",
-        "stem": None,
-    }
-    return _create("dual_branch_seed", pretrained, **{**seed, **kwargs})
+    """The seed's network, layer for layer: the family's defaults; keyword arguments change it as in timm's models."""
+    return _create("dual_branch_seed", pretrained, **kwargs)

@@ -83,6 +83,11 @@ def several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def synchronises(norm: nn.Module) -> bool:
+    """Whether this layer talks to other ranks as it is called."""
+    return isinstance(norm, CpuSyncBatchNorm2d | CpuSyncBatchNormAct2d) and norm.training and several_ranks()
+
+
 def over_ranks(mean: Tensor, variance: Tensor, count: float) -> tuple[Tensor, Tensor, float]:
     """Mean (C,), biased variance (C,) and count of all ranks' values from those of each, float64; one all-reduce."""
     # Σx² of a rank from its own variance: summed in float32 it would lose the digits that matter.
@@ -101,16 +106,6 @@ def next_momentum(norm: nn.BatchNorm2d) -> float:
     return norm.momentum
 
 
-def update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: float) -> None:
-    """Take a batch's mean and biased variance (C,) of `count` values into a layer's running statistics."""
-    if not norm.track_running_stats or norm.running_mean is None or norm.running_var is None:
-        return
-    momentum = next_momentum(norm)
-    unbiased = variance * (count / (count - 1))
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-    norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
-
-
 def _synchronised(norm: nn.BatchNorm2d, x_BCHW: Tensor) -> Tensor:
     """Forward pass in training over several ranks; updates the running statistics as `nn.BatchNorm2d` does."""
     if x_BCHW.dim() != 4:
@@ -120,7 +115,11 @@ def _synchronised(norm: nn.BatchNorm2d, x_BCHW: Tensor) -> Tensor:
     bias = x_BCHW.new_zeros(norm.num_features, dtype=dtype) if norm.bias is None else norm.bias
     with torch.autocast(x_BCHW.device.type, enabled=False):
         y_BCHW, mean, variance, count = _SyncBatchNorm.apply(x_BCHW, weight.to(dtype), bias.to(dtype), norm.eps)
-    update_running_statistics(norm, mean, variance, count)
+    if norm.running_mean is not None and norm.running_var is not None:
+        momentum = next_momentum(norm)
+        unbiased = variance * (count / (count - 1))  # there are at least as many values as ranks
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
     return y_BCHW
 
 
@@ -131,23 +130,17 @@ class CpuSyncBatchNorm2d(nn.BatchNorm2d):
     `nn.SyncBatchNorm`, the gradients of weight and bias are this rank's share: DistributedDataParallel averages them.
     """
 
-    synchronises_ranks = True
-
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W) of the same dtype; ranks may have different B."""
-        if self.training and several_ranks():
-            return _synchronised(self, input)
-        return super().forward(input)
+        return _synchronised(self, input) if synchronises(self) else super().forward(input)
 
 
 class CpuSyncBatchNormAct2d(BatchNormAct2d):
     """timm's batch normalisation with activation, synchronised as `CpuSyncBatchNorm2d` is."""
 
-    synchronises_ranks = True
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W) of the same dtype; ranks may have different B."""
-        if self.training and several_ranks():
+        if synchronises(self):
             result: Tensor = self.act(self.drop(_synchronised(self, x)))
             return result
         return super().forward(x)
@@ -160,18 +153,11 @@ _CPU_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def convert_sync_batch_norm(model: nn.Module, device_type: str) -> nn.Module:
-    """Synchronise the batch normalisation layers over ranks; call it before `DistributedDataParallel`.
+    """The model with its batch normalisation synchronised over ranks; call it before `DistributedDataParallel`.
 
-    On the CPU the layers change in place and keep names, parameters and buffers. On other devices they are
-    replaced by torch's `SyncBatchNorm` (by timm's conversion, which keeps activations that are fused with them);
-    parameters and state dict keys stay.
-
-    Args:
-        model: any model.
-        device_type: such as "cpu" or "cuda".
-
-    Returns:
-        The model, to be used instead of the one given.
+    On the CPU the layers change in place and keep names, parameters and buffers. On other devices they are replaced by
+    torch's `SyncBatchNorm` (by timm's conversion, which keeps activations that are fused with them); parameters and
+    state dict keys stay.
 
     Raises:
         HarnessError: on the CPU, a batch normalisation layer of a class that cannot be synchronised there.
@@ -183,7 +169,7 @@ def convert_sync_batch_norm(model: nn.Module, device_type: str) -> nn.Module:
         original = original_class(module)  # float32 for one that was repaired: ours computes in it anyway
         if original in _CPU_CLASSES:
             module.__class__ = _CPU_CLASSES[original]
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and not getattr(module, "synchronises_ranks", False):
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in _CPU_CLASSES.values():
             raise HarnessError(
                 f"{type(module).__name__} cannot be synchronised over CPU ranks",
                 where=name,

@@ -13,8 +13,14 @@ from markupsafe import Markup
 
 from harness.errors import HarnessError
 from harness.models.dual_branch import DualBranchNet
-from harness.models.inspect import constraints, summarise
-from harness.models.receptive_field import NOTE_OTHER_MODELS, LayerField, measured_receptive_field, receptive_field
+from harness.models.summary import (
+    NOTE_OTHER_MODELS,
+    LayerField,
+    constraints,
+    measured_receptive_field,
+    receptive_field,
+    summarise,
+)
 from harness.report.charts import WIDTH, Series, drawing, epoch_text, line_chart, percent
 from harness.report.explain import data_uri
 from harness.report.lazy_checkpoint import LazyCheckpoint
@@ -269,10 +275,8 @@ def fields_body(checkpoint: LazyCheckpoint) -> Markup:
     fields = {(row.block, row.path): row for row in receptive_field(model) if row.path in BRANCHES}  # the last of each
     rows = []
     for (block, branch), row in sorted(fields.items()):
-        try:
-            seen = percent(measured_receptive_field(model, row.layer).coverage)
-        except HarnessError:  # too large to be measured
-            seen = "–"
+        measured = measured_receptive_field(model, row)
+        seen = percent(measured.coverage) if measured else "–"  # too large to be measured
         rows.append([str(block), branch, f"{max(row.field_px)} × {max(row.field_px)}", seen])
     caption = "Receptive fields at the end of each branch: extent, and the share of its pixels that have an influence"
     listed = table(["Block", "Branch", "Field, pixels", "Of these seen"], rows, caption=caption, numeric=[2, 3])

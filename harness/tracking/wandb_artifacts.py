@@ -21,7 +21,7 @@ import torch
 from harness.errors import EXIT_DONE, HarnessError, print_error
 from harness.files import write_text
 from harness.models.build import build_model
-from harness.models.inspect import summarise
+from harness.models.summary import summarise
 from harness.recipe import Recipe
 from harness.runs import CHECKPOINTS
 from harness.tracking.wandb_run import CONFUSION_TABLE, WORST_TABLE, Artifacts

@@ -10,14 +10,11 @@ from filelock import FileLock
 from torch import nn
 
 from harness.files import writable_cache_directory
-from harness.models.build import build_model
-from harness.models.fast_paths import adopt_compiled_kernels
-from harness.models.mask_dropout import adopt_mask_dropout
+from harness.models.build import MEMORY_FORMATS, build_model
+from harness.models.fused_units import adopt_compiled_kernels, adopt_mask_dropout
 from harness.models.numerics import NumericsReport, check_and_repair
 from harness.recipe import Recipe
 from harness.recipe.schema import Training
-
-MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 @dataclass(frozen=True)

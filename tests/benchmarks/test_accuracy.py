@@ -14,7 +14,7 @@ import pytest
 from harness.bench import Contestant, Times, run_contest
 from harness.cli import main
 from harness.models.build import build_model
-from harness.models.inspect import constraints
+from harness.models.summary import constraints
 from harness.recipe import load
 from scripts.benchmarks.accuracy import HERE, entries, figures, print_epoch, render_accuracy
 from scripts.benchmarks.airbench import Settings

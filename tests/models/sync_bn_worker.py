@@ -5,7 +5,6 @@ The cases and their data are made here, by `CASES`, for the ranks and for the te
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import sys
@@ -24,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from harness.files import writable_cache_directory
 from harness.models import fused_units
-from harness.models.fast_paths import adopt_compiled_kernels
+from harness.models.fused_units import adopt_compiled_kernels
 from harness.models.sync_batch_norm import convert_sync_batch_norm
 
 IMAGES = 14
@@ -33,7 +32,7 @@ STEPS = 2
 
 @dataclass(frozen=True)
 class Case:
-    """A layer and its data; `shares` are the images of each rank, as parts of all."""
+    """A layer and its data."""
 
     settings: dict[str, Any]
     dtype: torch.dtype = torch.float32
@@ -42,7 +41,6 @@ class Case:
     mean: float = 0.5
     activation: bool = False
     fused: bool = False
-    shares: tuple[int, ...] = (1, 3, 2)
 
     def layer(self) -> nn.Module:
         torch.manual_seed(0)
@@ -60,12 +58,6 @@ class Case:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return x.to(dtype).contiguous(memory_format=layout), gradient.to(dtype)
 
-    def slices(self, ranks: int) -> list[slice]:
-        """Which images each rank has; unequal."""
-        shares = np.cumsum((0, *self.shares[:ranks]))
-        bounds = [round(IMAGES * share / shares[-1]) for share in shares]
-        return [slice(*pair) for pair in itertools.pairwise(bounds)]
-
 
 CASES = {
     "plain": Case({}),
@@ -80,6 +72,12 @@ CASES = {
     "fused": Case({}, channels_last=True, fused=True),
     "fused, bf16 autocast": Case({}, autocast=True, channels_last=True, fused=True),
 }
+
+
+def images_of_each(ranks: int) -> list[slice]:
+    """Which images each rank has; unequal."""
+    bounds = {2: (0, 4, IMAGES), 3: (0, 2, 9, IMAGES)}[ranks]
+    return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
 
 def _fused(norm: nn.Module) -> nn.Module:
@@ -121,43 +119,38 @@ def network() -> nn.Module:
 def network_gradients(model: nn.Module, images: slice) -> dict[str, np.ndarray]:
     """Gradients of the mean loss over some of the images."""
     x = CASES["plain"].data(0)[0][images]
-    labels = torch.arange(IMAGES)[images] % 3
-    nn.functional.cross_entropy(model(x), labels).backward()
-    return {
-        n.removeprefix("module."): p.grad.double().numpy() for n, p in model.named_parameters() if p.grad is not None
-    }
+    nn.functional.cross_entropy(model(x), torch.arange(IMAGES)[images] % 3).backward()
+    parameters = {name.removeprefix("module."): p for name, p in model.named_parameters()}
+    return {name: p.grad.double().numpy() for name, p in parameters.items() if p.grad is not None}
 
 
 def main(directory: Path) -> None:
     warnings.simplefilter("error")
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    calls = 0
+    messages = 0
     all_reduce = dist.all_reduce
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
+        nonlocal messages
+        messages += 1
         return all_reduce(*args, **kwargs)
 
     dist.all_reduce = counted  # the number of messages is part of what is promised
     results: dict[str, Any] = {}
     for name, case in CASES.items():
         layer = convert_sync_batch_norm(case.layer(), "cpu")
-        calls = 0  # the layer's making may ask the ranks for kernels; a step may not
-        found = train(layer, case, case.slices(ranks)[rank])
+        messages = 0  # the layer's making may ask the ranks for kernels; a step may not
+        found = train(layer, case, images_of_each(ranks)[rank])
         results |= {f"{name}/{what}": value for what, value in found.items()}
-        results[f"{name}/messages a step"] = calls / STEPS
+        results[f"{name}/messages a step"] = messages / STEPS
     dist.all_reduce = all_reduce
-    one_value = convert_sync_batch_norm(nn.BatchNorm2d(2), "cpu")
-    with contextlib.suppress(ValueError):
-        # Rank 0 alone has an image of one pixel: too few for one process, enough for all ranks together.
-        one_value(torch.ones(1, 2, 1, 1) * rank)
-        results["one value a rank"] = 1
+    # Each rank has one image of one pixel: too few for one process, enough for all ranks together.
+    results["one value a rank"] = convert_sync_batch_norm(nn.BatchNorm2d(2), "cpu")(torch.ones(1, 2, 1, 1)).detach()
     model = DistributedDataParallel(convert_sync_batch_norm(network(), "cpu"))
     part = IMAGES // ranks  # equal shares: DistributedDataParallel averages over ranks, not over images
-    found = network_gradients(model, slice(rank * part, (rank + 1) * part))
-    results |= {f"network/{name}": value for name, value in found.items()}
+    gradients = network_gradients(model, slice(rank * part, (rank + 1) * part))
+    results |= {f"network/{name}": value for name, value in gradients.items()}
     np.savez(directory / f"rank_{rank}.npz", **results)
     dist.destroy_process_group()
 

@@ -61,13 +61,14 @@ def test_the_same_seed_gives_the_same_weights_and_the_check_changes_nothing() ->
         ("efficientvit_b0", {"nonsense": 3}, 'has no argument "nonsense"'),
         ("resnet18", {"block": 3}, "cannot build"),
         ("dual_branch", {"widhts": [[3]]}, r'model\.args: .*"widhts"\n  HINT: Did you mean "widths"'),
+        ("dual_branch", {"widths": [[1]] * 6, "transition_widths": [1] * 5}, "at least|too small for 5 transitions"),
         ("inception_v4", {}, "cannot take images of 32×32 px"),
         ("resnet18", {"global_pool": ""}, "cannot|not logits of 7 classes"),
     ],
 )
 def test_wrong_names_and_arguments_are_explained(name: str, args: dict[str, Any], message: str) -> None:
     with pytest.raises(HarnessError, match=message) as caught:
-        build(name, **args)
+        build(name, size=31 if name == "dual_branch" else 32, **args)
     assert caught.value.exit_code == 2
     assert caught.value.hint
 
@@ -76,13 +77,3 @@ def test_wrong_names_and_arguments_are_explained(name: str, args: dict[str, Any]
 def test_what_the_data_or_the_launcher_decides_is_no_argument(key: str) -> None:
     with pytest.raises(HarnessError, match=rf"^model\.args\.{key}: {key} must not be set in model\.args: \w+"):
         build("resnet18", **{key: None})
-
-
-def test_needs_a_class() -> None:
-    with pytest.raises(HarnessError, match="at least one class"):
-        build("dual_branch_seed", classes=0)
-
-
-def test_images_too_small_for_the_family() -> None:
-    with pytest.raises(HarnessError, match="too small for 2 transitions"):
-        build("dual_branch_seed", size=3)

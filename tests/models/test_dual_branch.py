@@ -1,4 +1,4 @@
-"""The dual-branch family: the seed's network, its relatives, timm's interface, bad settings."""
+"""The dual-branch family: the seed's network, its relatives, bad settings."""
 
 from __future__ import annotations
 
@@ -14,35 +14,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.errors import HarnessError
-from harness.models.dual_branch import DualBranchNet
-from harness.models.units import DepthwiseConv2d, branch_unit
+from harness.models.dual_branch import AvgPool2d, DepthwiseConv2d, DualBranchNet
 from harness.recipe.schema import DualBranchArgs, parse_settings
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL = {"widths": [[6, 8], [12]], "transition_widths": [10], "head_width": 7}
-
 FAMILY = {
     "defaults": {"dropout": 0.0},
     "concat, dilation by unit": {**SMALL, "merge": "concat", "dilations": [[1, 3], [2]], "dropout": 0.1},
     "stem, group, gelu": {**SMALL, "stem": 8, "norm": "group", "activation": "gelu", "dilations": [3, 1]},
-    "layer, silu, one block": {
-        "widths": [[5, 9]],
-        "transition_widths": [],
-        "norm": "layer",
-        "activation": "silu",
-    },
+    "layer, silu, one block": {"widths": [[5, 9]], "transition_widths": [], "norm": "layer", "activation": "silu"},
     "no norm, leaky": {**SMALL, "norm": "none", "activation": "leaky_relu", "dropout": 0.0},
     "group norm of 48 and 33": {"widths": [[48, 33]], "transition_widths": [], "norm": "group", "stem": 4},
 }
 
 
-def test_the_seed_has_its_parameter_count() -> None:
+def test_the_seed_has_its_parameters_and_the_familys_defaults() -> None:
     model = timm.create_model("dual_branch_seed")
     assert sum(p.numel() for p in model.parameters()) == 380_646
-
-
-def test_the_familys_defaults_are_the_seed() -> None:
-    assert timm.create_model("dual_branch_seed").args == timm.create_model("dual_branch").args == DualBranchArgs()
+    assert model.args == timm.create_model("dual_branch").args == DualBranchArgs()
 
 
 def test_names_and_shapes_of_the_weights_are_stable() -> None:
@@ -58,18 +48,11 @@ def _reference(x: Tensor, w: dict[str, Tensor]) -> Tensor:
     def branch(x: Tensor, prefix: str, dilation: int) -> Tensor:
         for unit in range(3):
             p = f"{prefix}.{unit}."
-            x = F.conv2d(
-                x,
-                w[p + "conv.depthwise.weight"],
-                w[p + "conv.depthwise.bias"],
-                padding=dilation,
-                dilation=dilation,
-                groups=x.shape[1],
-            )
+            weight, bias = w[p + "conv.depthwise.weight"], w[p + "conv.depthwise.bias"]
+            x = F.conv2d(x, weight, bias, padding=dilation, dilation=dilation, groups=x.shape[1])
             x = F.conv2d(x, w[p + "conv.pointwise.weight"], w[p + "conv.pointwise.bias"])
             mean, var = w[p + "norm.running_mean"], w[p + "norm.running_var"]
-            x = F.batch_norm(x, mean, var, w[p + "norm.weight"], w[p + "norm.bias"])
-            x = F.relu(x)
+            x = F.relu(F.batch_norm(x, mean, var, w[p + "norm.weight"], w[p + "norm.bias"]))
         return x
 
     for block in range(3):
@@ -77,8 +60,7 @@ def _reference(x: Tensor, w: dict[str, Tensor]) -> Tensor:
         if block < 2:
             prefix = f"transitions.{block}.conv."
             x = F.conv2d(F.max_pool2d(x, 2), w[prefix + "weight"], w[prefix + "bias"])
-    x = F.avg_pool2d(x, 8)
-    x = F.conv2d(x, w["head.hidden.weight"], w["head.hidden.bias"])
+    x = F.conv2d(F.avg_pool2d(x, 8), w["head.hidden.weight"], w["head.hidden.bias"])
     return F.conv2d(x, w["head.classifier.weight"], w["head.classifier.bias"]).flatten(1)
 
 
@@ -94,13 +76,13 @@ def test_the_seeds_logits_equal_a_plain_reference() -> None:
 
 def test_weights_have_pytorchs_default_initialisation() -> None:
     torch.manual_seed(3)
-    unit = branch_unit(8, 16, dilation=2, norm="batch", activation="relu", dropout=0.25)
+    conv = DepthwiseConv2d(8, 16, dilation=2)
     torch.manual_seed(3)
     depthwise = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8)
     pointwise = nn.Conv2d(8, 16, 1)
-    assert torch.equal(unit.conv.depthwise.weight, depthwise.weight)
-    assert torch.equal(unit.conv.depthwise.bias, depthwise.bias)
-    assert torch.equal(unit.conv.pointwise.weight, pointwise.weight)
+    assert torch.equal(conv.depthwise.weight, depthwise.weight)
+    assert torch.equal(conv.depthwise.bias, depthwise.bias)
+    assert torch.equal(conv.pointwise.weight, pointwise.weight)
 
 
 @pytest.mark.parametrize("settings", FAMILY.values(), ids=FAMILY)
@@ -143,50 +125,28 @@ def test_dilations_and_merge_shape_the_network() -> None:
 
 
 def test_group_norm_divides_any_width() -> None:
-    for channels in range(1, 70):
-        norm = branch_unit(1, channels, dilation=1, norm="group", activation="relu", dropout=0).norm
-        assert channels % norm.num_groups == 0
-        assert norm.num_groups <= max(1, channels // 16)
-
-
-def test_timm_lists_and_describes_the_family() -> None:
-    assert set(timm.list_models("dual_branch*")) == {"dual_branch", "dual_branch_seed"}
-    model = timm.create_model("dual_branch_seed")
-    assert model.default_cfg["input_size"] == (3, 32, 32)
-    assert model.default_cfg["architecture"] == "dual_branch_seed"
-    modules = dict(model.named_modules())
-    assert modules[model.default_cfg["classifier"]] is model.get_classifier()
-    assert all(isinstance(modules[name], nn.Conv2d) for name in model.default_cfg["first_conv"])
-    stemmed = timm.create_model("dual_branch", stem=8)
-    assert dict(stemmed.named_modules())[stemmed.default_cfg["first_conv"]].out_channels == 8
-
-
-def test_timms_interface_to_features_and_head() -> None:
-    model = timm.create_model("dual_branch_seed").eval()
-    x = torch.randn(2, 3, 32, 32)
-    features = model.forward_features(x)
-    assert features.shape == (2, model.num_features, 8, 8)
-    hidden = model.forward_head(features, pre_logits=True)
-    assert hidden.shape == (2, model.head_hidden_size)
-    assert torch.equal(model.forward_head(features), model(x))
-    model.reset_classifier(7)
-    assert model.num_classes == 7
-    assert model.get_classifier().out_channels == 7
-    assert model(x).shape == (2, 7)
-    model.reset_classifier(0)
-    assert torch.equal(model(x), hidden)
-    assert timm.create_model("dual_branch_seed", num_classes=0)(x).shape == (2, 64)
-
-
-def test_a_reset_classifier_keeps_the_dtype() -> None:
-    model = timm.create_model("dual_branch_seed").double()
-    model.reset_classifier(3)
-    assert model(torch.randn(2, 3, 32, 32, dtype=torch.float64)).dtype == torch.float64
+    model = DualBranchNet(widths=[list(range(1, 70))], transition_widths=[], norm="group")
+    for unit in model.depthwise_branches[0]:
+        assert unit.norm.num_channels % unit.norm.num_groups == 0
+        assert unit.norm.num_groups <= max(1, unit.norm.num_channels // 16)
 
 
 @pytest.mark.parametrize(("img_size", "shape"), [(28, (28, 28)), (30, (30, 30)), ((16, 48), (16, 48))])
 def test_other_image_sizes(img_size: int | tuple[int, int], shape: tuple[int, int]) -> None:
     assert DualBranchNet(img_size=img_size)(torch.randn(2, 3, *shape)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_pooling_has_the_bits_of_the_fixed_one(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    results = []
+    for pool in (AvgPool2d(1), nn.AvgPool2d(8)):
+        x = torch.randn(16, 256, 8, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+        x = x.contiguous(memory_format=memory_format).requires_grad_()
+        y = pool(x)
+        y.backward(torch.linspace(-1, 1, y.numel()).to(dtype).view_as(y))
+        results.append((y, x.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -206,10 +166,8 @@ def test_other_image_sizes(img_size: int | tuple[int, int], shape: tuple[int, in
         ({"dropout": float("nan")}, "dropout: "),
         ({"stem": True}, "stem: .*valid integer"),
         ({"merge": "add", "norm": "instance"}, "2 errors"),
-        ({"num_classes": -1}, "num_classes: must be a whole number ≥ 0"),
-        ({"in_chans": 0}, "in_chans: must be a whole number ≥ 1"),
         ({"img_size": 3}, r"3×3 px are too small for 2 transitions(.|\n)*at least 4 px"),
-        ({"img_size": (32, 32, 3)}, "img_size: must be one number or"),
+        ({"drop_rate": 1}, "drop_rate: must be at least 0 and less than 1, got 1"),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, object], message: str) -> None:

@@ -1,4 +1,4 @@
-"""The compiled passes against the plain layers: the same function, gradients and statistics, on any machine."""
+"""The compiled passes and bulk dropout against the plain layers: the same function, gradients and statistics."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ import stat
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
-from harness.models import fast_paths, fused_units
-from harness.models.fast_paths import adopt_compiled_kernels
-from harness.models.fused_units import FusedUnit
-from harness.models.kernels import compiled, self_check
-from harness.models.kernels.compiled import NoKernels, available, open_kernels
+from harness.models import fused_units, kernels
+from harness.models.fused_units import FusedUnit, MaskDropout, adopt_compiled_kernels, adopt_mask_dropout, keep_mask
+from harness.models.kernels import KernelsUnavailable, available, open_kernels
 from harness.models.kernels.depthwise import applies, depthwise_conv2d
 from harness.models.kernels.norm_relu_drop import LEVELS, moments, normalise_relu_drop
-from harness.models.safe_conv import SafeConv2d
-from harness.models.units import branch_unit, conv_stem
+from harness.models.safe_conv import adopt_path
 from tests.conftest import ROOT, RunRanks
 from tests.models.without_kernels import closed
 
@@ -35,11 +34,11 @@ ROUNDING = {torch.float32: 3e-6, torch.bfloat16: 6e-3}  # of the norm
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _kernels(session_cache: Path) -> Iterator[None]:
     """Opened for this file alone."""
     with closed(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_units, "FEW_VALUES", 0)
-        open_kernels(tmp_path_factory.mktemp("kernels"))
+        open_kernels(session_cache)
         yield
 
 
@@ -48,8 +47,28 @@ def images(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     return values.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def distance(result: Tensor, exact: Tensor) -> float:
+def distance(result: Tensor | None, exact: Tensor | None) -> float:
+    assert result is not None
+    assert exact is not None
     return float((result.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30))
+
+
+def unit_of(channels: int, dropout: float = 0.0, **settings: Any) -> Any:
+    """A unit of a dilated branch."""
+    torch.manual_seed(0)
+    settings = {"widths": [[channels]], "transition_widths": [], "in_chans": channels, "dropout": dropout, **settings}
+    unit = timm.create_model("dual_branch", **settings).dilated_branches[0][0]
+    if isinstance(getattr(unit, "norm", None), nn.BatchNorm2d):
+        nn.init.uniform_(unit.norm.weight, 0.5, 1.5)
+        nn.init.uniform_(unit.norm.bias, -0.5, 0.5)
+    return unit.to(memory_format=torch.channels_last)
+
+
+def fused_unit_of(channels: int, dropout: float = 0.0) -> Any:
+    """The same unit; its convolution stays torch's."""
+    unit = unit_of(channels, dropout)
+    unit.__class__ = FusedUnit
+    return unit
 
 
 # --- depthwise convolution
@@ -72,9 +91,6 @@ def test_depthwise_is_the_convolution_and_its_derivative(dtype: torch.dtype, cha
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert distance(y.detach(), right.detach()) < ROUNDING[dtype]
     for leaf, other in zip(leaves, exact, strict=True):
-        assert leaf.grad is not None
-        assert other.grad is not None
-        assert leaf.grad.dtype == leaf.dtype
         assert distance(leaf.grad, other.grad) < ROUNDING[dtype]
 
 
@@ -88,20 +104,29 @@ def test_depthwise_takes_any_layout_no_bias_and_frozen_weights() -> None:
 
 
 def test_which_layers_are_depthwise_enough() -> None:
+    right: dict[str, Any] = {"padding": 1, "groups": 8}
     assert applies(nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8))
     assert applies(nn.Conv2d(8, 8, 3, padding="same", groups=8))
-    for other in (
-        nn.Conv2d(8, 8, 3, padding=1),
-        nn.Conv2d(8, 16, 3, padding=1, groups=8),
-        nn.Conv2d(8, 8, 5, padding=2, groups=8),
-        nn.Conv2d(8, 8, 3, padding=1, groups=8, stride=2),
-        nn.Conv2d(8, 8, 3, padding=1, dilation=2, groups=8),
-        nn.Conv2d(8, 8, 3, padding=(1, 2), dilation=(1, 2), groups=8),
-        nn.Conv2d(8, 8, 3, padding=1, groups=8, padding_mode="reflect"),
+    for settings in (
+        {"groups": 1},
+        {"out_channels": 16},
+        {"kernel_size": 5, "padding": 2},
+        {"stride": 2},
+        {"dilation": 2},
+        {"padding": (1, 2), "dilation": (1, 2)},
+        {"padding_mode": "reflect"},
     ):
-        assert not applies(other)
-        with pytest.raises(ValueError, match="compiled cannot compute"):
-            SafeConv2d.adopt(other, "compiled")
+        assert not applies(nn.Conv2d(8, **{"out_channels": 8, "kernel_size": 3, **right, **settings}))
+
+
+def test_other_shapes_and_dtypes_never_reach_the_kernels() -> None:
+    """They trust what they are given."""
+    conv = adopt_path(nn.Conv2d(8, 8, 3, padding=1, groups=8), "compiled")
+    with pytest.raises(RuntimeError, match="expected input"):
+        conv(images(2, 16, 5, 5))
+    assert conv(torch.zeros(8, 5, 5)).shape == (8, 5, 5)
+    halved = copy.deepcopy(conv).bfloat16()
+    assert halved(images(2, 8, 5, 5, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("channels", [3, 40])
@@ -111,18 +136,17 @@ def test_threads_change_no_bit(threads: int, channels: int) -> None:
     x, gradient = (images(7, channels, 9, 9, dtype=torch.bfloat16, seed=seed) for seed in (0, 1))
     before = torch.get_num_threads()
 
-    def results() -> list[Tensor]:
+    def results() -> list[Tensor | None]:
         weight = images(channels, 1, 3, 3, seed=2).requires_grad_()
         y = depthwise_conv2d(x, weight, None, dilation=2)
         y.backward(gradient)
-        assert weight.grad is not None
         return [y.detach(), weight.grad, *moments(x), relu_drop(x, threshold=999, key=3)]
 
     try:
         torch.set_num_threads(1)
         one = results()
         torch.set_num_threads(threads)
-        assert all(torch.equal(a, b) for a, b in zip(one, results(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(one, results(), strict=True))  # type: ignore[arg-type]
     finally:
         torch.set_num_threads(before)
 
@@ -138,56 +162,37 @@ def relu_drop(x: Tensor, *, weight: Tensor | None = None, threshold: int = 0, ke
     return normalise_relu_drop(x, weight, torch.zeros(channels), *statistics, eps=0, threshold=threshold, key=key)
 
 
-def unit_of(channels: int, dropout: float, *, fused: bool) -> nn.Sequential:
-    torch.manual_seed(0)
-    unit = branch_unit(channels, channels, dilation=2, norm="batch", activation="relu", dropout=dropout)
-    with torch.no_grad():
-        unit.norm.weight.uniform_(0.5, 1.5)
-        unit.norm.bias.uniform_(-0.5, 0.5)
-    unit = unit.to(memory_format=torch.channels_last)
-    if fused:
-        fast_paths.adopt_fused_units(holder := nn.ModuleList([unit]))
-        assert type(holder[0]) is FusedUnit
-    return unit
-
-
 @pytest.mark.parametrize("channels", WIDTHS[1:])  # of one channel, the scale of the weights is taken away too
 def test_a_unit_without_dropout_is_the_plain_one(channels: int) -> None:
     """Output, all gradients and the running statistics, to float32's rounding; the reference is float64."""
     x, gradient = images(3, channels, 12, 9), images(3, channels, 12, 9, seed=1)
-    fused, exact = unit_of(channels, 0.0, fused=True), unit_of(channels, 0.0, fused=False).double()
+    fused, exact = fused_unit_of(channels), unit_of(channels).double()
     inputs = [x.clone().requires_grad_(), x.double().requires_grad_()]
     outputs = [unit(each) for unit, each in zip((fused, exact), inputs, strict=True)]
     outputs[0].backward(gradient)
     outputs[1].backward(gradient.double())
     assert distance(outputs[0].detach(), outputs[1].detach()) < 1e-5
-    assert distance(inputs[0].grad, inputs[1].grad) < 1e-5  # type: ignore[arg-type]
-    right = dict(exact.named_parameters())
+    assert distance(inputs[0].grad, inputs[1].grad) < 1e-5
     for name, parameter in fused.named_parameters():
         if not name.endswith("wise.bias"):  # normalisation takes these away: 0 but for rounding, on either path
-            assert distance(parameter.grad, right[name].grad) < 1e-4, name  # type: ignore[arg-type]
+            assert distance(parameter.grad, exact.get_parameter(name).grad) < 1e-4, name
     for name, buffer in fused.named_buffers():
         torch.testing.assert_close(buffer.double(), exact.get_buffer(name).double(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_gradient_of_dropout_has_the_mask_of_the_output(dtype: torch.dtype) -> None:
-    """Against float64 with the mask that was drawn; `check_fused_pass` says which result is wrong."""
-    self_check.check_fused_pass()
-    unit = unit_of(48, 0.5, fused=True)
-    x = images(4, 48, 10, 10, dtype=dtype).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-        y = unit(x)
-    y.sum().backward()
-    assert y.dtype == dtype
-    assert 0.15 < (y != 0).double().mean().item() < 0.35  # half of the half that ReLU lets through
-
-
-@pytest.mark.parametrize("threshold", [1, 6554, 16384, 32768, 65535])
-def test_share_dropped_over_ten_million_draws(threshold: int) -> None:
-    kept = draws(threshold).double()
-    share = threshold / LEVELS
-    assert abs(1 - kept.mean().item() - share) < 5 * math.sqrt(share * (1 - share) / DRAWS)
+def test_a_unit_drops_its_share_by_keys_from_torchs_generator(dtype: torch.dtype) -> None:
+    """That the gradient has the mask of the output is checked where the kernels are opened."""
+    unit, x = fused_unit_of(48, 0.5), images(4, 48, 10, 10, dtype=dtype)
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            outputs.append(unit(x))
+    assert outputs[0].dtype == dtype
+    assert 0.15 < (outputs[0] != 0).double().mean().item() < 0.35  # half of the half that ReLU lets through
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
 
 
 def draws(threshold: int, *, key: int = 12345, channels: int = 64) -> Tensor:
@@ -198,6 +203,15 @@ def draws(threshold: int, *, key: int = 12345, channels: int = 64) -> Tensor:
     expected = torch.tensor(LEVELS / (LEVELS - threshold))
     assert torch.equal(y[kept], expected.expand(int(kept.sum())))
     return kept.permute(0, 2, 3, 1).reshape(-1, channels)
+
+
+@pytest.mark.parametrize("threshold", [1, 6554, 16384, 32768, 65535])
+def test_share_dropped_over_ten_million_draws(threshold: int) -> None:
+    share = threshold / LEVELS
+    tolerance = 5 * math.sqrt(share * (1 - share) / DRAWS)
+    assert abs(1 - draws(threshold).double().mean().item() - share) < tolerance
+    torch.manual_seed(0)
+    assert abs(1 - keep_mask(torch.empty(DRAWS), threshold).double().mean().item() - share) < tolerance
 
 
 def test_draws_know_nothing_of_each_other() -> None:
@@ -215,14 +229,48 @@ def test_draws_know_nothing_of_each_other() -> None:
         assert abs((flat * other).mean().item() / 0.1875) < 5 / math.sqrt(DRAWS), key
 
 
-def test_keys_come_from_torchs_generator() -> None:
-    unit, x = unit_of(32, 0.25, fused=True), images(2, 32, 8, 8)
-    outputs = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        outputs.append(unit(x))
-    assert torch.equal(outputs[0], outputs[1])
-    assert not torch.equal(outputs[0], outputs[2])
+def test_every_position_of_a_word_is_alike_and_independent() -> None:
+    """Of bulk dropout: the top bit of a 64-bit word is random too, and neighbours know nothing of each other."""
+    torch.manual_seed(0)
+    kept = keep_mask(torch.empty(DRAWS), 16384).view(-1, 4).double()
+    assert (kept.mean(0) - 0.75).abs().max().item() < 5 * math.sqrt(0.25 * 0.75 / len(kept))
+    correlation = torch.corrcoef(kept.T) - torch.eye(4)
+    assert correlation.abs().max().item() < 5 / math.sqrt(len(kept))
+    following = torch.corrcoef(torch.stack([kept[:-1, 3], kept[1:, 0]]))[0, 1]
+    assert abs(following.item()) < 5 / math.sqrt(len(kept))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_bulk_dropouts_gradient_has_the_mask_of_the_output(dtype: torch.dtype, layout: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 7, 9, dtype=dtype)
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    if layout == "sliced":
+        x = x[:, :, ::2]
+    x = x.detach().requires_grad_()
+    out = MaskDropout(0.25)(x)
+    assert (out.dtype, out.shape) == (x.dtype, x.shape)
+    if layout == "channels_last":
+        assert out.is_contiguous(memory_format=torch.channels_last)
+    out.sum().backward()
+    kept = out != 0
+    assert 0.5 < kept.double().mean().item() < 0.95
+    torch.testing.assert_close(x.grad, kept.to(dtype) * torch.tensor(4 / 3, dtype=torch.float32).to(dtype))
+    torch.testing.assert_close(out, x.detach() * kept * (4 / 3), rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
+
+
+def test_bulk_dropout_in_evaluation_at_its_extremes_and_in_a_network() -> None:
+    x = torch.randn(100)
+    assert MaskDropout(0.5).eval()(x) is x
+    assert MaskDropout(0.0)(x) is x
+    assert torch.equal(MaskDropout(1.0)(x), torch.zeros(100))
+    assert MaskDropout(0.5)(torch.empty(0)).shape == (0,)
+    model = timm.create_model("dual_branch_seed")
+    adopt_mask_dropout(model)
+    assert sum(type(m) is MaskDropout for m in model.modules()) == 18
+    assert not any(type(m) is nn.Dropout for m in model.modules())
 
 
 def test_large_means_cost_no_digits() -> None:
@@ -252,22 +300,24 @@ def test_what_is_not_a_number_stays_so(dtype: torch.dtype) -> None:
     assert math.isnan(y[0, 5, 1, 1].item())
     assert y[0, 6, 2, 2].item() == math.inf
     assert int(y.isfinite().sum()) == y.numel() - 2
-    unit = unit_of(32, 0.0, fused=True)
     x = x.float().requires_grad_()
-    unit(x).sum().backward()
-    assert not x.grad.isfinite().all()  # type: ignore[union-attr]
+    fused_unit_of(32)(x).sum().backward()
+    assert x.grad is not None
+    assert not x.grad.isfinite().all()
 
 
 def test_bfloat16_is_rounded_to_the_nearest_even() -> None:
-    values = torch.randn(1, 32, 64, 64, generator=torch.Generator().manual_seed(0)).abs()
-    values = values.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    values = images(1, 32, 64, 64, dtype=torch.bfloat16).abs()
     slope = torch.linspace(0.9, 1.1, 32)
-    y = relu_drop(values, weight=slope)
-    assert torch.equal(y, (values.float() * slope.view(1, -1, 1, 1)).to(torch.bfloat16))
+    expected = (values.float() * slope.view(1, -1, 1, 1)).to(torch.bfloat16)
+    assert torch.equal(relu_drop(values, weight=slope), expected)
+
+
+# --- where a unit is fused
 
 
 def test_evaluation_uses_running_statistics_and_recalibration_their_average() -> None:
-    fused, plain = unit_of(40, 0.25, fused=True), unit_of(40, 0.25, fused=False)
+    fused, plain = fused_unit_of(40, 0.25), unit_of(40, 0.25)
     x = images(4, 40, 9, 9)
     for unit in (fused, plain):
         unit.eval()
@@ -287,26 +337,9 @@ def test_evaluation_uses_running_statistics_and_recalibration_their_average() ->
     assert x.grad is not None
 
 
-def test_what_the_kernels_do_not_expect_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They trust what they are given: other shapes, dtypes and structures never reach them."""
-    conv = SafeConv2d.adopt(nn.Conv2d(8, 8, 3, padding=1, groups=8), "compiled")
-    with pytest.raises(RuntimeError, match="expected input"):
-        conv(images(2, 16, 5, 5))
-    assert conv(torch.zeros(8, 5, 5)).shape == (8, 5, 5)
-    halved = copy.deepcopy(conv).bfloat16()
-    assert halved(images(2, 8, 5, 5, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    unit = unit_of(8, 0.0, fused=True).bfloat16().eval()
-    x = images(2, 8, 5, 5, dtype=torch.bfloat16)
-    assert not unit._fuses(x, [])  # type: ignore[operator]
-    with torch.no_grad():
-        assert unit(x).float().abs().max() < 100
-    assert unit_of(8, 0.0, fused=True)[:1](images(2, 8, 5, 5)).shape == (2, 8, 5, 5)
-
-
 def test_parameters_and_statistics_with_gaps_are_read_where_they_lie() -> None:
     """The kernels read from an address on, and every second value of a longer vector does not lie so."""
-    fused, plain = unit_of(8, 0.0, fused=True), unit_of(8, 0.0, fused=False)
-    x = images(3, 8, 9, 9)
+    fused, plain, x = fused_unit_of(8), unit_of(8), images(3, 8, 9, 9)
     for unit in (fused, plain):
         unit.norm.weight = nn.Parameter(torch.linspace(0.5, 2, 16)[::2])
         unit.norm.running_mean = torch.zeros(16)[::2]
@@ -314,24 +347,23 @@ def test_parameters_and_statistics_with_gaps_are_read_where_they_lie() -> None:
     torch.testing.assert_close(fused.norm.running_mean, plain.norm.running_mean)
 
 
-def test_dropout_before_the_norm_is_not_taken_for_one_behind_it() -> None:
-    layers = OrderedDict(drop=nn.Dropout(0.5), norm=nn.BatchNorm2d(4), act=nn.ReLU())
-    assert fast_paths.adopt_fused_units(nn.ModuleList([nn.Sequential(layers)])) == 0
-
-
-def test_other_units_stay_what_they_are() -> None:
-    style = {"dilation": 1, "dropout": 0.1}
-    for unit in (
-        branch_unit(4, 4, norm="batch", activation="gelu", **style),  # type: ignore[arg-type]
-        branch_unit(4, 4, norm="group", activation="relu", **style),  # type: ignore[arg-type]
-        nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()),
+def test_which_units_are_fused(session_cache: Path) -> None:
+    """The last one has its dropout before the norm."""
+    early = OrderedDict(drop=nn.Dropout(0.5), norm=nn.BatchNorm2d(4), act=nn.ReLU())
+    for unit, fused in (
+        (unit_of(4, 0.1), 1),
+        (nn.Sequential(OrderedDict(norm=nn.BatchNorm2d(4), act=nn.ReLU())), 1),
+        (unit_of(4, activation="gelu"), 0),
+        (unit_of(4, norm="group"), 0),
+        (nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()), 0),
+        (nn.Sequential(early), 0),
     ):
-        assert fast_paths.adopt_fused_units(unit) == 0
-    assert fast_paths.adopt_fused_units(conv_stem(3, 8, norm="batch", activation="relu")) == 1
+        assert f"{fused} units" in adopt_compiled_kernels(unit, session_cache)
+        assert (type(unit) is FusedUnit) == bool(fused)
 
 
 def test_hooks_doubles_and_closed_kernels_take_the_plain_layers() -> None:
-    unit, x = unit_of(8, 0.0, fused=True), images(2, 8, 5, 5)
+    unit, x = fused_unit_of(8), images(2, 8, 5, 5)
     expected = unit(x)
     seen: list[int] = []
     handle = unit.norm.register_forward_hook(lambda *_: seen.append(1))
@@ -341,6 +373,8 @@ def test_hooks_doubles_and_closed_kernels_take_the_plain_layers() -> None:
     with closed():
         torch.testing.assert_close(unit(x), expected, rtol=1e-4, atol=1e-5)
     assert copy.deepcopy(unit).double()(x.double()).dtype == torch.float64
+    with torch.no_grad():  # buffers of another type
+        assert copy.deepcopy(unit).bfloat16().eval()(x.bfloat16()).float().abs().max() < 100
     with pytest.raises(ValueError, match="more than 1 value"):
         unit(images(1, 8, 1, 1))
 
@@ -349,25 +383,25 @@ def test_what_is_made_of_a_unit_later_is_what_runs() -> None:
     """A slice, another layer in a place, one more layer: the unit's class is still that of a fused one."""
     x, names = images(2, 32, 6, 6), ("conv", "norm", "act", "drop")
     for what in ("slice", "act", "norm", "drop", "append"):
-        plain, fused = (unit_of(32, 0.0, fused=each) for each in (False, True))
         others = {"act": nn.GELU(), "norm": nn.InstanceNorm2d(32), "drop": nn.AvgPool2d(2)}
-        for unit in (plain, fused):
+        results = []
+        for unit in (unit_of(32), fused_unit_of(32)):
             if what in others:
                 unit[names.index(what)] = others[what]
             elif what == "append":
                 unit.append(nn.AvgPool2d(2))
-        expected, result = ((unit[:2] if what == "slice" else unit)(x).detach() for unit in (plain, fused))
-        assert result.shape == expected.shape, what
-        assert distance(result, expected) < ROUNDING[torch.float32], what
+            results.append((unit[:2] if what == "slice" else unit)(x).detach())
+        assert results[0].shape == results[1].shape, what
+        assert distance(results[1], results[0]) < ROUNDING[torch.float32], what
 
 
 def test_little_work_without_dropout_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_units, "FEW_VALUES", 2 * 32 * 8 * 8)
     few, enough = images(1, 32, 8, 8), images(2, 32, 8, 8)
     for dropout, fused in ((0.0, False), (0.25, True)):
-        unit = unit_of(32, dropout, fused=True)
-        assert unit._fuses(few, []) is fused  # type: ignore[operator]
-        assert unit._fuses(enough, [])  # type: ignore[operator]
+        unit = fused_unit_of(32, dropout)
+        assert unit._fuses(few, []) is fused
+        assert unit._fuses(enough, [])
 
 
 # --- having them or not
@@ -375,22 +409,12 @@ def test_little_work_without_dropout_is_torchs(monkeypatch: pytest.MonkeyPatch) 
 
 def test_without_a_compiler_the_layers_stay_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    model = nn.ModuleList([unit_of(8, 0.1, fused=False)])
+    model = nn.ModuleList([unit_of(8, 0.1)])
     with closed():
         assert adopt_compiled_kernels(model, tmp_path) == "plain (no C++ compiler)"
         assert not available(torch.float32)
     assert type(model[0]) is nn.Sequential
     assert type(model[0].conv.depthwise) is nn.Conv2d
-
-
-def test_a_compiler_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = tmp_path / "c++"
-    compiler.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'no such flag' >&2; exit 1\n")
-    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("CXX", str(compiler))
-    with closed(), pytest.raises(NoKernels, match="no such flag"):
-        open_kernels(tmp_path)
-    assert not list((tmp_path / "kernels").rglob("*.so"))
 
 
 @pytest.mark.parametrize(
@@ -406,13 +430,13 @@ def test_a_compiler_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_wrong_pass_is_found_and_not_used(
     right: str, wrong: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for path in compiled.FOLDER.glob("*.*"):
+    for path in kernels.FOLDER.glob("*.*"):
         (tmp_path / path.name).write_text(path.read_text())
     source = (tmp_path / "kernels.cpp").read_text()
     assert right in source
     (tmp_path / "kernels.cpp").write_text(source.replace(right, wrong))
-    monkeypatch.setattr(compiled, "FOLDER", tmp_path)
-    model = nn.ModuleList([unit_of(8, 0.1, fused=False)])
+    monkeypatch.setattr(kernels, "FOLDER", tmp_path)
+    model = nn.ModuleList([unit_of(8, 0.1)])
     with closed():
         verdict = adopt_compiled_kernels(model, tmp_path)
         assert verdict.startswith("plain (the compiled")
@@ -421,10 +445,10 @@ def test_a_wrong_pass_is_found_and_not_used(
     assert type(model[0]) is nn.Sequential
 
 
-def test_it_is_compiled_once_and_anew_when_it_is_not_whole(tmp_path: Path) -> None:
+def test_they_are_compiled_once_and_again_when_a_file_is_not_whole(tmp_path: Path) -> None:
     with closed():
         open_kernels(tmp_path)
-        assert compiled.fingerprint()
+        assert kernels.fingerprint()
     files = sorted(tmp_path.rglob("*.so"))
     assert len(files) == 2
     first = [file.stat().st_ino for file in files]
@@ -440,13 +464,7 @@ def test_it_is_compiled_once_and_anew_when_it_is_not_whole(tmp_path: Path) -> No
         open_kernels(tmp_path)
         assert available(torch.float32)
         assert available(torch.bfloat16)
-
-
-def test_a_folder_that_others_can_write_to_is_not_used(tmp_path: Path) -> None:
-    """What lies there is run."""
-    with closed():
-        open_kernels(tmp_path)
-    folder = tmp_path / "kernels" / str(os.getuid())
+    folder = tmp_path / "kernels" / str(os.getuid())  # what lies there is run: others must not write there
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     folder.chmod(0o770)
     with closed():
@@ -454,15 +472,18 @@ def test_a_folder_that_others_can_write_to_is_not_used(tmp_path: Path) -> None:
 
 
 def test_the_compiler_that_cxx_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "env c++")  # a launcher before it, as ccache is
-    with closed():
-        open_kernels(tmp_path)
-    monkeypatch.setenv("CXX", "/nowhere/c++")
-    with closed(), pytest.raises(NoKernels, match='no program "/nowhere/c\\+\\+", which CXX names'):
-        open_kernels(tmp_path)
-    monkeypatch.setenv("CXX", 'c++ "-O2')
-    with closed(), pytest.raises(NoKernels, match="CXX cannot be read: no closing quotation"):
-        open_kernels(tmp_path)
+    failing = tmp_path / "c++"
+    failing.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'no such flag' >&2; exit 1\n")
+    failing.chmod(failing.stat().st_mode | stat.S_IXUSR)
+    for cxx, message in (
+        ("/nowhere/c++", 'no program "/nowhere/c\\+\\+", which CXX names'),
+        ('c++ "-O2', "CXX cannot be read: no closing quotation"),
+        (f"env {failing}", "no such flag"),  # a launcher before it, as ccache is
+    ):
+        monkeypatch.setenv("CXX", cxx)
+        with closed(), pytest.raises(KernelsUnavailable, match=message):
+            open_kernels(tmp_path)
+    assert not list((tmp_path / "kernels").rglob("*.so"))
 
 
 def test_a_cache_that_cannot_be_written_means_plain_layers(tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from harness.models.kernels import compiled
+from harness.models import kernels
 
 
 @contextlib.contextmanager
 def closed() -> Iterator[None]:
-    """What is opened inside is closed again behind it, and what was open before is open again."""
+    """What is opened inside is closed again afterwards, and what was open before is open again."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "_libraries", {})
+        patch.setattr(kernels, "_libraries", {})
         yield

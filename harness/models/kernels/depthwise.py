@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from harness.models.kernels.compiled import available, call
+from harness.models.kernels import available, call
 
 
 def applies(conv: nn.Conv2d) -> bool:
@@ -39,13 +39,10 @@ def takes(conv: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> bool:
 
 
 def depthwise_conv2d(x_BCHW: Tensor, weight: Tensor, bias: Tensor | None, *, dilation: int) -> Tensor:
-    """What `F.conv2d` gives with padding = dilation and a group for each channel.
+    """What `F.conv2d` gives with padding = dilation and a group for each channel; channels_last, of x's dtype.
 
-    Args:
-        x_BCHW: float32 or bfloat16 on the CPU; the result has its dtype and is channels_last.
-        weight: (C, 1, 3, 3); products and sums are in float32, so it is not rounded to x's dtype.
-        bias: (C,) or None.
-        dilation: distance of the taps, pixels.
+    x is float32 or bfloat16 on the CPU. The weight (C, 1, 3, 3) and bias (C,) are float32 and not rounded to x's dtype:
+    products and sums are in float32.
     """
     result: Tensor = _Depthwise.apply(x_BCHW.contiguous(memory_format=torch.channels_last), weight, bias, dilation)
     return result
@@ -54,13 +51,11 @@ def depthwise_conv2d(x_BCHW: Tensor, weight: Tensor, bias: Tensor | None, *, dil
 class _Depthwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BCHW: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-        exact = weight.detach().float().contiguous()
-        ctx.save_for_backward(x_BCHW, exact)
-        ctx.dilation, ctx.weight_dtype = dilation, weight.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        y_BCHW = torch.empty_like(x_BCHW, memory_format=torch.channels_last)
-        offset = None if bias is None else bias.detach().float().contiguous()
-        call("depthwise", x_BCHW.dtype, x_BCHW, exact, offset, y_BCHW, *_sizes(x_BCHW), dilation, 0)
+        weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+        ctx.save_for_backward(x_BCHW, weight)
+        ctx.dilation = dilation
+        y_BCHW = torch.empty_like(x_BCHW)
+        call("depthwise", x_BCHW.dtype, x_BCHW, weight, bias, y_BCHW, *_sizes(x_BCHW), dilation, 0)
         return y_BCHW
 
     @staticmethod
@@ -68,17 +63,15 @@ class _Depthwise(torch.autograd.Function):
     def backward(ctx: Any, gradient_BCHW: Tensor) -> tuple[Tensor | None, ...]:
         x_BCHW, weight = ctx.saved_tensors
         gradient_BCHW = gradient_BCHW.contiguous(memory_format=torch.channels_last)
-        dtype, sizes = x_BCHW.dtype, _sizes(x_BCHW)
+        dtype, sizes = x_BCHW.dtype, (*_sizes(x_BCHW), ctx.dilation)
         x_gradient = weight_gradient = bias_gradient = None
         if ctx.needs_input_grad[0]:
-            x_gradient = torch.empty_like(x_BCHW, memory_format=torch.channels_last)
-            call("depthwise", dtype, gradient_BCHW, weight, None, x_gradient, *sizes, ctx.dilation, 1)
+            x_gradient = torch.empty_like(x_BCHW)
+            call("depthwise", dtype, gradient_BCHW, weight, None, x_gradient, *sizes, 1)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             weight_gradient, bias_gradient = torch.empty_like(weight), weight.new_empty(len(weight))
-            call("depthwise_weight", dtype, x_BCHW, gradient_BCHW, weight_gradient, bias_gradient, *sizes, ctx.dilation)
-            weight_gradient = weight_gradient.to(ctx.weight_dtype)
-            bias_gradient = bias_gradient.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
-        return x_gradient, weight_gradient, bias_gradient, None
+            call("depthwise_weight", dtype, x_BCHW, gradient_BCHW, weight_gradient, bias_gradient, *sizes)
+        return x_gradient, weight_gradient, bias_gradient if ctx.needs_input_grad[2] else None, None
 
 
 def _sizes(x_BCHW: Tensor) -> tuple[int, int, int, int]:
