@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +23,21 @@ from scipy import stats
 from tqdm import tqdm
 
 from harness.errors import HarnessError, ManyErrors
-from harness.runs import Point, Run, finite, open_run
+from harness.runs import Run, finite, open_run
 
 LEVEL = 0.95  # of the intervals
 NOT_SET = "(not set)"  # a key that a recipe of another version has not got
+_TITLES = {
+    "last_accuracy": "test accuracy, last",
+    "best_accuracy": "test accuracy, best",
+    "last_ema_accuracy": "EMA test accuracy, last",
+    "best_ema_accuracy": "EMA test accuracy, best",
+    "last_loss": "test loss, last",
+    "epochs": "epochs",
+    "seconds": "training, seconds",
+    "images_per_second": "images a second",
+    "parameters": "parameters",
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,10 @@ class Group:
     def finished(self) -> list[Run]:
         """Runs whose accuracy says which recipe is better; what a training has reached so far does not."""
         return [run for run in self.runs if run.state == "finished"]
+
+    def to_json(self) -> dict[str, Any]:
+        runs = [{"run": str(r.path), "state": r.state, "seed": r.seed, "problems": list(r.problems)} for r in self.runs]
+        return {"letter": self.letter, "recipe": self.name, "runs": runs}
 
 
 class Answers(NamedTuple):
@@ -98,22 +113,12 @@ class Comparison:
     notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        groups = []
-        for group in self.groups:
-            runs = [
-                {"run": str(run.path), "state": run.state, "seed": run.seed, "problems": list(run.problems)}
-                for run in group.runs
-            ]
-            groups.append({"letter": group.letter, "recipe": group.name, "runs": runs})
+        groups = [group.to_json() for group in self.groups]
         return vars(self) | {"groups": groups, "pairs": [asdict(pair) for pair in self.pairs]}
 
 
 def compare(paths: Sequence[Path], *, checkpoint: str, weights: str) -> Comparison:
-    """Compare runs, grouped by their recipes; one that is given twice counts once.
-
-    Args:
-        checkpoint: "last" or "best".
-        weights: "raw" or "ema".
+    """Compare runs, grouped by their recipes, by their "last" or "best" checkpoint with "raw" or "ema" weights.
 
     Raises:
         HarnessError: paths that are no runs, all of them named.
@@ -151,7 +156,7 @@ def compare(paths: Sequence[Path], *, checkpoint: str, weights: str) -> Comparis
 
 def _open_all(paths: Sequence[Path]) -> list[Run]:
     runs: dict[Path, Run] = {}
-    errors: list[HarnessError] = []
+    errors = []
     for path in paths:
         try:
             run = open_run(path)
@@ -212,43 +217,38 @@ def differing_settings(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
 def headline_figures(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Accuracies, loss, length and speed: `key`, `title` and by the letter of each group the `values` of the runs that
     have one, `n`, `mean` and sample `standard_deviation`; figures that no run has are left out."""
+    of_runs = {group.letter: [_figures_of(run) for run in group.runs] for group in groups}
     found = []
-    for key, title, of in _FIGURES:
+    for key, title in _TITLES.items():
         figures: dict[str, dict[str, Any]] = {}
-        for group in groups:
-            values = [value for run in group.runs if (value := of(run)) is not None]
+        for letter, runs in of_runs.items():
+            values = [value for run in runs if (value := run[key]) is not None]
             mean, deviation = mean_and_deviation(values) if values else (None, None)
-            figures[group.letter] = {"values": values, "n": len(values), "mean": mean, "standard_deviation": deviation}
+            figures[letter] = {"values": values, "n": len(values), "mean": mean, "standard_deviation": deviation}
         if any(figure["values"] for figure in figures.values()):
             found.append({"key": key, "title": title, "groups": figures})
     return found
 
 
-def _of_training(key: str, over_epochs: Callable[[list[float]], float]) -> Callable[[Run], float | None]:
-    """A figure of the whole training; of a run that is not finished, that of its epochs."""
-
-    def of(run: Run) -> float | None:
-        epochs = [point.value for point in run.curve("train", key)]
-        return finite((run.result or {}).get(key)) or (over_epochs(epochs) if epochs else None)
-
-    return of
-
-
-def _value(point: Point | None) -> float | None:
-    return None if point is None else point.value
-
-
-_FIGURES: tuple[tuple[str, str, Callable[[Run], float | None]], ...] = (
-    ("last_accuracy", "test accuracy, last", lambda run: _value(run.last_in("test"))),
-    ("best_accuracy", "test accuracy, best", lambda run: _value(run.best_in("test"))),
-    ("last_ema_accuracy", "EMA test accuracy, last", lambda run: _value(run.last_in("test_ema"))),
-    ("best_ema_accuracy", "EMA test accuracy, best", lambda run: _value(run.best_in("test_ema"))),
-    ("last_loss", "test loss, last", lambda run: _value(run.last_in("test", "loss"))),
-    ("epochs", "epochs", lambda run: run.epoch if run.records else None),
-    ("seconds", "training, seconds", _of_training("seconds", sum)),
-    ("images_per_second", "images a second", _of_training("images_per_second", lambda rates: sum(rates) / len(rates))),
-    ("parameters", "parameters", lambda run: finite((run.result or {}).get("parameters"))),
-)
+def _figures_of(run: Run) -> dict[str, float | None]:
+    """Of the whole training; of one that is not finished, seconds and rate are those of its epochs."""
+    result = run.result or {}
+    points = {
+        "last_accuracy": run.last_in("test"),
+        "best_accuracy": run.best_in("test"),
+        "last_ema_accuracy": run.last_in("test_ema"),
+        "best_ema_accuracy": run.best_in("test_ema"),
+        "last_loss": run.last_in("test", "loss"),
+    }
+    figures = {key: None if point is None else point.value for key, point in points.items()}
+    seconds, rates = ([p.value for p in run.curve("train", key)] for key in ("seconds", "images_per_second"))
+    figures["epochs"] = run.epoch if run.records else None
+    figures["seconds"] = finite(result.get("seconds")) or (sum(seconds) if seconds else None)
+    figures["images_per_second"] = finite(result.get("images_per_second")) or (
+        sum(rates) / len(rates) if rates else None
+    )
+    figures["parameters"] = finite(result.get("parameters"))
+    return figures
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:

@@ -22,7 +22,7 @@ WHAT_EACH_SAYS = (
     "whether other trainings would differ on these images too. What only the images tell may be the luck of the seeds."
 )
 UNKNOWN_DIFFERENCES = "What these recipes differ in is not known, since not all of them can be read."
-_LONGEST_VALUE = 28
+LONGEST_VALUE = 28
 # Title, key in metrics.jsonl, split, words on the axis.
 _CHARTS = (
     ("Test accuracy", "accuracy", "test", "accuracy"),
@@ -40,7 +40,10 @@ def render(comparison: Comparison, *, width: int | None) -> str:
     letters = [group.letter for group in comparison.groups]
     parts = ["\n".join(_wrapped(line, columns) for line in group_lines(comparison))]
     if comparison.differences:
-        rows = [[key, *map(_shortened, values.values())] for key, values in comparison.differences.items()]
+        rows = [[key, *map(value_text, values.values())] for key, values in comparison.differences.items()]
+        rows = [
+            [key, *(v if len(v) <= LONGEST_VALUE else f"{v[: LONGEST_VALUE - 1]}…" for v in row)] for key, *row in rows
+        ]
         parts.append(_tables(["recipe", *letters], rows, columns))
     elif len(letters) > 1:
         parts.append(_wrapped(UNKNOWN_DIFFERENCES, columns))
@@ -61,7 +64,7 @@ def group_lines(comparison: Comparison) -> Iterator[str]:
     """Each group with its recipe, the number of its runs and their seeds."""
     for group in comparison.groups:
         seeds = sorted((str(run.seed) for run in group.runs if run.seed is not None), key=lambda s: (len(s), s))
-        words = f", {_counted(len(seeds), 'seed', number=False)} {', '.join(seeds)}" if seeds else ""
+        words = f", seed{'s' if len(seeds) != 1 else ''} {', '.join(seeds)}" if seeds else ""
         yield f"{group.letter}  {group.name}: {_counted(len(group.runs), 'run')}{words}"
 
 
@@ -138,8 +141,8 @@ def pair_sentences(pair: Pair, comparison: Comparison) -> Iterator[str]:
 
 
 def _estimate(over: str, found: Estimate, adjusted: float | None) -> str:
-    assert found.p_value is not None
-    verdict = "significant" if (found.p_value if adjusted is None else adjusted) < LEVEL else "not significant"
+    decides = found.p_value if adjusted is None else adjusted
+    verdict = "significant" if decides is not None and decides < LEVEL else "not significant"
     holm = "" if adjusted is None else f", {p_text(adjusted)} by Holm's correction"
     return (
         f"{over}: {points(found.difference)} points, 95% interval {interval_text(found)}, "
@@ -164,14 +167,8 @@ def points(share: float) -> str:
     return f"{round(100 * share, 2) + 0.0:+.2f}".replace("-", "−")  # + 0.0: no negative zero
 
 
-def _counted(count: int, noun: str, *, number: bool = True) -> str:
-    words = noun if count == 1 else f"{noun}s"
-    return f"{count} {words}" if number else words
-
-
-def _shortened(value: Any) -> str:
-    text = value_text(value)
-    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' if count != 1 else ''}"
 
 
 def _wrapped(text: str, columns: int, indent: str = "", further: str = "  ") -> str:
@@ -200,56 +197,44 @@ def _tables(header: Sequence[str], rows: Sequence[Sequence[str]], columns: int) 
 
 def comparison_page(comparison: Comparison) -> str:
     """The whole page, one HTML document that needs no other file."""
-    letters = [group.letter for group in comparison.groups]
-    groups = [
-        [charts.swatch(number) + f" {line}", Markup("<br>").join(f"{run.path} ({run.state})" for run in group.runs)]
-        for number, (group, line) in enumerate(zip(comparison.groups, group_lines(comparison), strict=True))
+    spread = f"{what_the_spread_is(comparison).capitalize()}."
+    sections = [
+        page.Section("groups", "Groups"),
+        page.Section("differences", "Differences of the recipes"),
+        page.Section("figures", "Figures", lead=spread),
+        page.Section("significance", "Beyond chance?", lead=WHAT_EACH_SAYS),
+        page.Section("curves", "Curves", lead="A colour a group; dashes tell its runs apart."),
     ]
-    differences = page.missing(UNKNOWN_DIFFERENCES if len(letters) > 1 else "All runs are of one recipe.")
-    if comparison.differences:
-        rows = [[key, *map(value_text, values.values())] for key, values in comparison.differences.items()]
-        differences = page.table(["key", *letters], rows, caption="What the recipes differ in")
-    figures = page.missing("No run has any figures yet.")
-    if comparison.figures:
-        numeric = range(1, len(letters) + 1)
-        rows = figure_rows(comparison)
-        figures = page.table(["figure", *letters], rows, caption="Headline figures", numeric=numeric)
-    significance = page.Section("significance", "Beyond chance?", _pairs(comparison), WHAT_EACH_SAYS)
-    runs = sum(len(group.runs) for group in comparison.groups)
+    groups = comparison.groups
+    words = "All runs are of one recipe." if len(groups) == 1 else UNKNOWN_DIFFERENCES
     return page.page(
-        f"Comparison: {', '.join(dict.fromkeys(group.name for group in comparison.groups))}",
-        [
-            page.Section("groups", "Groups", page.table(["group", "runs"], groups, caption="Groups of runs")),
-            page.Section("differences", "Differences of the recipes", differences),
-            page.Section("figures", "Figures", figures, f"{what_the_spread_is(comparison).capitalize()}."),
-            *([significance] if comparison.pairs else []),
-            page.Section("curves", "Curves", _curves(comparison), "A colour a group; dashes tell its runs apart."),
-        ],
-        subtitle=f"{_counted(runs, 'run')} in {_counted(len(letters), 'group')}",
+        f"Comparison: {', '.join(dict.fromkeys(group.name for group in groups))}",
+        [section for section in sections if comparison.pairs or section.id != "significance"],
+        subtitle=f"{_counted(sum(len(g.runs) for g in groups), 'run')} in {_counted(len(groups), 'group')}",
         notes=comparison.notes,
+        template="comparison.html",
+        groups=[(charts.swatch(i), *both) for i, both in enumerate(zip(group_lines(comparison), groups, strict=True))],
+        letters=[group.letter for group in groups],
+        differences=[[key, *map(value_text, values.values())] for key, values in comparison.differences.items()],
+        no_differences=words,
+        figures=figure_rows(comparison),
+        pairs=[list(pair_sentences(pair, comparison)) for pair in comparison.pairs],
+        tests=[row for pair in comparison.pairs for row in _test_rows(pair)],
+        charts=_curves(comparison),
     )
 
 
-def _pairs(comparison: Comparison) -> Markup:
-    said, rows = [], []
-    for pair in comparison.pairs:
-        head, *sentences = pair_sentences(pair, comparison)
-        said.append((head, sentences))
-        for over, found, adjusted in (
-            ("test images", pair.images, pair.images_p_adjusted),
-            ("seeds", pair.seeds, pair.seeds_p_adjusted),
-        ):
-            cells = [NO_VALUE] * 5
-            if found is not None:
-                p_values = [p_text(found.p_value), p_text(adjusted)]
-                cells = [points(found.difference), interval_text(found), *p_values, found.method]
-            rows.append([f"{pair.second} − {pair.first}", over, *cells])
-    header = ["groups", "over", "difference, points", "95% interval", "p", "p, Holm", "test"]
-    table = page.table(header, rows, caption="Differences of test accuracy", numeric=(2, 3))
-    return page.render("pairs.html", pairs=said) + table
+def _test_rows(pair: Pair) -> Iterator[list[str]]:
+    both = (("test images", pair.images, pair.images_p_adjusted), ("seeds", pair.seeds, pair.seeds_p_adjusted))
+    for over, found, adjusted in both:
+        cells = [NO_VALUE] * 5
+        if found is not None:
+            p_values = [p_text(found.p_value), p_text(adjusted)]
+            cells = [points(found.difference), interval_text(found), *p_values, found.method]
+        yield [f"{pair.second} − {pair.first}", over, *cells]
 
 
-def _curves(comparison: Comparison) -> Markup:
+def _curves(comparison: Comparison) -> list[Markup]:
     drawn = []
     for title, key, split, y_label in _CHARTS:
         series = []
@@ -264,9 +249,6 @@ def _curves(comparison: Comparison) -> Markup:
                     series.append(charts.Series(name, [p.epoch for p in points], [p.value for p in points], style))
         if series:
             words = f"{title} of {_counted(len(series), 'run')} by epoch."
-            percents = key == "accuracy"
-            chart = charts.line_chart(
-                series, title=title, description=words, x_label="epoch", y_label=y_label, as_percent=percents
-            )
-            drawn.append(chart)
-    return page.grid(*drawn) if drawn else page.missing("No run has any records yet.")
+            axes: dict[str, Any] = {"x_label": "epoch", "y_label": y_label, "as_percent": key == "accuracy"}
+            drawn.append(charts.line_chart(series, title=title, description=words, **axes))
+    return drawn

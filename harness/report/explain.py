@@ -37,7 +37,7 @@ from harness.errors import HarnessError
 from harness.models.dual_branch import DualBranchNet
 from harness.report.charts import BOTTOM, LEFT, RIGHT, TOP, WIDTH, Axis, bar_chart, drawing, percent, shortened
 from harness.report.lazy_checkpoint import LazyCheckpoint
-from harness.report.page import facts, folded, grid, missing, render, table
+from harness.report.page import missing, render
 from harness.training.predictions import worst_mistakes
 
 MOST_CLASSES_DRAWN = 30
@@ -67,17 +67,12 @@ def confusion_body(checkpoint: LazyCheckpoint) -> Markup:
     """The matrix, and the mistakes that are made most often."""
     found, names = checkpoint.predictions, checkpoint.classes
     matrix_KK = confusion_matrix(found.labels_N.numpy(), found.predicted_N.numpy(), labels=range(len(names)))
-    rows = [
+    mistakes = [
         [names[true], names[predicted], f"{count:,}", percent(count / matrix_KK[true].sum())]
         for true, predicted, count in most_confused(matrix_KK, most=10)
     ]
-    header = ["True class", "Predicted", "Images", "Of the class"]
-    listed = table(header, rows, caption="Commonest mistakes", numeric=[2, 3])
-    commonest = listed if rows else missing("There is no mistake.")
-    if len(names) > MOST_CLASSES_DRAWN:
-        words = f"A matrix of {len(names):,} classes cannot be read: only the commonest mistakes are listed."
-        return missing(words) + commonest
-    return grid(confusion_chart(matrix_KK, names), commonest)
+    chart = confusion_chart(matrix_KK, names) if len(names) <= MOST_CLASSES_DRAWN else None
+    return render("section_confusion.html", chart=chart, mistakes=mistakes, classes=len(names))
 
 
 def most_confused(matrix_KK: np.ndarray, *, most: int) -> list[tuple[int, int, int]]:
@@ -130,16 +125,14 @@ def class_body(checkpoint: LazyCheckpoint) -> Markup:
         [percent(share[k]) if np.isfinite(share[k]) else "–" for share in (recall_K, precision_K)] for k in classes
     ]
     rows = [[names[k], f"{images_K[k]:,}", *shares[k]] for k in classes]
-    header = ["Class", "Images", "Accuracy", "Precision"]
-    listed = table(header, rows, caption="Accuracy (recall) and precision of each class", numeric=[1, 2, 3])
+    few, title = len(names) <= MOST_CLASSES_DRAWN, "Accuracy by class"
     known = [k for k in classes if images_K[k]]
-    title = "Accuracy by class"
-    if len(names) > MOST_CLASSES_DRAWN:
+    if not few:
         known = sorted(known, key=lambda k: float(recall_K[k]))[:MOST_CLASSES_DRAWN]
-        listed, title = folded(f"All {len(names):,} classes", listed), f"The {len(known)} classes of lowest accuracy"
+        title = f"The {len(known)} classes of lowest accuracy"
     description = "The share of each class's test images that are classified rightly."
-    drawn = bar_chart([names[k] for k in known], recall_K[known].tolist(), title=title, description=description)
-    return grid(drawn, listed)
+    chart = bar_chart([names[k] for k in known], recall_K[known].tolist(), title=title, description=description)
+    return render("section_classes.html", chart=chart, rows=rows, few=few)
 
 
 # --- calibration
@@ -174,13 +167,9 @@ def calibration_body(checkpoint: LazyCheckpoint) -> Markup:
     binned = calibration(found.probabilities_NK.numpy(), found.labels_N.numpy())
     confidence = float(found.probabilities_NK.max(1).values.double().mean())
     accuracy = float(found.correct_N.double().mean())
-    figures = {
-        f"Expected calibration error (ECE, {BINS} bins)": f"{binned.ece:.4f}",
-        "Mean probability of the predicted class": percent(confidence),
-        "Accuracy": percent(accuracy),
-        "On the whole the network is": sureness(confidence, accuracy),
-    }
-    return grid(reliability_diagram(binned), facts(figures))
+    values = {"bins": BINS, "ece": binned.ece, "confidence": percent(confidence), "accuracy": percent(accuracy)}
+    chart = reliability_diagram(binned)
+    return render("section_calibration.html", chart=chart, sureness=sureness(confidence, accuracy), **values)
 
 
 def sureness(confidence: float, accuracy: float) -> str:

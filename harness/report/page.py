@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,57 +27,28 @@ class Section:
 
     id: str
     title: str
-    body: Markup
+    body: Markup | str = ""
     lead: str = ""
 
 
-def page(
-    title: str,
-    sections: Sequence[Section],
-    *,
-    subtitle: str = "",
-    badges: Sequence[str] = (),
-    notes: Sequence[str] = (),
-    version: str | None = None,
-) -> str:
+def page(title: str, sections: Sequence[Section], *, template: str = "page.html", **values: Any) -> str:
     """A whole HTML document.
 
     Args:
-        badges: short words next to the heading, such as a state.
-        notes: sentences about what is missing or broken, above the sections.
-        version: of a served page, which follows the server's `version` and replaces what has changed.
+        template: `page.html`, or one that extends it.
+        values: of the template; of `page.html` a `subtitle`, `badges` (short words next to the heading), `notes`
+            (sentences on what is missing, above the sections) and the `version` of a served page, which follows the
+            server's `version` and replaces what has changed.
     """
-    parts = {"title": title, "subtitle": subtitle, "badges": badges, "notes": notes, "sections": sections}
-    whole = render("page.html", **parts, version=version, harness_version=harness.__version__)
+    optional = {"subtitle": "", "badges": (), "notes": (), "version": None}
+    known = {"title": title, "sections": sections, "harness_version": harness.__version__}
+    whole = render(template, **optional | known | values)
     return whole.encode("utf-8", "replace").decode()  # names of files may hold bytes that are no UTF-8
-
-
-def table(
-    header: Sequence[str], rows: Sequence[Sequence[Any]], *, caption: str, numeric: Collection[int] = ()
-) -> Markup:
-    """A table that scrolls sideways where it is too wide; a row's first cell is its header, `numeric` columns are
-    set flush right."""
-    return render("table.html", header=header, rows=rows, caption=caption, numeric=numeric)
-
-
-def facts(pairs: Mapping[str, Any], *, short: bool = False) -> Markup:
-    """Names with their values, in columns, narrow ones for `short` values."""
-    return render("facts.html", pairs=pairs, short=short)
-
-
-def grid(*parts: Markup) -> Markup:
-    """Charts and other parts side by side where there is room."""
-    return Markup('<div class="grid">{}</div>').format(Markup("").join(parts))
 
 
 def missing(sentence: str) -> Markup:
     """A sentence in place of what cannot be shown."""
     return Markup('<p class="missing">{}</p>').format(sentence)
-
-
-def folded(summary: str, body: Markup) -> Markup:
-    """A part that is opened by a click on its summary."""
-    return Markup("<details><summary>{}</summary>{}</details>").format(summary, body)
 
 
 def check_target(path: Path) -> None:
@@ -103,8 +74,10 @@ def check_target(path: Path) -> None:
 
 @functools.cache
 def _environment() -> Environment:
-    loader = PackageLoader("harness.report")
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    options: Any = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    found = Environment(loader=PackageLoader("harness.report"), **options)
+    found.globals["parts"] = found.get_template("parts.html").module
+    return found
 
 
 def render(template: str, **values: Any) -> Markup:

@@ -24,12 +24,11 @@ from harness.models.summary import (
 from harness.report.charts import WIDTH, Series, drawing, epoch_text, line_chart, percent
 from harness.report.explain import data_uri
 from harness.report.lazy_checkpoint import LazyCheckpoint
-from harness.report.page import Section, facts, folded, grid, missing, render, table
+from harness.report.page import Section, missing, render
 from harness.runs import Point, Run, finite
 
 SPLITS = {"train": "training", "test": "test", "test_ema": "test, averaged weights"}
 MOST_ROWS = 100  # of the table of epochs
-MOST_CHARACTERS = 40_000  # of a file that is shown as it is
 LOG_FROM = 30.0  # the largest value over the smallest from which an axis is logarithmic
 BRANCHES = ("depthwise", "dilated")
 MARGIN = 10  # around a drawing of fields
@@ -78,24 +77,23 @@ def summary_section(run: Run) -> Section:
     if run.starts:
         origin = _origin(run.starts[-1])
         settings |= {name: origin[name] for name in ("Started", "Commit", "Device") if name in origin}
-    body = render("figures.html", pairs=_headlines(run))
-    body += facts(settings, short=True) if settings else missing("The recipe cannot be read.")
-    return Section("summary", "Summary", body)
+    return Section("summary", "Summary", render("section_summary.html", headlines=_headlines(run), settings=settings))
 
 
 def curves_section(run: Run) -> Section:
     """Loss and accuracy over steps, and the figures of each epoch."""
-    charts = []
+    charts: list[Markup] = []
     for key in ("loss", "accuracy"):
         curves = {split: run.curve(split, key) for split in SPLITS}
         curves["train"] = run.curve("train", key, kind="step") or curves["train"]
         drawn = [_series(SPLITS[split], points, i) for i, (split, points) in enumerate(curves.items()) if points]
-        if not drawn and key == "loss":
-            return Section("curves", "Loss and accuracy", missing("There are no records of training yet."))
-        axes: dict[str, Any] = {"x_label": "step", "y_label": key, "as_percent": key == "accuracy"}
-        title = key.capitalize()
-        charts.append(line_chart(drawn, title=title, description=f"{title} over optimizer steps.", **axes))
-    return Section("curves", "Loss and accuracy", grid(*charts) + _epoch_table(run))
+        if drawn or charts:
+            axes: dict[str, Any] = {"x_label": "step", "y_label": key, "as_percent": key == "accuracy"}
+            title = key.capitalize()
+            charts.append(line_chart(drawn, title=title, description=f"{title} over optimizer steps.", **axes))
+    why = "There are no records of training yet."
+    body = render("section_curves.html", charts=charts, why=why, epochs=_epochs(run) if charts else None)
+    return Section("curves", "Loss and accuracy", body)
 
 
 def rates_section(run: Run) -> Section:
@@ -108,7 +106,8 @@ def rates_section(run: Run) -> Section:
             log = key == "grad_norm" and min(values) > 0 and max(values) > LOG_FROM * min(values)
             axes: dict[str, Any] = {"x_label": "step", "y_label": label, "log_y": log, "from_zero": key != "grad_norm"}
             charts.append(line_chart([_series(title.lower(), points, 0)], title=title, description=words, **axes))
-    body = grid(*charts) if charts else missing("There are no records of training steps yet.")
+    why = "There are no records of training steps yet."
+    body = render("section_curves.html", charts=charts, why=why, epochs=None)
     return Section("rates", "Learning rate and throughput", body)
 
 
@@ -118,21 +117,18 @@ def _series(name: str, points: Sequence[Point], style: int) -> Series:
 
 def origin_section(run: Run) -> Section:
     """The recipe and provenance as their files have them."""
-    starts = run.starts
-    if starts:
-        body = facts(_origin(starts[-1]))
-    else:
-        body = missing("Where the run came from is not known: provenance.json is missing or broken.")
-    if len(starts) > 1:
-        rows = [[_moment(s.get("started")), _text(s.get("from_step")), _text(s.get("world_size"))] for s in starts]
-        body += table(["Started", "From step", "Ranks"], rows, caption="Starts of this run", numeric=[1, 2])
     try:
         recipe = (run.path / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
-        body += _file("Recipe" if run.settings else "Recipe (as the file has it; it is broken)", recipe)
     except OSError:
-        body += missing("The recipe cannot be shown: recipe.yaml is missing or cannot be read.")
-    if run.provenance:
-        body += _file("Provenance", json.dumps(run.provenance, indent=2, ensure_ascii=False))
+        recipe = None
+    body = render(
+        "section_origin.html",
+        starts=[[_moment(s.get("started")), _text(s.get("from_step")), _text(s.get("world_size"))] for s in run.starts],
+        origin=_origin(run.starts[-1]) if run.starts else {},
+        recipe=recipe,
+        readable=bool(run.settings),
+        provenance=json.dumps(run.provenance, indent=2, ensure_ascii=False) if run.provenance else "",
+    )
     return Section("origin", "Recipe and provenance", body)
 
 
@@ -193,14 +189,12 @@ def _counted(run: Run, step: int) -> str:
     return ""
 
 
-def _epoch_table(run: Run) -> Markup:
-    """The figures of each epoch, or of some, evenly spaced, where there are too many."""
+def _epochs(run: Run) -> dict[str, Any] | None:
+    """A table of the figures of each epoch, or of some, evenly spaced, where there are too many."""
     curves = [{point.step: point for point in run.curve(*key)} for key in _FIGURES]
     columns = [(*words, curve) for words, curve in zip(_FIGURES.values(), curves, strict=True)]
     columns = columns if curves[-1] else columns[:-1]
     steps = sorted(set().union(*curves))
-    if not steps:
-        return Markup("")
     caption = "Figures by epoch"
     if len(steps) > MOST_ROWS:
         caption += f", {MOST_ROWS} of {len(steps)}"
@@ -211,7 +205,7 @@ def _epoch_table(run: Run) -> Markup:
         cells = [format(curve[step].value, form) if step in curve else "–" for _, form, curve in columns]
         rows.append([f"{epoch:g}", f"{step:,}", *cells])
     header = ["Epoch", "Step", *(title for title, *_ in columns)]
-    return folded(caption, table(header, rows, caption=caption, numeric=range(7)))
+    return {"caption": caption, "header": header, "rows": rows} if rows else None
 
 
 def _origin(start: Mapping[str, Any]) -> dict[str, str]:
@@ -231,10 +225,6 @@ def _origin(start: Mapping[str, Any]) -> dict[str, str]:
         "Packages": ", ".join(f"{name} {version}" for name, version in (start.get("libraries") or {}).items()),
     }
     return {name: value for name, value in found.items() if value not in ("", "–")}
-
-
-def _file(summary: str, text: str) -> Markup:
-    return folded(summary, Markup("<pre><code>{}</code></pre>").format(text[:MOST_CHARACTERS]))
 
 
 def duration(seconds: float) -> str:
@@ -278,13 +268,12 @@ def fields_body(checkpoint: LazyCheckpoint) -> Markup:
         measured = measured_receptive_field(model, row)
         seen = percent(measured.coverage) if measured else "–"  # too large to be measured
         rows.append([str(block), branch, f"{max(row.field_px)} × {max(row.field_px)}", seen])
-    caption = "Receptive fields at the end of each branch: extent, and the share of its pixels that have an influence"
-    listed = table(["Block", "Branch", "Field, pixels", "Of these seen"], rows, caption=caption, numeric=[2, 3])
     try:
         image_HW3 = checkpoint.store.split("test").images_BHWC[0]
     except HarnessError:
         image_HW3 = np.full((checkpoint.recipe.data.image_size_px,) * 2 + (3,), 128, np.uint8)  # grey
-    return grid(*(_field_drawing(image_HW3, list(fields.values()), branch) for branch in BRANCHES)) + listed
+    charts = [_field_drawing(image_HW3, list(fields.values()), branch) for branch in BRANCHES]
+    return render("section_fields.html", charts=charts, rows=rows)
 
 
 def _field_drawing(image_HW3: np.ndarray, fields: Sequence[LayerField], branch: str) -> Markup:
@@ -315,35 +304,21 @@ def architecture_body(checkpoint: LazyCheckpoint) -> Markup:
         return missing(
             f"The drawing is for dual-branch networks alone, and this is {name}; its layers are listed below."
         )
-    args = model.args
-    settings = {
-        "Each unit of a branch": f"3×3 on each channel, 1×1 over the channels, norm: {args.norm}, "
-        f"{args.activation}, dropout {args.dropout:g}",
-        "Branches are joined by": "sum" if args.merge == "sum" else "concatenation",
-        "Parameters": f"{sum(p.numel() for p in model.parameters()):,}",
-    }
-    return grid(architecture_diagram(model, recipe.data.image_size_px), facts(settings))
+    chart = architecture_diagram(model, recipe.data.image_size_px)
+    parameters = sum(p.numel() for p in model.parameters())
+    return render("section_architecture.html", chart=chart, args=model.args, parameters=parameters)
 
 
 def layers_body(checkpoint: LazyCheckpoint) -> Markup:
     """The layer table with its totals, and the constraints."""
     model, size = checkpoint.untrained_model, checkpoint.recipe.data.image_size_px
     summary = summarise(model, (3, size, size))
-    totals = {
-        "Layers": f"{len(summary.rows):,}",
-        "Parameters": f"{summary.total_parameters:,}",
-        "Forward and backward pass of an image": f"{summary.forward_backward_mib:.2f} MiB",
-        "Size of the parameters": f"{summary.parameters_mib:.2f} MiB",
-    }
     met = [[c.name, "yes" if c.passed else "no", c.detail] for c in constraints(model)]
-    rows = [
+    layers = [
         [row.label, row.module, " × ".join(map(str, row.output_shape[1:])) or "–", f"{row.parameters:,}"]
         for row in summary.rows
     ]
-    header = ["Layer", "Module", "Output of an image", "Parameters"]
-    listed = table(header, rows, caption="Layers as they are run", numeric=[2, 3])
-    required = table(["Constraint", "Met", "Found"], met, caption="The three constraints of the assignment")
-    return facts(totals) + required + folded(f"All {len(rows):,} layers", listed)
+    return render("section_layers.html", summary=summary, constraints=met, layers=layers)
 
 
 def architecture_diagram(model: DualBranchNet, image_size_px: int) -> Markup:

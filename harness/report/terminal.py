@@ -56,11 +56,7 @@ def has_colours() -> bool:
 
 
 def parse_what(text: str) -> list[str]:
-    """The quantities named in a list with commas, each once.
-
-    Raises:
-        HarnessError: one is not known, or none is named.
-    """
+    """The quantities named in a list with commas, each once; HarnessError where one is not known, or none is named."""
     names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     for name in names:
         if name not in QUANTITIES:
@@ -71,11 +67,7 @@ def parse_what(text: str) -> list[str]:
 
 
 def draw_runs(paths: Sequence[Path], what: Sequence[str], *, size: os.terminal_size, colours: bool) -> tuple[str, bool]:
-    """Curves of runs, drawn over one another, and whether any of the runs is still going.
-
-    Args:
-        what: of `QUANTITIES`.
-        colours: write colour codes; letters tell the curves apart otherwise, and where colours do not suffice.
+    """Curves of runs, drawn over one another, and whether any of the runs is still going; `what` is of `QUANTITIES`.
 
     Raises:
         HarnessError: a path is no run.
@@ -86,10 +78,8 @@ def draw_runs(paths: Sequence[Path], what: Sequence[str], *, size: os.terminal_s
         lines.append(f"{run.label}: {run.state}, {f'epoch {number(run.epoch)}' if run.records else 'no records yet'}")
     lines += [f"  {problem}" for run in runs for problem in run.problems]
     for name in what:
-        chart = draw(
-            QUANTITIES[name][1], curves_of(runs, name), size=size, colours=colours, as_percent=name == "accuracy"
-        )
-        lines += ["", chart]
+        curves, percents = curves_of(runs, name), name == "accuracy"
+        lines += ["", draw(QUANTITIES[name][1], curves, size=size, colours=colours, as_percent=percents)]
     return "\n".join(lines), any(run.state == "running" for run in runs)
 
 
@@ -135,7 +125,8 @@ def draw(
     x_label: str = "epoch",
     log_x: bool = False,
 ) -> str:
-    """A chart with its title, axes and legend, no wider than the terminal."""
+    """A chart with its title, axes and legend, no wider than the terminal; letters tell curves apart where there are no
+    colours, or too few."""
     if not curves:
         return f"{title}\n  no values yet"
     height = max(4, min(HEIGHT_LINES, size.lines - 6)) if size.lines else HEIGHT_LINES
@@ -219,6 +210,7 @@ ORDER = "newest last"  # by the latest record
 _NO_VALUE = "-"
 _LEAST_RUN = 24  # letters: a run id and a little of its folder
 _STATES = ("running", "finished", "stopped", "empty", "broken")
+_COLUMNS = ("STATE", "EPOCH", "BEST", "EMA", "AGE", "RECIPE", "RUN")  # one without any value is left out
 _FLUSH_RIGHT = ("EPOCH", "BEST", "EMA", "AGE")
 
 
@@ -239,7 +231,7 @@ def as_json(run: Run) -> dict[str, Any]:
 
 
 def render(runs: Sequence[Run], root: Path, *, width: int | None, now_unix_seconds: float | None = None) -> str:
-    """The list of the runs below a folder as text, in the order given: a line each, with what is wrong with them.
+    """The list of the runs below a folder, in the order given: a line each, with what is wrong with them.
 
     Args:
         width: columns of the terminal, to which long names are cut; None cuts nothing.
@@ -247,44 +239,40 @@ def render(runs: Sequence[Run], root: Path, *, width: int | None, now_unix_secon
     """
     if not runs:
         return f"no runs below {root}"
-    columns = _columns(runs, time.time() if now_unix_seconds is None else now_unix_seconds)
-    sizes = {name: max(map(len, [name, *cells])) for name, cells in columns.items()}
-    paths = [str(run.path) for run in runs]
+    # The folder says which recipe it is already, unless a training was given another one.
+    foreign = any(run.path.parent.name != run.recipe_name for run in runs)
+    now, rows = time.time() if now_unix_seconds is None else now_unix_seconds, []
+    for found in map(as_json, runs):
+        epochs = "?" if found["epochs"] is None else epoch_text(found["epochs"])
+        best = (found["best_accuracy"], found["best_ema_accuracy"])
+        percents = [_NO_VALUE if share is None else f"{share:.2%}" for share in best]
+        since, recipe = age(now - found["updated_unix_seconds"]), found["recipe"] if foreign else _NO_VALUE
+        rows.append([found["state"], f"{epoch_text(found['epoch'])}/{epochs}", *percents, since, recipe, found["run"]])
+    columns = [list(column) for column in zip(_COLUMNS, *rows, strict=True) if set(column[1:]) != {_NO_VALUE}]
     if width:
-        left = width - sum(sizes.values()) - 2 * len(sizes)
-        if "RECIPE" in columns and left < _LEAST_RUN:
-            least = max(len("RECIPE"), sizes["RECIPE"] - (_LEAST_RUN - left))
-            left += sizes["RECIPE"] - least
-            sizes["RECIPE"], columns["RECIPE"] = least, [_cut_middle(cell, least) for cell in columns["RECIPE"]]
-        paths = [_cut_middle(path, max(left, _LEAST_RUN)) for path in paths]
-    columns["RUN"] = paths
+        _fit(columns, width)
+    sizes = [max(map(len, column)) if column[0] != "RUN" else 0 for column in columns]
+    flush = [str.rjust if column[0] in _FLUSH_RIGHT else str.ljust for column in columns]
     lines = []
-    for row in zip(*([name, *cells] for name, cells in columns.items()), strict=True):
-        padded = (
-            cell.rjust(sizes[name]) if name in _FLUSH_RIGHT else cell.ljust(sizes.get(name, 0))
-            for name, cell in zip(columns, row, strict=True)
-        )
+    for row in zip(*columns, strict=True):
+        padded = (pad(cell, size) for pad, cell, size in zip(flush, row, sizes, strict=True))
         lines.append("  ".join(padded).rstrip())
-    problems = ["".join(f"\n    {problem}" for problem in run.problems) for run in runs]
-    lines = [line + problem for line, problem in zip(lines, ["", *problems], strict=True)]
-    states = columns["STATE"]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in _STATES if state in states)
+    for place, run in enumerate(runs, start=1):
+        lines[place] += "".join(f"\n    {problem}" for problem in run.problems)
+    counts = ", ".join(f"{n} {state}" for state in _STATES if (n := columns[0].count(state)))
     return "\n".join([*lines, f"{len(runs)} run{'s' if len(runs) != 1 else ''} ({counts}), {ORDER}"])
 
 
-def _columns(runs: Sequence[Run], now_unix_seconds: float) -> dict[str, list[str]]:
-    """Cells by the name of their column, but for the run's; a column without any value is left out."""
-    # The folder says it already, unless a training was given another one.
-    foreign = any(run.path.parent.name != run.recipe_name for run in runs)
-    rows = []
-    for run, row in zip(runs, map(as_json, runs), strict=True):
-        percents = [_NO_VALUE if s is None else f"{s:.2%}" for s in (row["best_accuracy"], row["best_ema_accuracy"])]
-        epochs = "?" if row["epochs"] is None else epoch_text(row["epochs"])
-        since, recipe = age(now_unix_seconds - run.updated_unix_seconds), run.recipe_name if foreign else _NO_VALUE
-        rows.append([row["state"], f"{epoch_text(run.epoch)}/{epochs}", *percents, since, recipe])
-    names = ("STATE", "EPOCH", "BEST", "EMA", "AGE", "RECIPE")
-    columns = {name: list(cells) for name, cells in zip(names, zip(*rows, strict=True), strict=True)}
-    return {name: cells for name, cells in columns.items() if set(cells) != {_NO_VALUE}}
+def _fit(columns: list[list[str]], width: int) -> None:
+    """Cut recipes' names, then runs' paths, to the width of the terminal."""
+    *others, paths = columns
+    left = width - sum(max(map(len, column)) + 2 for column in others)
+    recipes, longest = others[-1], max(map(len, others[-1]))
+    if recipes[0] == "RECIPE" and left < _LEAST_RUN:
+        most = max(len("RECIPE"), longest - (_LEAST_RUN - left))
+        left += longest - most
+        recipes[:] = [_cut_middle(name, most) for name in recipes]
+    paths[1:] = [_cut_middle(path, max(left, _LEAST_RUN)) for path in paths[1:]]
 
 
 def age(seconds: float) -> str:
@@ -331,14 +319,14 @@ def curve_page(found: LrRange, recipe_name: str) -> str:
     series += [Series(s.rule, [s.lr] * 2, ends) for s in found.suggestions if s.lr is not None]
     title, rate, loss = "Loss over the learning rate", "learning rate", "training loss"
     chart = line_chart(series, title=title, description=_end(found), x_label=rate, y_label=loss, log_x=True)
-    rows = []
-    for rule in found.suggestions:
-        source = Markup(re.sub("`(.*?)`", r"<code>\1</code>", str(escape(rule.source))))
-        rate = rule.reason if rule.lr is None else Markup('<span class="number">{:.2e}</span>').format(rule.lr)
-        rows.append([rule.rule, source, rate])
-    rates = page.table(["rule", "source", "rate"], rows, caption="Suggested rates")
-    section = page.Section("curve", "Range test", chart + rates, lead=_end(found))
-    return page.page(f"{recipe_name}: learning-rate range test", [section])
+    section = page.Section("curve", "Range test", lead=_end(found))
+    values = {"chart": chart, "suggestions": found.suggestions, "with_code": _with_code}
+    return page.page(f"{recipe_name}: learning-rate range test", [section], template="lr_range.html", **values)
+
+
+def _with_code(text: str) -> Markup:
+    """What stands between backticks set as code."""
+    return Markup(re.sub("`(.*?)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _end(found: LrRange) -> str:

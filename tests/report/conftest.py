@@ -1,9 +1,9 @@
-"""Small real runs, trained once for all tests of this folder that only read them, and a browser."""
+"""Small real runs, trained once for all tests of this folder that only read them, and pages in a browser."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,29 +55,32 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+OpenPage = Callable[..., Any]
+
+
 @pytest.fixture
-def browser() -> Iterator[object]:
-    """Debian's Chromium, without a window."""
+def open_page() -> Iterator[OpenPage]:
+    """`open_page(file or address, width=…, scheme=…, scripts=…)` in Debian's Chromium, without a window.
+
+    The page has `errors`, all that went wrong in it, and `requests`, all that it asked for but data in itself.
+    """
     from playwright.sync_api import sync_playwright
 
     from tests.browsers import find_chromium
 
     with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox"])
+
+        def opened(address: Path | str, width: int = 1440, scheme: str = "light", scripts: bool = True) -> Any:
+            viewport = {"width": width, "height": 800}
+            context = browser.new_context(viewport=viewport, color_scheme=scheme, java_script_enabled=scripts)
+            page = context.new_page()
+            page.errors, page.requests = [], []
+            page.on("console", lambda m: page.errors.append(m.text) if m.type in ("error", "warning") else None)
+            page.on("pageerror", lambda error: page.errors.append(str(error)))
+            page.on("request", lambda r: None if r.url.startswith("data:") else page.requests.append(r.url))
+            page.goto(address.as_uri() if isinstance(address, Path) else address)
+            return page
+
         yield opened
-        opened.close()
-
-
-class Watched:
-    """A page with all that went wrong in it and all that it asked for."""
-
-    def __init__(self, browser: Any, width: int = 1440, scheme: str = "light", scripts: bool = True) -> None:
-        self.context = browser.new_context(
-            viewport={"width": width, "height": 800}, color_scheme=scheme, java_script_enabled=scripts
-        )
-        self.page = self.context.new_page()
-        self.errors: list[str] = []
-        self.requests: list[str] = []
-        self.page.on("console", lambda m: self.errors.append(m.text) if m.type in ("error", "warning") else None)
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("request", lambda request: self.requests.append(request.url))
+        browser.close()

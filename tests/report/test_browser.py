@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 import shutil
@@ -16,21 +15,20 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 from PIL import Image
 
 from harness.cli import main
 from harness.report.charts import Series, bar_chart, line_chart
 from harness.report.explain import confusion_chart
-from harness.report.page import Section, grid, table
-from harness.report.page import page as page_of
+from harness.report.page import Section, page, render
 from harness.report.terminal import curve_page
 from harness.training.lr_range import LrRange, suggest
-from tests.report.conftest import Watched
-from tests.report.test_reporter import SECTIONS
+from tests.report.conftest import OpenPage
+from tests.report.test_reporter import SECTIONS, grow
 
 pytestmark = pytest.mark.browser
 
@@ -50,6 +48,7 @@ ILLEGIBLE = """() => [...document.querySelectorAll('figure.chart > svg')].flatMa
         && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3));
     return [...outside, ...over].map(([text]) => text);
 })"""
+SCROLL_WIDTH = "document.documentElement.scrollWidth"
 
 
 @pytest.fixture(scope="module")
@@ -60,149 +59,126 @@ def report(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+def page_of(folder: Path, **bodies: str) -> Path:
+    file = folder / "page.html"
+    file.write_text(page("T", [Section(id, id, Markup(body)) for id, body in bodies.items()]))
+    return file
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (360, "light"), (1440, "dark"), (1440, "light")])
-def test_a_report_in_a_browser(browser: Any, report: Path, width: int, scheme: str) -> None:
-    watched = Watched(browser, width, scheme)
-    page = watched.page
-    page.goto(report.as_uri())
-    assert watched.errors == []
-    assert {url for url in watched.requests if not url.startswith("data:")} == {report.as_uri()}
+def test_a_report_in_a_browser(open_page: OpenPage, report: Path, width: int, scheme: str) -> None:
+    page = open_page(report, width, scheme)
+    assert (page.errors, page.requests) == ([], [report.as_uri()])
     assert [s.get_attribute("id") for s in page.query_selector_all("main > section")] == SECTIONS
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate(SCROLL_WIDTH) <= width
     for folded in page.query_selector_all("summary"):
         folded.click()
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate(SCROLL_WIDTH) <= width
     assert page.evaluate(WIDER_THAN_THE_PAGE) == []
     assert page.evaluate(ILLEGIBLE) == []
     images = page.query_selector_all("img")
     assert len(images) > 20
     assert all(image.get_attribute("alt") for image in images)
-    assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
-    assert page.evaluate("[...document.querySelectorAll('table')].every(t => t.tHead && t.caption)")
-    drawings = "[...document.querySelectorAll('svg:not([aria-hidden])')]"
-    assert page.evaluate(f"{drawings}.every(s => s.ariaLabel || s.querySelector('title'))")
-    light = (
-        sum(map(int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[:3])) > 382
-    )
-    assert light == (scheme == "light")
-    watched.context.close()
+    for true in (
+        "[...document.images].every(i => i.complete && i.naturalWidth > 0)",
+        "[...document.querySelectorAll('table')].every(t => t.tHead && t.caption)",
+        "[...document.querySelectorAll('svg:not([aria-hidden])')].every(s => s.ariaLabel || s.querySelector('title'))",
+    ):
+        assert page.evaluate(true), true
+    colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", colour)[:3])) > 382) == (scheme == "light")
 
 
 @pytest.mark.parametrize("width", [360, 1440])
-def test_all_letters_of_charts_can_be_read(browser: Any, tmp_path: Path, width: int) -> None:
-    """Small rates, many classes, long names of wide letters."""
-    charts = [
-        line_chart([Series("a", [1, 2], rates)], title="T", description="", x_label="step", y_label="learning rate")
-        for rates in ([0.0085, 0.0085], [1.0e-4, 1.4e-4])
-    ]
+def test_all_letters_of_charts_can_be_read(open_page: OpenPage, tmp_path: Path, width: int) -> None:
+    """Small rates, many classes, long names of wide letters; the rates of a range test, each on one line."""
+    words = {"title": "T", "description": "", "x_label": "step", "y_label": "learning rate"}
+    charts = [line_chart([Series("a", [1, 2], rates)], **words) for rates in ([0.0085, 0.0085], [1.0e-4, 1.4e-4])]
     names = ["class number 00123456", "WWWMMM Number 0123456789", "虎" * 20, "dog & “wolf”"]
     charts.append(bar_chart(names, [0.1, 0.2, 0.5, 1.0], title="T", description=""))
     for classes in (2, 10, 16, 20, 30):
         named = [names[k % len(names)] for k in range(classes)]
         charts.append(confusion_chart(np.eye(classes, dtype=int), named))
-    file = tmp_path / "charts.html"
-    file.write_text(page_of("charts", [Section("charts", "Charts", grid(*charts))]))
-    watched = Watched(browser, width)
-    watched.page.goto(file.as_uri())
-    assert watched.page.evaluate(ILLEGIBLE) == []
-    watched.context.close()
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_table_shows_on_which_side_there_is_more_of_it(browser: Any, tmp_path: Path, scheme: str) -> None:
-    wide = table(["key", *"ABC"], [["x", *["\u00a0" * 40] * 3]] * 3, caption="Wide")
-    narrow = table(["a", "b"], [["1", "2"]] * 3, caption="Narrow")
-    file = tmp_path / "tables.html"
-    file.write_text(page_of("tables", [Section("tables", "Tables", wide + narrow)]))
-    watched = Watched(browser, 360, scheme)
-    watched.page.goto(file.as_uri())
-
-    def edges(place: int) -> list[bool]:
-        """Whether the left and the right edge have another colour than the page, between two lines of letters."""
-        region = watched.page.locator(".scroll").nth(place)
-        pixels = np.asarray(Image.open(io.BytesIO(region.screenshot())).convert("RGB"), int)
-        page_colour = np.asarray(Image.open(io.BytesIO(watched.page.screenshot())).convert("RGB"), int)[1, 1]
-        return [bool(np.abs(pixels[3, x] - page_colour).sum() > 60) for x in (0, -1)]
-
-    assert edges(0) == [False, True]
-    assert edges(1) == [False, False]
-    watched.page.locator(".scroll").first.evaluate("e => e.scrollLeft = 100")
-    assert edges(0) == [True, True]
-    watched.page.locator(".scroll").first.evaluate("e => e.scrollLeft = 9999")
-    assert edges(0) == [True, False]
-    watched.context.close()
-
-
-def test_the_page_of_a_range_test(browser: Any, tmp_path: Path) -> None:
-    """Its chart is no larger than those of other pages, and no rate is torn apart on a phone."""
+    grid = render("section_curves.html", charts=charts, why="", epochs=None)
+    assert open_page(page_of(tmp_path, charts=grid), width).evaluate(ILLEGIBLE) == []
     lrs = np.geomspace(1e-4, 1.0, 40)
     losses = (2 - np.exp(-((np.log10(lrs) + 1) ** 2))).tolist()
     found = LrRange(lrs.tolist(), losses, losses, 1.0, suggest(lrs.tolist(), losses, diverged=True))
     assert all(suggestion.lr for suggestion in found.suggestions)
-    file = tmp_path / "lr.html"
-    file.write_text(curve_page(found, "tiny"))
-    for width in (360, 1440):
-        watched = Watched(browser, width)
-        watched.page.goto(file.as_uri())
-        assert watched.page.locator("figure.chart").bounding_box()["width"] <= 700
-        assert watched.page.evaluate(ILLEGIBLE) == []
-        rates = watched.page.locator("tbody .number")
-        heights = [rates.nth(i).bounding_box()["height"] for i in range(rates.count())]
-        assert len(heights) == 2
-        assert max(heights) < 30  # one line
-        watched.context.close()
+    (tmp_path / "lr.html").write_text(curve_page(found, "tiny"))
+    page = open_page(tmp_path / "lr.html", width)
+    assert page.locator("figure.chart").bounding_box()["width"] <= 700  # as on other pages
+    assert page.evaluate(ILLEGIBLE) == []
+    heights = [rate.bounding_box()["height"] for rate in page.locator("tbody .number").all()]
+    assert len(heights) == 2
+    assert max(heights) < 30
 
 
-def test_values_under_the_pointer(browser: Any, report: Path) -> None:
-    watched = Watched(browser)
-    page = watched.page
-    page.goto(report.as_uri())
-    chart = page.locator("#curves svg[data-plot]").first
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_table_shows_on_which_side_there_is_more_of_it(open_page: OpenPage, tmp_path: Path, scheme: str) -> None:
+    tables = {"header": ["Epoch"], "rows": [["\u00a0" * 160]] * 3, "caption": "Wide"}
+    wide = render("section_curves.html", charts=[""], why="", epochs=tables)
+    narrow = render("section_curves.html", charts=[""], why="", epochs=tables | {"rows": [["1"]] * 3})
+    page = open_page(page_of(tmp_path, wide=wide, narrow=narrow), 360, scheme)
+    for folded in page.query_selector_all("summary"):
+        folded.click()
+
+    def edges(place: int) -> list[bool]:
+        """Whether the left and the right edge have another colour than the page, between two lines of letters."""
+        region = page.locator(".scroll").nth(place)
+        pixels = np.asarray(Image.open(io.BytesIO(region.screenshot())).convert("RGB"), int)
+        page_colour = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB"), int)[1, 1]
+        return [bool(np.abs(pixels[3, x] - page_colour).sum() > 60) for x in (0, -1)]
+
+    assert edges(0) == [False, True]
+    assert edges(1) == [False, False]
+    page.locator(".scroll").first.evaluate("e => e.scrollLeft = 100")
+    assert edges(0) == [True, True]
+    page.locator(".scroll").first.evaluate("e => e.scrollLeft = 9999")
+    assert edges(0) == [True, False]
+
+
+def test_values_under_the_pointer_are_the_runs_own(open_page: OpenPage, report: Path, tmp_path: Path) -> None:
+    """Not what a place in tenths of a pixel tells: epochs are whole, and small values stay beside large ones."""
+    page = open_page(report)
+    chart, values = page.locator("#curves svg[data-plot]").first, page.locator("#curves .values").first
     chart.scroll_into_view_if_needed()
     chart.hover(position={"x": 200, "y": 100})
-    told = page.locator("#curves .values").first
-    assert told.is_visible()
-    assert re.search(r"^\d+\ntraining: [\d.]+\ntest: [\d.]+", told.inner_text())
+    assert values.is_visible()
+    assert re.search(r"^\d+\ntraining: [\d.]+\ntest: [\d.]+", values.inner_text())
     page.locator("h1").hover()
-    assert not told.is_visible()
-    assert watched.errors == []
+    assert not values.is_visible()
+    assert page.errors == []
     page.get_by_role("link", name="Worst mistakes").click()
     assert page.evaluate("location.hash") == "#mistakes"
-
-
-def test_values_under_the_pointer_are_the_runs_own(browser: Any, tmp_path: Path) -> None:
-    """Not what a place in tenths of a pixel tells: epochs are whole, and small values stay beside large ones."""
     losses = [900.0, *(0.3 + i / 1000 for i in range(99))]
-    drawn = line_chart([Series("test", range(1, 101), losses)], title="Loss", description="", x_label="epoch")
-    shares = line_chart([Series("test", range(1, 101), [0.1, *([0.46239] * 99)])], title="Accuracy", description="",
-                        x_label="epoch", as_percent=True)  # fmt: skip
-    file = tmp_path / "page.html"
-    file.write_text(page_of("T", [Section("a", "A", drawn), Section("b", "B", shares)]))
-    watched = Watched(browser)
-    watched.page.goto(file.as_uri())
+    shares = [0.1, *([0.46239] * 99)]
+    words = {"title": "T", "description": "", "x_label": "epoch"}
+    a = line_chart([Series("test", range(1, 101), losses)], **words)
+    b = line_chart([Series("test", range(1, 101), shares)], as_percent=True, **words)
+    page = open_page(page_of(tmp_path, a=a, b=b))
     for section, last in (("a", "0.398"), ("b", "46.24%")):
-        chart = watched.page.locator(f"#{section} svg[data-plot]")
-        width = chart.bounding_box()["width"]  # type: ignore[index]
-        told = set()
+        chart = page.locator(f"#{section} svg[data-plot]")
+        found = {}
         for share in range(20, 96, 5):
-            chart.hover(position={"x": width * share / 100, "y": 100})
-            told.add(watched.page.locator(f"#{section} .values").inner_text())
-        assert all(re.fullmatch(r"\d+\ntest: \S+", text) for text in told), told
-        assert any(text == f"100\ntest: {last}" for text in told)
-        for text in told:
-            epoch, value = text.split("\ntest: ")
-            if section == "a":
-                assert float(value) == pytest.approx(losses[int(epoch) - 1], rel=1e-4)
-    watched.context.close()
+            chart.hover(position={"x": chart.bounding_box()["width"] * share / 100, "y": 100})
+            epoch, value = re.fullmatch(
+                r"(\d+)\ntest: (\S+)", page.locator(f"#{section} .values").inner_text()
+            ).groups()
+            found[int(epoch)] = value
+        assert found[100] == last
+        if section == "a":
+            assert {n: float(value) for n, value in found.items()} == pytest.approx(
+                {n: losses[n - 1] for n in found}, rel=1e-4
+            )
 
 
-def test_without_scripts_all_is_there(browser: Any, report: Path) -> None:
-    watched = Watched(browser, scripts=False)
-    watched.page.goto(report.as_uri())
-    assert watched.page.locator("main > section").count() == len(SECTIONS)
-    assert watched.page.locator("svg polyline").count() >= 6
-    watched.page.locator("summary", has_text="Recipe").click()
-    assert watched.page.locator("pre", has_text="name: digits").is_visible()
+def test_without_scripts_all_is_there(open_page: OpenPage, report: Path) -> None:
+    page = open_page(report, scripts=False)
+    assert page.locator("main > section").count() == len(SECTIONS)
+    assert page.locator("svg polyline").count() >= 6
+    page.locator("summary", has_text="Recipe").click()
+    assert page.locator("pre", has_text="name: digits").is_visible()
 
 
 # --- --serve
@@ -226,28 +202,24 @@ def served(run: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str
 
 
 @pytest.mark.slow
-def test_a_served_report_follows_its_run(browser: Any, run: Path) -> None:
+def test_a_served_report_follows_its_run(open_page: OpenPage, run: Path) -> None:
     checkpoints = sorted((run / "checkpoints").glob("step_*"), key=lambda p: int(p.name[5:]))
     aside = run.parent / "aside"
     shutil.move(checkpoints[-1], aside)
     (run / "result.json").unlink()
-    watched = Watched(browser)
-    page = watched.page
     with served(run) as (url, process):
-        page.goto(url)
+        page = open_page(url)
         page.wait_for_selector(f".badge:has-text('{checkpoints[0].name}')", timeout=60_000)
         page.locator("summary", has_text="Recipe").click()
-        record = {"kind": "epoch", "split": "test", "step": 999, "epoch": 3, "loss": 0.1, "accuracy": 0.9876}
-        with (run / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        grow(run)
         page.wait_for_selector("#summary strong:has-text('98.76%')", timeout=60_000)
         assert page.locator("pre", has_text="name: digits").is_visible()  # what was folded out stays so
         shutil.move(aside, checkpoints[-1])
         page.wait_for_selector(f".badge:has-text('{checkpoints[-1].name}')", timeout=60_000)
         page.locator("#curves svg[data-plot]").first.hover(position={"x": 200, "y": 100})
-        assert page.locator("#curves .values").first.is_visible()  # in a part that was put in anew
-        assert watched.errors == []
-        assert all(asked.startswith((url, "data:")) for asked in watched.requests)
+        assert page.locator("#curves .values").first.is_visible()  # in a part that was put in again
+        assert page.errors == []
+        assert all(asked.startswith(url) for asked in page.requests)
         assert "98.76%" in (run / "report.html").read_text()
         assert "setInterval" not in (run / "report.html").read_text()
         process.send_signal(signal.SIGINT)

@@ -84,12 +84,11 @@ def test_lines_fit_a_terminal_and_run_ids_stay_whole(tmp_path: Path, monkeypatch
 def test_only_runs_of_a_recipe_and_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_run(tmp_path / "small" / "a")
-    write_run(tmp_path / "large" / "b")
+    for name in ("small", "large"):
+        write_run(tmp_path / name / "a")
     assert main(["runs", str(tmp_path), "--recipe", "large", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["order"] == "newest last"
-    assert [run["recipe"] for run in found["runs"]] == ["large"]
+    assert (found["order"], [run["recipe"] for run in found["runs"]]) == ("newest last", ["large"])
     assert main(["runs", str(tmp_path), "--recipe", "lrge"]) == 2
     assert 'Did you mean "large"?' in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
@@ -143,23 +142,22 @@ def test_a_curve_that_rises_goes_from_the_lower_left_to_the_upper_right() -> Non
 
 
 @pytest.mark.parametrize("columns", [20, 40, 80, 200])
-@pytest.mark.parametrize("values", [[0.5], [0.5, 0.5], [1e-7, 2e-7], [-3.0, 1e6], [float(i) for i in range(300)]])
+@pytest.mark.parametrize(
+    "values",
+    [[0.5], [0.5, 0.5], [1e-7, 2e-7], [-3.0, 1e6], [float(i) for i in range(300)],
+     [-1e308, 1e308], [1e308, 1e308], [5e-324, 0.0], [1e-300, 1e300], [0.0, 0.0]],
+)  # fmt: skip
 def test_no_line_is_wider_than_the_terminal(columns: int, values: list[float]) -> None:
+    """Also at the ends of what floats hold."""
     size = os.terminal_size((columns, 24))
     curves = [straight("a-run-with-a-long-name test", values), straight("b", values[::-1])]
-    for colours in (False, True):
-        text = draw("loss", curves, size=size, colours=colours)
-        lines = [COLOUR_CODE.sub("", line) for line in text.splitlines()]
-        legend_excepted = lines if columns >= 40 else lines[:-2]
-        assert max(map(len, legend_excepted)) <= max(columns, 26)
-        assert not COLOUR_CODE.search(text)  # plotille sees that there is no terminal; see below for one
-
-
-@pytest.mark.parametrize("values", [[-1e308, 1e308], [1e308, 1e308], [5e-324, 0.0], [1e-300, 1e300], [0.0, 0.0]])
-def test_numbers_at_the_ends_of_what_floats_hold(values: list[float]) -> None:
-    text = draw("loss", [straight("test", values)], size=SIZE, colours=False)
-    assert sum("a" in line.split("│")[-1].split("┤")[-1] for line in text.splitlines()[1:15]) >= 1
-    assert len(text.splitlines()) == 18
+    text = draw("loss", curves, size=size, colours=False)
+    lines = text.splitlines()
+    assert len(lines) == 19
+    assert max(map(len, lines if columns >= 40 else lines[:-2])) <= max(columns, 26)
+    assert any({*line.split("│")[-1].split("┤")[-1]} & {*"ab"} for line in lines[1:15])
+    # plotille sees that there is no terminal; see below for one.
+    assert not COLOUR_CODE.search(draw("loss", curves, size=size, colours=True))
 
 
 @pytest.mark.parametrize(("count", "colours"), [(9, True), (30, False)])
@@ -216,7 +214,7 @@ def test_piped_it_is_plain_text_in_any_encoding(tmp_path: Path) -> None:
 
 
 def on_a_terminal(
-    arguments: list[str], *, columns: int, until: str, then: signal.Signals | None = None, **env: str
+    arguments: list[str], *, columns: int, until: str = "", then: signal.Signals | None = None, **env: str
 ) -> tuple[int, str]:
     """Run a command on a terminal of its own and return its code and what it wrote; end it when it wrote `until`."""
     controller, terminal = pty.openpty()
@@ -228,19 +226,16 @@ def on_a_terminal(
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit none
     )  # fmt: skip
     os.close(terminal)
-    written, deadline, sent = b"", time.monotonic() + 60, False
+    written, deadline = b"", time.monotonic() + 60
     while time.monotonic() < deadline:
         if select.select([controller], [], [], 0.2)[0]:
             try:
-                piece = os.read(controller, 65536)
-            except OSError:
+                written += os.read(controller, 65536)
+            except OSError:  # nobody writes there any more
                 break
-            written += piece
-            if not piece:
-                break
-        if not sent and until in written.decode(errors="replace") and then is not None:
+        if then is not None and until in written.decode(errors="replace"):
             process.send_signal(then)
-            sent = True
+            then = None
     try:
         code = process.wait(timeout=30)
     finally:
@@ -251,11 +246,11 @@ def on_a_terminal(
 
 def test_on_a_terminal_it_has_colours_and_its_width(tmp_path: Path) -> None:
     run = write_run(tmp_path / "small" / "run")
-    code, text = on_a_terminal(["curves", str(run)], columns=50, until="never")
+    code, text = on_a_terminal(["curves", str(run)], columns=50)
     assert code == 0
     assert COLOUR_CODE.search(text)
     assert max(len(COLOUR_CODE.sub("", line)) for line in text.split("\r\n")) in range(40, 51)
-    code, text = on_a_terminal(["curves", str(run)], columns=50, until="never", NO_COLOR="1")
+    code, text = on_a_terminal(["curves", str(run)], columns=50, NO_COLOR="1")
     assert code == 0
     assert not COLOUR_CODE.search(text)
 
