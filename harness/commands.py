@@ -114,7 +114,7 @@ def build_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from harness.training.finished import evaluate_run
+    from harness.training.inference import evaluate_run
 
     result = evaluate_run(arguments.run_path, which=arguments.checkpoint, recalibrate_batches=arguments.recalibrate)
     if not result.pop("is_main"):
@@ -144,7 +144,7 @@ def build_predict(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from harness.training.finished import predict
+    from harness.training.inference import predict
 
     predictions = predict(
         arguments.run_path,
@@ -154,10 +154,11 @@ def _predict(arguments: argparse.Namespace) -> int:
         top=arguments.top,
     )
     if arguments.json:
-        _print_json([{"image": p.image, "classes": dict(p.classes)} for p in predictions])
+        _print_json(predictions)
     else:
-        for p in predictions:
-            print(f"{p.image}: " + ", ".join(f"{name} {probability:.2%}" for name, probability in p.classes))
+        for each in predictions:
+            found = ", ".join(f"{name} {probability:.2%}" for name, probability in each["classes"].items())
+            print(f"{each['image']}: {found}")
     return EXIT_DONE
 
 

@@ -167,7 +167,7 @@ def _lr_find(arguments: argparse.Namespace) -> int:
     from harness.report.lr_curve import curve_page, render_curve, render_suggestions
     from harness.report.page import check_target
     from harness.report.terminal import has_colours
-    from harness.training.lr_range import find_lr
+    from harness.training.lr_finder import find_lr
 
     if arguments.html is not None:
         check_target(arguments.html)

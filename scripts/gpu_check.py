@@ -35,10 +35,10 @@ import torch
 from harness.bench.contest import Contestant, describe_machine, run_contest
 from harness.bench.loader import bench_loader
 from harness.bench.step import GPU_STEPS, SEED
+from harness.distributed.runtime import git_state
 from harness.errors import EXIT_DONE, EXIT_FAILED, HarnessError, nearest, print_error
 from harness.files import write_json
 from harness.machine import usable_cores
-from harness.runtime import git_state
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "torchvision", "accelerate", "timm", "ffcv", "numpy", "safetensors", "pydantic", "wandb")

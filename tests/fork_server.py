@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 
-MODULES = ("harness.cli", "harness.training.run", "harness.training.finished", "harness.data.prepare", "numpy.random")
+MODULES = ("harness.cli", "harness.training.run", "harness.training.inference", "harness.data.prepare", "numpy.random")
 
 
 class ForkServer:

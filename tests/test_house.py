@@ -19,15 +19,24 @@ MAX_FUNCTION_LINES = 60
 
 # Each room and the rooms it may import. A module with its own entry is a room of its own, and who may import the
 # room around it may import it too.
-GROUND = {"environment", "errors", "files", "locks", "machine", "network", "run_directory", "signals", "srun"}
-WORK = GROUND | {"recipe", "models", "data", "tracking", "preflight", "heartbeat", "runtime", "runs", "training"}
+GROUND = {
+    "distributed.heartbeat",
+    "environment",
+    "errors",
+    "files",
+    "locks",
+    "machine",
+    "run_directory",
+    "signals",
+    "srun",
+}
+WORK = GROUND | {"recipe", "models", "data", "tracking", "distributed", "runs", "training"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": GROUND,
     "environment": {"errors"},
     "machine": set(),
     "signals": set(),
-    "network": set(),
     "locks": {"errors", "run_directory"},
     "run_directory": set(),
     "srun": set(),
@@ -39,9 +48,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe.packaged": set(),
     "recipe.document": GROUND | {"recipe.packaged"},
     "runs": GROUND | {"tracking", "recipe.document"},
-    "preflight": GROUND,
-    "heartbeat": GROUND,
-    "runtime": GROUND | {"data", "preflight", "heartbeat"},
+    "distributed.heartbeat": {"errors"},  # torch-free: launchers choose the network interface by it
+    "distributed": GROUND | {"data"},
     "training": WORK,
     "launching": WORK,
     "launching.ports": set(),

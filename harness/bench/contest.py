@@ -24,10 +24,10 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from harness.distributed.heartbeat import GLOO_VARIABLE, interface_towards
 from harness.errors import EXIT_FAILED, HarnessError
 from harness.launching.ports import free_port
 from harness.machine import cpu_name
-from harness.network import GLOO_VARIABLE, interface_towards
 
 LOOPBACK = "127.0.0.1"
 MODULE = "harness.bench.contest"

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,14 @@ from torch import Tensor, nn
 
 from harness.bench.contest import Contestant, Round, describe_machine, ratios, run_contest
 from harness.data.batches import Batch
+from harness.distributed.runtime import distributed_context
 from harness.errors import HarnessError
 from harness.machine import usable_cores
 from harness.models.build import build_model
 from harness.recipe import Recipe, load
-from harness.runtime import joined
+from harness.training.build import TrainingComponents
 from harness.training.loop import Cadence, run_epoch
-from harness.training.parts import Parts, assemble
-from harness.training.startup import Startup
-from harness.training.state import Progress
+from harness.training.state import Progress, Startup
 
 HERE = "harness.bench.step"
 PACKAGES = ("torch", "accelerate", "timm", "lightning", "numpy")
@@ -153,12 +152,14 @@ def harness(*, recipe: str, overrides: Sequence[str] = (), **settings: Any) -> R
         f"optimizer.momentum={MOMENTUM}",
     )
     loaded = load(recipe, [*own, *overrides])
-    parts = replace(assembled(loaded), train_loader=_OneBatch(*task.batch()))
+    components = built(loaded)
+    components.train_loader.close()
+    components.train_loader = _OneBatch(*task.batch())
     cadence, progress = epochs_alone(loaded), Progress()
 
     def one_round() -> tuple[float, int]:
         start = time.perf_counter()
-        run_epoch(parts, cadence, progress)
+        run_epoch(components, cadence, progress)
         if task.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start, images
@@ -167,15 +168,15 @@ def harness(*, recipe: str, overrides: Sequence[str] = (), **settings: Any) -> R
     return one_round
 
 
-def assembled(recipe: Recipe) -> Parts:
-    """All parts of a recipe's training, as `harness train` builds them; they stay open until the process ends."""
+def built(recipe: Recipe) -> TrainingComponents:
+    """All components of a recipe's training, as `harness train` builds them; they stay open until the process ends."""
     stack = ExitStack()
     atexit.register(stack.close)
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="harness-bench-")))
-    runtime = stack.enter_context(joined(precision=recipe.training.precision, seed=recipe.seed))
-    parts = assemble(recipe, runtime, directory, Startup())
-    stack.callback(parts.close)
-    return parts
+    runtime = stack.enter_context(distributed_context(precision=recipe.training.precision, seed=recipe.seed))
+    components = TrainingComponents(recipe, runtime, directory, Startup())
+    stack.callback(components.close)
+    return components
 
 
 def epochs_alone(recipe: Recipe) -> Cadence:

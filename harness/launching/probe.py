@@ -23,7 +23,7 @@ from harness.launching.local import PROBE_LIMIT_SECONDS, Split
 from harness.launching.trial import answer
 from harness.models.sync_batch_norm import convert_sync_batch_norm
 from harness.recipe import Recipe, load
-from harness.training.trial_step import trial_network, trial_step
+from harness.training.build import trial_network, trial_step
 
 MEASURE_SECONDS = 2.5  # of each split
 STEP_SECONDS = 1.0  # a larger batch is cut, in all splits alike, until a step takes about this long

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import network
+from harness.distributed.heartbeat import GLOO_VARIABLE, interface_towards
 from harness.errors import HarnessError
 from harness.files import write_json
 from harness.machine import keep_freed_memory
@@ -70,9 +70,9 @@ def _start(command: list[str], rank: int, world: int, folder: str) -> subprocess
     environment = os.environ | {
         "RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""
     }  # fmt: skip
-    loopback = network.interface_towards("127.0.0.1", several_machines=False)
+    loopback = interface_towards("127.0.0.1", several_machines=False)
     if loopback is not None:
-        environment[network.GLOO_VARIABLE] = loopback
+        environment[GLOO_VARIABLE] = loopback
     with Path(folder, f"rank{rank}.log").open("wb") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
 

@@ -222,7 +222,7 @@ def answers_of(run: Run, *, which: str, weights: str) -> Answers:
         HarnessError: no such checkpoint or weights, a broken checkpoint, or no data.
     """
     from harness.training.checkpoint import STATE
-    from harness.training.predictions import predict_test_split
+    from harness.training.inference import predict_test_split
 
     found = predict_test_split(run.path, which=which, weights=weights)
     digests = json.loads((found.checkpoint / STATE).read_text())["data_sha256"]

@@ -27,7 +27,7 @@ from harness.models.dual_branch import DualBranchNet
 from harness.report.axes import percent
 from harness.report.evidence import Evidence
 from harness.report.page import missing
-from harness.training.predictions import worst_mistakes
+from harness.training.inference import worst_mistakes
 
 MISTAKES = 24  # in the gallery
 EXPLAINED = 8  # images with Grad-CAM

@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 from harness.report import page
 from harness.report.charts import Series, line_chart
 from harness.report.terminal import draw
-from harness.training.lr_range import LrRange
+from harness.training.lr_finder import LrRange
 
 HEADROOM = 0.5  # of the fall from the first to the least loss: as much is drawn above the first
 

@@ -20,8 +20,8 @@ from harness.recipe import Recipe
 from harness.run_directory import CHECKPOINTS
 from harness.tracking.extras import Answers, CheckpointFolder, Extras, Guess
 from harness.training import checkpoint
-from harness.training.parts import open_data
-from harness.training.predictions import predict_test_split, worst_mistakes
+from harness.training.build import open_data
+from harness.training.inference import predict_test_split, worst_mistakes
 
 WORST_IMAGES = 100
 _LIMIT_SECONDS = 90

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from harness.bench.contest import Contestant, Round, Times, describe_machine, run_contest
-from harness.bench.step import assembled, epochs_alone
+from harness.bench.step import built, epochs_alone
 from harness.data.prepare import prepare
 from harness.errors import HarnessError
 from harness.machine import keep_freed_memory, usable_cores
@@ -92,19 +92,21 @@ def of_recipe(name: str, epochs: int | None, *overrides: str) -> Contestant:
 def harness(*, recipe: str, overrides: list[str]) -> Round:
     """The training of a recipe, as `harness train` does it, without its files."""
     loaded = load(recipe, overrides)
-    parts, cadence, progress = assembled(loaded), epochs_alone(loaded), Progress()
-    first = parts.plan.micro_batches(0)[0][:1]
-    list(parts.train_loader.batches(first, epoch=0))  # compiled where it has to be; batches depend on no earlier ones
+    components, cadence, progress = built(loaded), epochs_alone(loaded), Progress()
+    first = components.plan.micro_batches(0)[0][:1]
+    list(components.train_loader.batches(first, epoch=0))  # compiled where it must be; none depends on earlier ones
 
     def one_round() -> tuple[float, int, dict[str, Any]]:
         before, started_at = progress.images_seen, time.perf_counter()
-        run_epoch(parts, cadence, progress)
+        run_epoch(components, cadence, progress)
         trained_at = time.perf_counter()
-        evaluate_all(parts, progress)
+        evaluate_all(components, progress)
         assert progress.last is not None
         kinds = {"raw": progress.last["test"], "ema": progress.last.get("test_ema")}
         correct = {kind: score["correct"] for kind, score in kinds.items() if score is not None}
-        payload = _payload(parts.bare_model, correct, parts.test_count, time.perf_counter() - trained_at)
+        payload = _payload(
+            components.step.unwrapped_model, correct, components.evaluator.total, time.perf_counter() - trained_at
+        )
         return trained_at - started_at, progress.images_seen - before, payload
 
     return one_round

@@ -21,7 +21,7 @@ from tests.cluster.sandbox import Sandbox
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 TELL = """
 import json, sys
-from harness.network import interface_towards
+from harness.distributed.heartbeat import interface_towards
 print(json.dumps([interface_towards(head, several_machines=True) for head in sys.argv[1:]]))
 """
 

@@ -27,7 +27,7 @@ from harness.report.charts import Series, bar_chart, heat_map, line_chart
 from harness.report.lr_curve import curve_page
 from harness.report.page import Section, grid, table
 from harness.report.page import page as page_of
-from harness.training.lr_range import LrRange, suggest
+from harness.training.lr_finder import LrRange, suggest
 from tests.report.test_report import SECTIONS
 
 pytestmark = pytest.mark.browser

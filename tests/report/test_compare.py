@@ -30,7 +30,7 @@ from harness.report.compare_text import p_text, points, render, spread_text
 from harness.report.significance import over_images, over_seeds
 from harness.report.terminal import QUANTITIES, draw_runs
 from harness.runs import Run, open_run
-from harness.training.predictions import predict_test_split
+from harness.training.inference import predict_test_split
 from tests.handmade import ANY_CONTENT, write_contents, write_run
 
 NAMES = ("a-0", "a-1", "a-2", "b-0", "b-1", "b-2")

@@ -20,7 +20,7 @@ from harness.report.predictions import (
     reliability_diagram,
     sureness,
 )
-from harness.training.predictions import worst_mistakes
+from harness.training.inference import worst_mistakes
 
 
 def random_predictions(seed: int, images: int, classes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -25,7 +25,7 @@ from harness.report.sections import duration
 from harness.report.serve import Server
 from harness.run_directory import LOCK
 from harness.runs import Run, open_run
-from harness.training.predictions import predict_test_split
+from harness.training.inference import predict_test_split
 from tests.handmade import write_run
 
 SECTIONS = ["summary", "curves", "rates", *(id for id, *_ in _CHECKPOINT_SECTIONS), "origin"]
