@@ -59,7 +59,7 @@ def _answers(score: dict[str, Any]) -> str:
 
 
 def evaluate(arguments: Namespace) -> None:
-    from harness.training.finished import evaluate_run
+    from harness.training.inference import evaluate_run
 
     result = evaluate_run(arguments.run_path, which=arguments.checkpoint, recalibrate_batches=arguments.recalibrate)
     if not result.pop("is_main"):
@@ -70,19 +70,19 @@ def evaluate(arguments: Namespace) -> None:
 
 
 def predict(arguments: Namespace) -> None:
-    from harness.training import finished
+    from harness.training import inference
 
     which = {"which": arguments.checkpoint, "weights": arguments.weights, "top": arguments.top}
-    predictions = finished.predict(arguments.run_path, arguments.images, **which)
-    found = [{"image": each.image, "classes": dict(each.classes)} for each in predictions]
-    lines = [f"{p.image}: " + ", ".join(f"{name} {share:.2%}" for name, share in p.classes) for p in predictions]
-    show(arguments, found, lambda _: "\n".join(lines))
+    predictions = inference.predict(arguments.run_path, arguments.images, **which)
+    answers = [", ".join(f"{name} {share:.2%}" for name, share in each["classes"].items()) for each in predictions]
+    lines = [f"{each['image']}: {answer}" for each, answer in zip(predictions, answers, strict=True)]
+    show(arguments, predictions, lambda _: "\n".join(lines))
 
 
 def lr_find(arguments: Namespace) -> None:
     recipe = load_recipe(arguments)
     from harness.report import page, terminal
-    from harness.training.lr_range import find_lr
+    from harness.training.lr_finder import find_lr
 
     if arguments.html:
         page.check_target(arguments.html)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from harness.data.loaders import ffcv_available
+from harness.distributed.runtime import distributed_context, provenance
 from harness.errors import HarnessError
 from harness.files import cache_directory, data_directories
 from harness.recipe import Recipe
-from harness.runtime import joined, provenance
 from harness.tracking.wandb_run import resolve_mode
-from harness.training.network import Network, open_network
+from harness.training.build import Network, build_network
 
 
 def examine() -> dict[str, Any]:
@@ -32,9 +32,8 @@ def examine() -> dict[str, Any]:
 
 def examine_network(recipe: Recipe) -> Network:
     """The recipe's network with every distinct layer shape checked on this machine, remembering nothing."""
-    with joined(precision=recipe.training.precision, seed=recipe.seed) as runtime:
-        classes = recipe.data.num_classes or 10
-        return open_network(recipe, num_classes=classes, device=runtime.device, world_size=1, remember=False)
+    with distributed_context(precision=recipe.training.precision, seed=recipe.seed) as runtime:
+        return build_network(recipe, recipe.data.num_classes or 10, device=runtime.device, remember=False)
 
 
 def render(facts: dict[str, Any]) -> str:

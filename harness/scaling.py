@@ -25,7 +25,7 @@ from harness.errors import HarnessError, nearest
 from harness.machine import seconds_of
 from harness.models.build import build_model
 from harness.recipe import Recipe
-from harness.training.trial_step import trial_network, trial_step
+from harness.training.build import trial_network, trial_step
 
 MEASURE_SECONDS = 3.0  # for each of the two batch sizes, and no fewer steps than
 MIN_STEPS, MAX_STEPS = 5, 100

@@ -35,10 +35,10 @@ import torch
 from harness.bench import Contestant, describe_machine, run_contest
 from harness.bench.loader import bench_loader
 from harness.bench.step import GPU_STEPS, HARNESS, PYTORCH, SEED
+from harness.distributed.runtime import git_state
 from harness.errors import EXIT_DONE, EXIT_FAILED, HarnessError, nearest, print_error
 from harness.files import write_json
 from harness.machine import seconds_of, usable_cores
-from harness.runtime import git_state
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = {"machine": 60, "tests": 120, "digits": 90, "step": 240, "loader": 120, "seed": 3600}

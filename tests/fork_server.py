@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = ("harness.cli", "harness.training.run", "harness.training.finished", "harness.data.prepare", "numpy.random")
+MODULES = ("harness.cli", "harness.training.run", "harness.training.inference", "harness.data.prepare", "numpy.random")
 LIMIT_SECONDS = 120.0
 # On the CPU and with one thread, whatever else the machine has.
 ONE_THREAD = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

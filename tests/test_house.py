@@ -20,15 +20,14 @@ MAX_FUNCTION_LINES = 60
 
 # Each room and the rooms it may import. A module with its own entry is a room of its own, and who may import the
 # room around it may import it too.
-GROUND = {"environment", "errors", "files", "machine", "network", "signals", "launch.rank_env"}
-WORK = GROUND | {"recipe", "models", "data", "tracking", "preflight", "heartbeat", "runtime", "runs", "training"}
+GROUND = {"distributed.heartbeat", "environment", "errors", "files", "machine", "signals", "launch.rank_env"}
+WORK = GROUND | {"recipe", "models", "data", "tracking", "distributed", "runs", "training"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
     "environment": {"errors"},
     "machine": set(),
     "signals": set(),
-    "network": set(),
     "recipe.schema": GROUND,  # of the network's settings too: recipes are checked with it
     "recipe": GROUND,
     "models": GROUND | {"recipe.schema"},
@@ -37,9 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tracking.wandb_artifacts": WORK,
     "tracking.wandb_sync": WORK,
     "runs": GROUND | {"recipe", "tracking"},
-    "preflight": GROUND,
-    "heartbeat": GROUND,
-    "runtime": GROUND | {"data", "preflight", "heartbeat"},
+    "distributed.heartbeat": {"errors"},  # torch-free: launchers choose the network interface by it
+    "distributed": GROUND | {"data"},
     "training": WORK,
     "launch": WORK | {"bench"},
     "launch.rank_env": set(),

@@ -21,10 +21,10 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from harness.distributed.heartbeat import GLOO_VARIABLE, interface_towards
 from harness.errors import EXIT_FAILED, HarnessError
 from harness.launch.rank_env import free_port
 from harness.machine import cpu_name
-from harness.network import GLOO_VARIABLE, interface_towards
 
 PACKAGES = ("torch", "torchvision", "accelerate", "timm", "lightning", "ffcv", "numba", "numpy", "wandb")
 PROCESS = "from harness.bench import serve_rounds; serve_rounds()"

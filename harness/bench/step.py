@@ -21,14 +21,13 @@ from torch import Tensor, nn
 
 from harness.bench import Contestant, Round, rates, run_contest
 from harness.data.loaders import Batch
+from harness.distributed.runtime import distributed_context
 from harness.machine import seconds_of, usable_cores
 from harness.models.build import build_model
 from harness.recipe import Recipe, load
-from harness.runtime import joined
+from harness.training.build import TrainingComponents
 from harness.training.loop import Cadence, run_epoch
-from harness.training.parts import Parts, assemble
-from harness.training.startup import Startup
-from harness.training.state import Progress
+from harness.training.state import Progress, Startup
 
 PYTORCH, HARNESS = "harness.bench.step:pytorch", "harness.bench.step:harness"
 LR, MOMENTUM, CLASSES = 0.008, 0.95, 10
@@ -118,26 +117,30 @@ def harness(*, recipe: str, overrides: Sequence[str] = (), **settings: Any) -> R
     ]
     own += [f"training.global_batch_size={global_batch_size}", f"optimizer.lr={LR}", f"optimizer.momentum={MOMENTUM}"]
     loaded, batch = load(recipe, [*own, *overrides]), Batch(*task.batch(), np.arange(task.batch_size))
-    loader: Any = SimpleNamespace(batches=lambda ids_per_batch, epoch: (batch for _ in ids_per_batch))
-    parts = replace(assembled(loaded), train_loader=loader)
+    loader: Any = SimpleNamespace(
+        batches=lambda ids_per_batch, epoch: (batch for _ in ids_per_batch), close=lambda: None
+    )
+    components = built(loaded)
+    components.train_loader.close()
+    components.train_loader = loader
     cadence, progress = epochs_alone(loaded), Progress()
 
     def one_round() -> tuple[float, int]:
-        return seconds_of(lambda: run_epoch(parts, cadence, progress), device=task.device), images
+        return seconds_of(lambda: run_epoch(components, cadence, progress), device=task.device), images
 
     one_round()
     return one_round
 
 
-def assembled(recipe: Recipe) -> Parts:
-    """All parts of a recipe's training, as `harness train` builds them; they stay open until the process ends."""
+def built(recipe: Recipe) -> TrainingComponents:
+    """All components of a recipe's training, as `harness train` builds them; they stay open until the process ends."""
     stack = ExitStack()
     atexit.register(stack.close)
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="harness-bench-")))
-    runtime = stack.enter_context(joined(precision=recipe.training.precision, seed=recipe.seed))
-    parts = assemble(recipe, runtime, directory, Startup())
-    stack.callback(parts.close)
-    return parts
+    runtime = stack.enter_context(distributed_context(precision=recipe.training.precision, seed=recipe.seed))
+    components = TrainingComponents(recipe, runtime, directory, Startup())
+    stack.callback(components.close)
+    return components
 
 
 def epochs_alone(recipe: Recipe) -> Cadence:

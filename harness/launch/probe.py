@@ -13,7 +13,7 @@ from harness.bench import Round
 from harness.machine import keep_freed_memory, seconds_of
 from harness.models.sync_batch_norm import convert_sync_batch_norm
 from harness.recipe import Recipe
-from harness.training.trial_step import trial_network, trial_step
+from harness.training.build import trial_network, trial_step
 
 ROUND_SECONDS = 0.8
 STEP_SECONDS = 1.0  # a larger batch is cut, in all layouts alike, until a step takes about this long

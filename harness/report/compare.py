@@ -282,7 +282,7 @@ def _pair(
 def _answers_of(run: Run, *, which: str, weights: str) -> Answers:
     """Classify the test split by a run's checkpoint, or take what was kept of the last time."""
     from harness.training.checkpoint import STATE
-    from harness.training.predictions import predict_test_split
+    from harness.training.inference import predict_test_split
 
     found = predict_test_split(run.path, which=which, weights=weights)
     digests = json.loads((found.checkpoint / STATE).read_text())["data_sha256"]

@@ -38,7 +38,7 @@ from harness.models.dual_branch import DualBranchNet
 from harness.report.charts import BOTTOM, LEFT, RIGHT, TOP, WIDTH, Axis, bar_chart, drawing, percent, shortened
 from harness.report.lazy_checkpoint import LazyCheckpoint
 from harness.report.page import missing, render
-from harness.training.predictions import worst_mistakes
+from harness.training.inference import worst_mistakes
 
 MOST_CLASSES_DRAWN = 30
 SMALL_CELL = 19.0  # narrower ones have no room for a name in the usual size

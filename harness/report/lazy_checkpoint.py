@@ -19,9 +19,9 @@ from harness.models.build import build_model
 from harness.recipe import Recipe, load
 from harness.runs import CHECKPOINTS, Run
 from harness.training import checkpoint
-from harness.training.parts import open_data
-from harness.training.predictions import Predictions, predict_test_split
-from harness.training.resuming import find_checkpoint
+from harness.training.build import open_data
+from harness.training.inference import Predictions, predict_test_split
+from harness.training.resume import find_checkpoint
 
 T = TypeVar("T")
 

@@ -23,7 +23,7 @@ from harness.report.lazy_checkpoint import LazyCheckpoint, NoCheckpoint
 from harness.report.page import Section, check_target, missing, page
 from harness.runs import CHECKPOINTS, METRICS, RESULT, RUN_FILES, is_held, open_run
 from harness.training import checkpoint
-from harness.training.resuming import find_checkpoint
+from harness.training.resume import find_checkpoint
 
 FILE = "report.html"
 NO_CHECKPOINT = "There is no checkpoint yet."

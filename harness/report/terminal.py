@@ -26,7 +26,7 @@ from harness.report.charts import Axis, Series, epoch_text, fit_axis, line_chart
 from harness.runs import Run, open_run
 
 if TYPE_CHECKING:
-    from harness.training.lr_range import LrRange  # which imports torch
+    from harness.training.lr_finder import LrRange  # which imports torch
 
 _SPLITS = {"train": "train", "test": "test", "test_ema": "EMA"}
 # What can be drawn: the key in metrics.jsonl, its title, and which splits have it.

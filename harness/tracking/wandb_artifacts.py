@@ -26,8 +26,8 @@ from harness.recipe import Recipe
 from harness.runs import CHECKPOINTS
 from harness.tracking.wandb_run import CONFUSION_TABLE, WORST_TABLE, Artifacts
 from harness.training import checkpoint
-from harness.training.parts import open_data
-from harness.training.predictions import predict_test_split, worst_mistakes
+from harness.training.build import open_data
+from harness.training.inference import predict_test_split, worst_mistakes
 
 WORST_IMAGES = 100
 _LIMIT_SECONDS = 90

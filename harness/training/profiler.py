@@ -8,64 +8,47 @@ profiled training ends bit-equal to one that is not.
 from __future__ import annotations
 
 import os
+import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from harness.errors import HarnessError
-from harness.training.profile_report import PHASES, Timing, render, write_report
+from harness.files import write_json, write_text
 
+PHASES = ("loader_wait", "forward", "backward", "optimizer")  # what remains of a step is "other"
 WAIT_STEPS, TIMED_STEPS, TRACE_WARMUP_STEPS, TRACED_STEPS = 5, 10, 2, 10
 MIN_STEPS = 4  # one to wait, one to time, one to warm the tracer up, one to trace
-
-Phase = Callable[[str], AbstractContextManager[Any]]
+TABLE_ROWS = 60
+LOADER_WAIT_TO_ACT_ON = 0.1
 _NOTHING = nullcontext()
-
-
-class Profiler(Protocol):
-    """What the loop and the step tell of what they do."""
-
-    def step(self, step: int) -> AbstractContextManager[Any]:
-        """Around optimizer step number `step` (0 is the first)."""
-
-    def phase(self, name: str) -> AbstractContextManager[Any]:
-        """Around a part of a step: one of `PHASES`."""
-
-    def close(self) -> list[str]:
-        """The end of the training, good or bad. What there is to say, in lines."""
 
 
 class NullProfiler:
     """Looks at nothing and costs nothing."""
 
+    def __init__(self, *lines: str) -> None:
+        self._lines = list(lines)
+
     def step(self, step: int) -> AbstractContextManager[Any]:
+        """Around optimizer step number `step` (0 is the first)."""
         return _NOTHING
 
     def phase(self, name: str) -> AbstractContextManager[Any]:
+        """Around a part of a step: one of `PHASES`."""
         return _NOTHING
 
     def close(self) -> list[str]:
-        return []
+        """The end of the training, good or bad. What there is to say, in lines."""
+        return self._lines
 
 
-UNPROFILED = NullProfiler()
-
-
-class TooFewSteps(NullProfiler):
-    """Stands for a profile that was asked of a training too short for one, and says so."""
-
-    def close(self) -> list[str]:
-        return [f"profile: none, it takes at least {MIN_STEPS} steps"]
-
-
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Which optimizer steps (0 is the first) are timed, and which are traced after a warm-up of the tracer."""
 
     timed: range
@@ -79,11 +62,10 @@ def plan_steps(first_step: int, total_steps: int, steps_per_epoch: int) -> Plan 
     Short trainings have shorter stretches. The traced one lies within an epoch where any epoch is long enough, so that
     no evaluation is traced.
     """
-    share = min(1.0, (total_steps - first_step) / (WAIT_STEPS + TIMED_STEPS + TRACE_WARMUP_STEPS + TRACED_STEPS))
     lengths = (WAIT_STEPS, TIMED_STEPS, TRACE_WARMUP_STEPS, TRACED_STEPS)
+    share = min(1.0, (total_steps - first_step) / sum(lengths))
     wait, timed, warmup, traced = (max(1, int(share * length)) for length in lengths)
-    begin = first_step + wait
-    end = begin + timed
+    begin, end = first_step + wait, first_step + wait + timed
     if end + warmup + traced > total_steps:
         return None
     next_epoch = -(-end // steps_per_epoch) * steps_per_epoch
@@ -95,128 +77,117 @@ def plan_steps(first_step: int, total_steps: int, steps_per_epoch: int) -> Plan 
     return Plan(range(begin, end), range(end, end + warmup), range(end + warmup, end + warmup + traced))
 
 
-class StepProfiler:
-    """Profiles the steps of a plan, then writes `directory` and does nothing any more.
-
-    Args:
-        plan: the steps.
-        directory: is made; files there are replaced.
-        device: of this rank; its clock is used.
-        facts: more entries for summary.json.
-    """
+class StepProfiler(NullProfiler):
+    """Profiles the steps of a plan, writes `directory`, and then does nothing any more; `facts` go into its summary."""
 
     def __init__(self, plan: Plan, directory: Path, *, device: torch.device, facts: dict[str, Any]) -> None:
+        super().__init__("profile: the training ended before the steps to profile")
         self._plan, self._directory, self._device, self._facts = plan, directory, device, facts
-        self._clock: _HostClock | _DeviceClock = _DeviceClock(device) if device.type == "cuda" else _HostClock()
+        self._on_gpu = device.type == "cuda"
         self._timing = False
-        self._steps: list[tuple[Any, Any]] = []
-        self._phases: list[tuple[str, Any, Any]] = []
+        self._times: list[tuple[str, Any, Any]] = []
         self._trace: profile | None = None
-        self._lines: list[str] = ["profile: the training ended before the steps to profile"]
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """See `Profiler.step`."""
         if step == self._plan.warmup.start:
             self._begin_trace()
         self._timing = step in self._plan.timed
-        began = self._clock.now() if self._timing else None
-        yield
-        if self._timing:
-            self._steps.append((began, self._clock.now()))
-        elif self._trace is not None:
+        with self._timed("total") if self._timing else _NOTHING:
+            yield
+        self._timing = False
+        if self._trace is not None:
             self._trace.step()
             if step + 1 == self._plan.traced.stop:
-                self._report()
-        self._timing = False
+                self._report(self._trace)
 
     def phase(self, name: str) -> AbstractContextManager[Any]:
-        """See `Profiler.phase`."""
         assert name in PHASES
         if self._timing:
             return self._timed(name)
         return _NOTHING if self._trace is None else record_function(name)
 
+    def close(self) -> list[str]:
+        if self._trace is not None:  # broken off in the middle: the tracer must not go on
+            self._trace.stop()
+            self._trace = None
+        return self._lines
+
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
-        began = self._clock.now()
+        began = self._now()
         yield
-        self._phases.append((name, began, self._clock.now()))
+        self._times.append((name, began, self._now()))
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        mark = torch.cuda.Event(enable_timing=True)  # in the stream of work: nothing waits for it
+        mark.record()
+        return mark
 
     def _begin_trace(self) -> None:
-        activities = [ProfilerActivity.CPU]
-        if self._device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])]
         stretch = schedule(wait=0, warmup=len(self._plan.warmup), active=len(self._plan.traced), repeat=1)
         self._trace = profile(activities=activities, schedule=stretch, record_shapes=True, acc_events=True)
-        with _quiet_kineto():
-            self._trace.start()
-
-    def _report(self) -> None:
-        """Write the files; a disk that has no room for them is no reason to end a training."""
-        trace, self._trace = self._trace, None
-        assert trace is not None
-        trace.stop()
-        timing = Timing(
-            steps=[self._clock.seconds(began, ended) for began, ended in self._steps],
-            phases=[(name, self._clock.seconds(began, ended)) for name, began, ended in self._phases],
-        )
-        facts = {
-            **self._facts,
-            "device": self._device.type,
-            "timed_steps": [self._plan.timed.start + 1, self._plan.timed.stop],
-            "traced_steps": [self._plan.traced.start + 1, self._plan.traced.stop],
-        }
+        # The tracer tells stderr of its own starts and of GPUs that are not there, unless this variable forbids it.
+        quiet = "KINETO_LOG_LEVEL" not in os.environ
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         try:
-            summary = write_report(self._directory, trace, timing, device=self._device, facts=facts)
+            self._trace.start()
+        finally:
+            if quiet:
+                del os.environ["KINETO_LOG_LEVEL"]
+
+    def _report(self, trace: profile) -> None:
+        """Write the files; a disk that has no room for them is no reason to end a training."""
+        trace.stop()
+        self._trace = None
+        summary = self._summary()
+        order = "self_cuda_time_total" if self._on_gpu else "self_cpu_time_total"
+        try:
+            self._directory.mkdir(exist_ok=True)
+            trace.export_chrome_trace(str(self._directory / "trace_rank_0.json.gz"))
+            table = trace.key_averages().table(sort_by=order, row_limit=TABLE_ROWS)
+            write_text(self._directory / "operations.txt", f"{table}\n")
+            write_json(self._directory / "summary.json", summary)
         except (HarnessError, OSError) as error:
             self._lines = [f"profile: cannot be written: {error}"]
         else:
             self._lines = [*render(summary), f"  {self._directory}"]
 
-    def close(self) -> list[str]:
-        """See `Profiler.close`."""
-        trace, self._trace = self._trace, None
-        if trace is not None:  # broken off in the middle: the tracer must not go on
-            trace.stop()
-        return self._lines
+    def _summary(self) -> dict[str, Any]:
+        """Seconds per step are means of "total" and, adding up to it, each phase and "other"."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        seconds = dict.fromkeys(("total", *PHASES), 0.0)
+        for name, began, ended in self._times:  # with accumulation a step has a phase several times
+            taken = began.elapsed_time(ended) / 1000 if self._on_gpu else ended - began
+            seconds[name] += taken / len(self._plan.timed)
+        seconds["other"] = seconds["total"] - sum(seconds[name] for name in PHASES)
+        return {
+            **self._facts,
+            "device": self._device.type,
+            "timed_steps": [self._plan.timed.start + 1, self._plan.timed.stop],
+            "traced_steps": [self._plan.traced.start + 1, self._plan.traced.stop],
+            "seconds_per_step": seconds,
+            "loader_wait_share": seconds["loader_wait"] / seconds["total"],
+            "peak_memory_mib": {
+                "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # Linux counts KiB
+                "device": torch.cuda.max_memory_allocated() / 2**20 if self._on_gpu else None,
+            },
+        }
 
 
-@contextmanager
-def _quiet_kineto() -> Iterator[None]:
-    """torch's tracer tells stderr of its own starts and of GPUs that are not there, unless a variable forbids it."""
-    name = "KINETO_LOG_LEVEL"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = "99"
-    try:
-        yield
-    finally:
-        del os.environ[name]
-
-
-class _HostClock:
-    """Seconds as the host sees them, which on a CPU is when things are done."""
-
-    def now(self) -> float:
-        return time.perf_counter()
-
-    def seconds(self, began: float, ended: float) -> float:
-        return ended - began
-
-
-class _DeviceClock:
-    """Seconds as the GPU sees them, without waiting for it: marks in its stream of work."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def now(self) -> torch.cuda.Event:
-        mark = torch.cuda.Event(enable_timing=True)
-        mark.record(torch.cuda.current_stream(self._device))
-        return mark
-
-    def seconds(self, began: torch.cuda.Event, ended: torch.cuda.Event) -> float:
-        ended.synchronize()
-        return began.elapsed_time(ended) / 1000
+def render(summary: dict[str, Any]) -> list[str]:
+    """The summary as a short table."""
+    (first, last), seconds, memory = summary["timed_steps"], summary["seconds_per_step"], summary["peak_memory_mib"]
+    rank = f"rank {summary['rank']} of {summary['world_size']}, {summary['device']}"
+    lines = [f"profile of steps {first} to {last} ({rank})"]
+    for name, each in seconds.items():
+        lines.append(f"  {name.replace('_', ' '):<12}{1000 * each:>10.2f} ms/step{each / seconds['total']:>8.1%}")
+    on_gpu = "" if memory["device"] is None else f", of the GPU {memory['device']:,.0f} MiB"
+    lines.append(f"  peak memory {memory['host']:,.0f} MiB{on_gpu}")
+    if summary["loader_wait_share"] > LOADER_WAIT_TO_ACT_ON:
+        lines.append("  HINT: the step waits for the loader; try more data.workers, or data.loader=ffcv or device")
+    return lines

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from harness.bench import Contestant, Round, Times, describe_machine, run_contest
-from harness.bench.step import assembled, epochs_alone
+from harness.bench.step import built, epochs_alone
 from harness.data.prepare import prepare
 from harness.errors import HarnessError
 from harness.machine import keep_freed_memory, seconds_of, usable_cores
@@ -80,19 +80,18 @@ def of_recipe(name: str, epochs: int | None, *overrides: str) -> Contestant:
 def harness(*, recipe: str, overrides: list[str]) -> Round:
     """The training of a recipe, as `harness train` does it, without its files."""
     loaded = load(recipe, overrides)
-    parts, cadence, progress = assembled(loaded), epochs_alone(loaded), Progress()
-    list(
-        parts.train_loader.batches(parts.plan.micro_batches(0)[0][:1], epoch=0)
-    )  # compiled where it has to be; batches depend on no earlier ones
+    components, cadence, progress = built(loaded), epochs_alone(loaded), Progress()
+    first = components.plan.micro_batches(0)[0][:1]
+    list(components.train_loader.batches(first, epoch=0))  # compiled where it must be; none depends on earlier ones
 
     def one_round() -> tuple[float, int, dict[str, Any]]:
         before = progress.images_seen
-        seconds = seconds_of(lambda: run_epoch(parts, cadence, progress))
-        evaluation_seconds = seconds_of(lambda: evaluate_all(parts, progress))
+        seconds = seconds_of(lambda: run_epoch(components, cadence, progress))
+        evaluation_seconds = seconds_of(lambda: evaluate_all(components, progress))
         assert progress.last is not None
         kinds = {"raw": progress.last["test"], "ema": progress.last.get("test_ema")}
         correct = {kind: score["correct"] for kind, score in kinds.items() if score is not None}
-        payload = _payload(parts.bare_model, correct, parts.test_count, evaluation_seconds)
+        payload = _payload(components.step.unwrapped_model, correct, components.evaluator.total, evaluation_seconds)
         return seconds, progress.images_seen - before, payload
 
     return one_round

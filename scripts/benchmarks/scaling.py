@@ -24,7 +24,7 @@ from harness.machine import keep_freed_memory, seconds_of, usable_cores
 from harness.models.sync_batch_norm import convert_sync_batch_norm
 from harness.recipe import Recipe, load
 from harness.scaling import BACKWARD_SHARE, NETWORKS, exposed_seconds, workload_of
-from harness.training.trial_step import trial_network, trial_step
+from harness.training.build import trial_network, trial_step
 
 ROUND_SECONDS, MAX_STEPS = 0.4, 20  # of each variant
 SMALL_BUCKETS, ONE_BUCKET_MB = 4, 1 << 20

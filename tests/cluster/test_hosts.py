@@ -28,7 +28,7 @@ PREFIX = f"h{os.getpid() % 100_000}"
 ENTER = 'hostname "$1" && mount --bind "$2" /etc/hosts && shift 2 && exec "$@"'
 INTERFACES = """
 import json, sys
-from harness.network import interface_towards
+from harness.distributed.heartbeat import interface_towards
 print(json.dumps([interface_towards(head, several_machines=True) for head in sys.argv[1:]]))
 """
 

@@ -26,7 +26,7 @@ from harness.report.charts import Series, bar_chart, line_chart
 from harness.report.explain import confusion_chart
 from harness.report.page import Section, page, render
 from harness.report.terminal import curve_page
-from harness.training.lr_range import LrRange, suggest
+from harness.training.lr_finder import LrRange, suggest
 from tests.report.conftest import OpenPage
 from tests.report.test_reporter import SECTIONS, grow
 

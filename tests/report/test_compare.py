@@ -31,7 +31,7 @@ from harness.report.compare import (
 from harness.report.comparison_view import comparison_page, p_text, pair_sentences, points, render, spread_text
 from harness.report.terminal import QUANTITIES, draw_runs
 from harness.runs import Run, open_run
-from harness.training.predictions import predict_test_split
+from harness.training.inference import predict_test_split
 from tests.handmade import ANY_CONTENT, write_contents, write_run
 from tests.report.conftest import OpenPage
 

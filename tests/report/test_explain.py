@@ -31,7 +31,7 @@ from harness.report.explain import (
     sureness,
     where_strongest,
 )
-from harness.training.predictions import worst_mistakes
+from harness.training.inference import worst_mistakes
 
 SMALL = {"widths": [[4, 8], [8, 6]], "transition_widths": [5], "head_width": 8}
 

@@ -27,7 +27,7 @@ from harness.report.lazy_checkpoint import LazyCheckpoint
 from harness.report.reporter import _CHECKPOINT_SECTIONS, Reporter, Server
 from harness.report.sections import duration
 from harness.runs import Run, open_run
-from harness.training.predictions import predict_test_split
+from harness.training.inference import predict_test_split
 from tests.handmade import write_run
 
 SECTIONS = ["summary", "curves", "rates", *(id for id, *_ in _CHECKPOINT_SECTIONS), "origin"]

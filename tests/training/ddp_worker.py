@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from harness.data.order import BatchPlan
 from harness.models.build import build_model
 from harness.recipe import load
-from harness.training.parts import open_data, open_loader
+from harness.training.build import open_data, open_loader
 
 
 def main() -> None:

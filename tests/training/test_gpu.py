@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness.distributed.runtime import distributed_context
 from harness.recipe import load
-from harness.runtime import joined
-from harness.training.parts import Parts, assemble
-from harness.training.startup import Startup
-from harness.training.state import Meter
+from harness.training.build import TrainingComponents
+from harness.training.state import Meter, Startup
 from tests.training.conftest import Train, metrics, result
 
 pytestmark = pytest.mark.gpu
@@ -33,17 +32,17 @@ EVERYTHING = (
 STEPS_PER_EPOCH = 7  # 100 images in batches of 16
 
 
-def an_epoch(parts: Parts, meter: Meter, epoch: int, *, check: bool = False) -> None:
+def an_epoch(components: TrainingComponents, meter: Meter, epoch: int, *, check: bool = False) -> None:
     """The steps of an epoch as `harness.training.loop` performs them; `check` makes each a log step."""
-    micro_batches = parts.plan.micro_batches(epoch)
-    batches = parts.train_loader.batches(list(chain.from_iterable(micro_batches)), epoch=epoch)
+    micro_batches = components.plan.micro_batches(epoch)
+    batches = components.train_loader.batches(list(chain.from_iterable(micro_batches)), epoch=epoch)
     for number, ids_per_micro in enumerate(micro_batches):
-        parts.step(
+        components.step(
             batches,
             refetch=lambda: iter(()),
             micro_batches=len(ids_per_micro),
-            step=epoch * parts.plan.steps_per_epoch + number,
-            global_count=parts.plan.global_count(number),
+            step=epoch * components.plan.steps_per_epoch + number,
+            global_count=components.plan.global_count(number),
             meter=meter,
             check=check,
         )
@@ -56,21 +55,21 @@ def test_no_step_between_log_steps_waits_for_the_gpu(
     precision: str, overrides: tuple[str, ...], tiny: Path, tmp_path: Path
 ) -> None:
     recipe = load(tiny, [f"training.precision={precision}", *overrides])
-    with joined(precision=precision, seed=0) as runtime:
-        parts = assemble(recipe, runtime, tmp_path / "checkpoints", Startup())
+    with distributed_context(precision=precision, seed=0) as runtime:
+        components = TrainingComponents(recipe, runtime, tmp_path / "checkpoints", Startup())
         try:
-            parts.model.train()
+            components.step.model.train()
             meter = Meter(runtime.device)
-            an_epoch(parts, meter, 0)
+            an_epoch(components, meter, 0)
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
-            an_epoch(parts, meter, 1)
+            an_epoch(components, meter, 1)
             with pytest.raises(RuntimeError, match="synchroniz"):  # a log step does, or nothing was tested
-                an_epoch(parts, meter, 2, check=True)
+                an_epoch(components, meter, 2, check=True)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-            parts.close()
-        assert meter.read().total >= 200
+            components.close()
+        assert meter.take().total >= 200
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])

@@ -11,12 +11,9 @@ import pytest
 import torch
 
 from harness.cli import main
-from harness.training.profile_report import PHASES, Timing
-from harness.training.profiler import MIN_STEPS, plan_steps
+from harness.training.profiler import LOADER_WAIT_TO_ACT_ON, MIN_STEPS, PHASES, plan_steps
 from tests.conftest import RunRanks
-from tests.training.conftest import Train, metrics, result
-from tests.training.test_loader_wait import DELAY_SECONDS, slow_loaders  # noqa: F401
-from tests.training.test_train import EVERYTHING, assert_equal, weights
+from tests.training.conftest import DELAY_SECONDS, EVERYTHING, Capsys, Train, assert_same_state, metrics, result
 
 FILES = {"trace_rank_0.json.gz", "operations.txt", "summary.json"}
 
@@ -31,22 +28,15 @@ def summary_of(run: Path) -> dict[str, Any]:
     return json.loads((run / "profile" / "summary.json").read_text())
 
 
-def spans_of(run: Path) -> list[dict[str, Any]]:
-    """The trace's stretches of time."""
-    with gzip.open(run / "profile" / "trace_rank_0.json.gz") as file:
-        return [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
-
-
 def test_a_profiled_training_ends_bit_equal(train: Train, tiny: Path, tmp_path: Path) -> None:
     plain, run = train("plain", *EVERYTHING), profiled(tiny, tmp_path / "run", *EVERYTHING)
-    for name in ("model", "ema", "optimizer"):
-        assert_equal(weights(plain, 14, name), weights(run, 14, name))
+    assert_same_state(plain, run, 14)
     assert [r["loss"] for r in metrics(run)] == [r["loss"] for r in metrics(plain)]
     assert result(run)["accuracy"] == result(plain)["accuracy"]
     assert not (plain / "profile").exists()
 
 
-def test_what_a_profile_holds(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_profile_holds(tiny: Path, tmp_path: Path, capsys: Capsys) -> None:
     run = profiled(tiny, tmp_path / "run", "training.epochs=3", "training.gradient_accumulation_steps=2")
     assert {path.name for path in (run / "profile").iterdir()} == FILES
     summary = summary_of(run)
@@ -56,22 +46,20 @@ def test_what_a_profile_holds(tiny: Path, tmp_path: Path, capsys: pytest.Capture
     assert set(seconds) == {"total", *PHASES, "other"}
     assert all(value > 0 for value in seconds.values())
     assert sum(seconds.values()) == pytest.approx(2 * seconds["total"])
-    assert summary["slowest_step_seconds"] >= seconds["total"]
     assert summary["loader_wait_share"] == pytest.approx(seconds["loader_wait"] / seconds["total"])
     assert summary["peak_memory_mib"]["host"] > 100  # torch alone takes more
     assert summary["peak_memory_mib"]["device"] is None
-    operations = summary["top_operations"]
-    assert any("conv" in each["name"].lower() for each in operations)
-    shares = [each["self_share"] for each in operations]
-    assert shares == sorted(shares, reverse=True)
-    assert 0.5 < sum(shares) <= 1
-    assert not {each["name"] for each in operations} & {*PHASES}
-    assert "Self CPU" in (run / "profile" / "operations.txt").read_text()
+    operations = (run / "profile" / "operations.txt").read_text()
+    assert "Self CPU" in operations
+    assert "conv" in operations
 
-    names = [span["name"] for span in spans_of(run)]
-    assert {name: names.count(name) for name in PHASES} == {
-        "loader_wait": 12, "forward": 12, "backward": 12, "optimizer": 6
-    }  # fmt: skip
+    with gzip.open(run / "profile" / "trace_rank_0.json.gz") as file:
+        names = [event["name"] for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
+    counts = {"loader_wait": 12, "forward": 12, "backward": 12, "optimizer": 6}
+    assert {name: names.count(name) for name in PHASES} == counts
+    assert len([name for name in names if name.startswith("ProfilerStep")]) == 6
+    # One a pass: an evaluation, whose loss of the test images would be another, is not traced.
+    assert names.count("aten::log_softmax") == 12
     error = capsys.readouterr().err
     assert "profile of steps 4 to 10 (rank 0 of 1, cpu)" in error
     assert all(f"  {name.replace('_', ' ')} " in error for name in PHASES)
@@ -79,22 +67,16 @@ def test_what_a_profile_holds(tiny: Path, tmp_path: Path, capsys: pytest.Capture
     assert "USDT" not in error
 
 
-def test_evaluations_are_not_traced(tiny: Path, tmp_path: Path) -> None:
-    run = profiled(tiny, tmp_path / "run", "training.epochs=3")
-    spans = spans_of(run)
-    assert len([s for s in spans if s["name"].startswith("ProfilerStep")]) == 6
-    log_softmax = [s for s in spans if s["name"] == "aten::log_softmax"]
-    assert len(log_softmax) == 6, "one a training step: a loss of the test images would be another"
-
-
 @pytest.mark.usefixtures("slow_loaders")
-def test_a_slow_loader_shows(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_slow_loader_shows(tiny: Path, tmp_path: Path, capsys: Capsys) -> None:
     run = profiled(tiny, tmp_path / "run", "training.gradient_accumulation_steps=2")
-    assert summary_of(run)["seconds_per_step"]["loader_wait"] >= 2 * DELAY_SECONDS
-    assert "HINT: the step waits for the loader" in capsys.readouterr().err
+    summary = summary_of(run)
+    assert summary["seconds_per_step"]["loader_wait"] >= 2 * DELAY_SECONDS
+    slow = summary["loader_wait_share"] > LOADER_WAIT_TO_ACT_ON  # but on a machine on which the step is slower still
+    assert ("HINT: the step waits for the loader" in capsys.readouterr().err) is slow
 
 
-def test_a_training_too_short_says_so(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_training_too_short_says_so(tiny: Path, tmp_path: Path, capsys: Capsys) -> None:
     run = profiled(tiny, tmp_path / "run", "training.epochs=null", "training.steps=3")
     assert not (run / "profile").exists()
     assert f"profile: none, it takes at least {MIN_STEPS} steps" in capsys.readouterr().err
@@ -110,7 +92,7 @@ def test_a_training_that_breaks_off_leaves_no_tracer_running(tiny: Path, tmp_pat
 
 
 def test_a_profile_that_cannot_be_written_ends_nothing(
-    train: Train, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train: Train, tiny: Path, tmp_path: Path, capsys: Capsys
 ) -> None:
     run = train("run", "training.epochs=1")
     (run / "profile").write_text("in the way")
@@ -143,11 +125,3 @@ def test_plans_fit_the_training() -> None:
                 if per_epoch >= 13 and steps >= 27 + min(per_epoch, 40):
                     assert plan.warmup.start // per_epoch == (plan.traced.stop - 1) // per_epoch
                     assert (len(plan.timed), len(plan.traced)) == (10, 10)
-
-
-def test_phases_add_up_to_steps_of_several_batches() -> None:
-    timing = Timing([1.0, 3.0], [("forward", 0.25), ("forward", 0.25), ("backward", 1.0), ("forward", 0.5)])
-    seconds = timing.seconds_per_step()
-    assert seconds == {
-        "total": 2.0, "loader_wait": 0.0, "forward": 0.5, "backward": 0.5, "optimizer": 0.0, "other": 1.0
-    }  # fmt: skip

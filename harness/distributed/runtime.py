@@ -1,4 +1,4 @@
-"""What a run stands on: Accelerator, seeds, the run directory and where the run came from."""
+"""What a run stands on: Accelerator, ranks, seeds, and where the run came from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +21,26 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 
 import harness
-from harness import environment, network, preflight
+from harness import environment
 from harness.data.order import hash64
+from harness.distributed import preflight
+from harness.distributed.heartbeat import GLOO_VARIABLE, Heartbeat, collective_limit_seconds, interface_towards, warn
 from harness.errors import HarnessError
-from harness.heartbeat import Heartbeat, collective_limit_seconds, to_stderr
 from harness.machine import cpu_name, keep_freed_memory, usable_cores
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """The process's place among the ranks.
-
-    Attributes:
-        accelerator: wraps model and optimizer; owns the device and the precision.
-        device: of this rank.
-        heartbeat: tells the other ranks how far this one is; None where there are none.
-        ignored: environment variables that asked Accelerate for something else than the recipe.
-    """
+    """The process among the ranks; `ignored` variables asked Accelerate for something else than the recipe."""
 
     accelerator: Accelerator
-    device: torch.device
-    heartbeat: Heartbeat | None = None
-    ignored: Mapping[str, str] = field(default_factory=dict)
+    heartbeat: Heartbeat | None
+    ignored: Mapping[str, str]
+
+    @property
+    def device(self) -> torch.device:
+        found: torch.device = self.accelerator.device
+        return found
 
     @property
     def rank(self) -> int:
@@ -63,60 +61,49 @@ class Runtime:
 
 
 @contextmanager
-def joined(*, precision: str, seed: int, recipe_sha256: str = "") -> Iterator[Runtime]:
-    """`start` and `finish` around a block; a collective that breaks in it becomes an error that names the rank."""
+def distributed_context(*, precision: str, seed: int, recipe_sha256: str = "") -> Iterator[Runtime]:
+    """Join the ranks that the launcher set up, seed every generator, and leave the ranks when the block ends.
+
+    A collective that breaks in the block becomes an error that names the rank. Ranks must have one recipe. Raises
+    HarnessError: ranks are missing or differ, a GPU is missing, or fp16 without a GPU.
+    """
     environment.refuse_arithmetic()
     with environment.accelerate_settings_hidden() as ignored:
         runtime = _start(precision=precision, seed=seed, recipe_sha256=recipe_sha256, ignored=ignored)
+        failed = True
         try:
-            with nullcontext() if runtime.heartbeat is None else runtime.heartbeat.explained():
+            with nullcontext() if runtime.heartbeat is None else runtime.heartbeat.diagnosing():
                 yield runtime
-        except BaseException:
-            finish(runtime, failed=True)
-            raise
-        finish(runtime)
+            failed = False
+        finally:
+            _finish(runtime, failed=failed)
 
 
 def _start(*, precision: str, seed: int, recipe_sha256: str, ignored: Mapping[str, str]) -> Runtime:
-    """Join the ranks that the launcher set up, seed every generator, and check the launcher was heard.
-
-    Args:
-        precision: "no", "bf16" or "fp16".
-        seed: of weights and everything else random; the same on every rank.
-        recipe_sha256: of the resolved recipe; the same on every rank.
-        ignored: as `Runtime` has it.
-
-    Raises:
-        HarnessError: ranks are missing or differ, a GPU is missing, or fp16 without a GPU.
-    """
     use_cpu = environment.flag("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     if precision == "fp16" and use_cpu:
-        raise HarnessError(
-            "fp16 needs a GPU", where="training.precision", hint="On a CPU use training.precision=bf16 or no."
-        )
+        hint = "On a CPU use training.precision=bf16 or no."
+        raise HarnessError("fp16 needs a GPU", where="training.precision", hint=hint)
     if use_cpu:
         keep_freed_memory()
-    place = preflight.Place.of_environment()
-    network.choose_interface()
-    heartbeat = _meet(place, use_cpu=use_cpu, recipe_sha256=recipe_sha256) if place.world_size > 1 else None
-    with _without_ranks(alone=place.world_size == 1):
+    env = preflight.RankEnv.of_this_process()
+    heartbeat = _join(env, use_cpu=use_cpu, recipe_sha256=recipe_sha256) if env.world_size > 1 else None
+    with _without_ranks(alone=env.world_size == 1):
         accelerator = Accelerator(mixed_precision=precision, cpu=use_cpu)
-    if accelerator.num_processes != place.world_size:
+    if accelerator.num_processes != env.world_size:
         raise HarnessError(
-            f"WORLD_SIZE is {place.world_size}, but Accelerate sees {accelerator.num_processes} process(es)",
+            f"WORLD_SIZE is {env.world_size}, but Accelerate sees {accelerator.num_processes} process(es)",
             hint="On a CPU start ranks with `accelerate launch --config_file recipes/launch/cpu.yaml` or torchrun.",
         )
     set_seed(seed)
-    if ignored and place.rank == 0:
-        listed = ", ".join(f"{name}={value}" for name, value in ignored.items())
-        print(f"WARNING ignored, since the recipe decides: {listed}", file=sys.stderr)
-    return Runtime(accelerator, accelerator.device, heartbeat, ignored)
+    if ignored and env.rank == 0:
+        warn("ignored, since the recipe decides: " + ", ".join(f"{name}={value}" for name, value in ignored.items()))
+    return Runtime(accelerator, heartbeat, ignored)
 
 
 @contextmanager
 def _without_ranks(*, alone: bool) -> Iterator[None]:
-    """A process that is alone needs no process group; Accelerate would make one where LOCAL_RANK is set, and fails on
-    variables that are set to nothing."""
+    """Accelerate would make a process group where LOCAL_RANK is set, and fails on variables that are set to nothing."""
     names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE") if alone else ()
     before = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
@@ -127,38 +114,32 @@ def _without_ranks(*, alone: bool) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _meet(place: preflight.Place, *, use_cpu: bool, recipe_sha256: str) -> Heartbeat:
+def _join(env: preflight.RankEnv, *, use_cpu: bool, recipe_sha256: str) -> Heartbeat:
     """Preflight, then the process group that Accelerate finds and uses, with time-outs of minutes."""
+    if not os.environ.get(GLOO_VARIABLE):
+        several = env.world_size > env.local_world_size
+        if (interface := interface_towards(env.address, several_machines=several)) is not None:
+            os.environ[GLOO_VARIABLE] = interface
     limit_seconds = collective_limit_seconds()
-    own = preflight.facts(place, use_cpu=use_cpu, recipe_sha256=recipe_sha256)
-    store = preflight.join(place, own, note=to_stderr)
+    own = preflight.RankInfo.of_this_process(env, use_cpu=use_cpu, recipe_sha256=recipe_sha256)
+    store = preflight.meet(env, own)
     if not use_cpu:
-        torch.cuda.set_device(place.local_rank)
+        torch.cuda.set_device(env.local_rank)
     dist.init_process_group(
         backend="gloo" if use_cpu else "cpu:gloo,cuda:nccl",
         store=dist.PrefixStore("group", store),
-        rank=place.rank,
-        world_size=place.world_size,
+        rank=env.rank,
+        world_size=env.world_size,
         timeout=datetime.timedelta(seconds=limit_seconds),
     )
-    return Heartbeat(
-        preflight.connect(place),
-        rank=place.rank,
-        world_size=place.world_size,
-        limit_seconds=limit_seconds,
-        warn=to_stderr,
-    )
+    return Heartbeat(preflight.connect(env), rank=env.rank, world_size=env.world_size, limit_seconds=limit_seconds)
 
 
-def finish(runtime: Runtime, *, failed: bool = False) -> None:
-    """Leave the process group, where there is one, so that the process may start another run.
-
-    Args:
-        failed: an error is on its way out. NCCL's farewell waits for all ranks, which may be waiting for this one: on
-            GPUs it is left out then, and the process ends with the error.
-    """
+def _finish(runtime: Runtime, *, failed: bool) -> None:
+    """Leave the process group, where there is one, so that the process may start another run."""
     if runtime.heartbeat is not None:
         runtime.heartbeat.end()
+    # NCCL's farewell waits for all ranks, which may be waiting for this one: left out when an error ends the process.
     if dist.is_available() and dist.is_initialized() and not (failed and runtime.device.type == "cuda"):
         dist.destroy_process_group()
     # Accelerate keeps its state for the life of the process; a later run may want another precision.
@@ -177,26 +158,21 @@ def seed_step(seed: int, step: int, rank: int, micro: int, device: torch.device)
     np.random.seed(key)  # timm's mixing draws from numpy's global generator
 
 
-def broadcast_text(text: str | None, runtime: Runtime) -> str:
+def broadcast_text(text: str, runtime: Runtime) -> str:
     """Rank 0's text on every rank (sent as bytes, no pickle)."""
     if runtime.world_size == 1:
-        assert text is not None
         return text
-    payload = (text or "").encode()
-    length = torch.tensor([len(payload)], dtype=torch.int64, device=runtime.device)
+    payload = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(runtime.device)
+    length = torch.tensor([len(payload)], device=runtime.device)
     dist.broadcast(length, src=0)
-    buffer = torch.zeros(int(length), dtype=torch.uint8, device=runtime.device)
-    if runtime.is_main and payload:
-        buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
-    dist.broadcast(buffer, src=0)
-    return bytes(buffer.cpu().tolist()).decode()
+    if not runtime.is_main:
+        payload = torch.empty(int(length), dtype=torch.uint8, device=runtime.device)
+    dist.broadcast(payload, src=0)
+    return bytes(payload.cpu().tolist()).decode()
 
 
 def provenance(world_size: int, ignored: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Where a run came from: code, libraries, machine, and the environment variables that may change speed or rounding.
-
-    All others are left out on purpose: they may hold secrets.
-    """
+    """Code, libraries, machine, and the variables that may change speed or rounding; others may hold secrets."""
     return {
         "harness": harness.__version__,
         "git": git_state(Path(__file__).resolve().parent),
@@ -217,14 +193,10 @@ def provenance(world_size: int, ignored: Mapping[str, str] | None = None) -> dic
 
 def git_state(folder: Path) -> dict[str, Any] | None:
     """Commit and whether tracked files were changed, or None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        commit = _git(folder, "rev-parse", "HEAD")
-        changed = bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": commit, "changed": changed}
-
-
-def _git(folder: Path, *args: str) -> str:
-    done = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
-    return done.stdout.strip()
+    found = done.stdout.strip()
+    return {"commit": found.removesuffix("-dirty"), "changed": found.endswith("-dirty")}

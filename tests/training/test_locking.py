@@ -17,39 +17,41 @@ from harness.cli import main
 from harness.errors import HarnessError
 from harness.files import Owner
 from harness.runs import is_held
-from harness.training.claiming import claim
+from harness.training import resume
+from harness.training.resume import take_directory
 from tests.conftest import ROOT
-from tests.training.conftest import result
-from tests.training.test_resuming import everything
+from tests.training.conftest import Capsys, everything, result
 
 WAIT_SECONDS = 1.0
 FIRST = {"SLURM_CLUSTER_NAME": "c", "SLURM_JOB_ID": "7"}
 AGAIN = FIRST | {"SLURM_RESTART_COUNT": "1"}
 RANKS_AGAIN = FIRST | {"HARNESS_ATTEMPT": "1"}
-# Holds a folder until it is told to look whether it still does.
+# Holds a folder until it is asked to look whether it still does.
 HOLDER = """
 import sys
 from pathlib import Path
 from harness.errors import HarnessError
 from harness.files import Owner, take
-hold = take(Path(sys.argv[1]), Owner.this_process())
-hold.sign()
+lock = take(Path(sys.argv[1]), Owner.this_process())
+lock.sign()
 print("held", flush=True)
 sys.stdin.readline()
 try:
-    hold.check()
+    lock.check()
     print("still held", flush=True)
 except HarnessError as error:
     print(error.what, error.exit_code, flush=True)
-hold.release()
+lock.release()
 """
 
-Hold = Callable[[dict[str, str]], "subprocess.Popen[str]"]
+Variables = dict[str, str]
+Holder = Callable[[Variables], "subprocess.Popen[str]"]
+InJob = Callable[[Variables], None]
 
 
 @pytest.fixture
-def in_job(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
-    def enter(variables: dict[str, str]) -> None:
+def in_job(monkeypatch: pytest.MonkeyPatch) -> InJob:
+    def enter(variables: Variables) -> None:
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
 
@@ -60,11 +62,11 @@ def in_job(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
 
 
 @pytest.fixture
-def hold(tmp_path: Path) -> Iterator[Hold]:
-    """`hold(variables)`: another process, with these variables of SLURM's, holds the folder."""
+def holder(tmp_path: Path) -> Iterator[Holder]:
+    """`holder(variables)`: another process, with these variables of SLURM's, holds the folder."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(variables: dict[str, str]) -> subprocess.Popen[str]:
+    def start(variables: Variables) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", HOLDER, str(tmp_path)]
         process = subprocess.Popen(
             command, env=os.environ | variables, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -87,18 +89,18 @@ def look(process: subprocess.Popen[str]) -> str:
 
 @pytest.mark.parametrize("newer", [AGAIN, RANKS_AGAIN], ids=["job", "ranks"])
 def test_a_newer_start_of_the_job_takes_over_after_a_wait(
-    tmp_path: Path, hold: Hold, in_job: Callable[[dict[str, str]], None], newer: dict[str, str]
+    tmp_path: Path, holder: Holder, in_job: InJob, newer: Variables
 ) -> None:
-    orphan = hold(FIRST)
+    orphan = holder(FIRST)
     in_job(newer)
     began = time.monotonic()
     with ExitStack() as stack:
-        own = claim(tmp_path, stack)
+        own = take_directory(tmp_path, stack)
         assert time.monotonic() - began >= WAIT_SECONDS
         assert Owner.of(tmp_path) == own.owner
-        told = look(orphan)
-        assert told.startswith(f"was taken over by another start (job 7, process {os.getpid()} on ")
-        assert told.endswith(" 1")
+        said = look(orphan)
+        assert said.startswith(f"was taken over by another start (job 7, process {os.getpid()} on ")
+        assert said.endswith(" 1")
         assert is_held(tmp_path)  # whatever the orphan gives free
         own.check()
     assert not is_held(tmp_path)
@@ -106,22 +108,22 @@ def test_a_newer_start_of_the_job_takes_over_after_a_wait(
 
 
 def test_a_signature_of_an_earlier_holder_lets_nobody_in(
-    tmp_path: Path, in_job: Callable[[dict[str, str]], None], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, in_job: InJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process holds the folder and has not signed yet; the record there is of a job that has ended."""
     with monkeypatch.context() as earlier, ExitStack() as stack:
         for name, value in FIRST.items():
             earlier.setenv(name, value)
-        claim(tmp_path, stack).sign()
+        take_directory(tmp_path, stack).sign()
     with ExitStack() as stack:
-        claim(tmp_path, stack)
+        take_directory(tmp_path, stack)
         in_job(AGAIN)
         with pytest.raises(HarnessError, match="another process is training in this run directory"):
-            claim(tmp_path, stack)
+            take_directory(tmp_path, stack)
 
 
 @pytest.mark.parametrize(
-    ("holder", "own", "code", "at_once"),
+    ("holds", "own", "code", "at_once"),
     [
         (AGAIN, FIRST, 2, True),
         (AGAIN, RANKS_AGAIN, 2, True),
@@ -134,77 +136,60 @@ def test_a_signature_of_an_earlier_holder_lets_nobody_in(
     ],
 )
 def test_nobody_else_takes_over(
-    tmp_path: Path,
-    hold: Hold,
-    in_job: Callable[[dict[str, str]], None],
-    holder: dict[str, str],
-    own: dict[str, str],
-    code: int,
-    at_once: bool,
+    tmp_path: Path, holder: Holder, in_job: InJob, holds: Variables, own: Variables, code: int, at_once: bool
 ) -> None:
-    process = hold(holder)
+    process = holder(holds)
     limit = 60 if at_once else WAIT_SECONDS
     in_job(own | {"HARNESS_LOCK_SECONDS": str(limit)})
     began = time.monotonic()
-    with ExitStack() as stack, pytest.raises(HarnessError, match=f"process {process.pid} on ") as told:
-        claim(tmp_path, stack)
+    with ExitStack() as stack, pytest.raises(HarnessError, match=f"process {process.pid} on ") as caught:
+        take_directory(tmp_path, stack)
     assert (time.monotonic() - began < limit) is at_once
-    assert told.value.exit_code == code
-    assert told.value.hint
+    assert caught.value.exit_code == code
+    assert caught.value.hint
     assert look(process) == "still held"
 
 
 def test_what_is_given_free_meanwhile_is_taken(
-    tmp_path: Path,
-    hold: Hold,
-    in_job: Callable[[dict[str, str]], None],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, holder: Holder, in_job: InJob, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
 ) -> None:
-    process = hold({})
-    in_job(AGAIN)
-    monkeypatch.setenv("HARNESS_LOCK_SECONDS", "60")
+    process = holder({})
+    in_job(AGAIN | {"HARNESS_LOCK_SECONDS": "60"})
 
     def end_holder(seconds: float) -> None:
         if process.poll() is None and "waiting up to 60 s" in capsys.readouterr().err:
             process.kill()
             process.wait()
 
-    monkeypatch.setattr("harness.training.claiming.time.sleep", end_holder)
+    monkeypatch.setattr(resume.time, "sleep", end_holder)
     with ExitStack() as stack:
-        claim(tmp_path, stack)
+        take_directory(tmp_path, stack)
     assert process.poll() is not None
 
 
 @pytest.mark.parametrize("text", ["", '{"job": "7", "start": [0]}'])
-def test_a_lock_that_names_nobody_is_not_taken_over(
-    tmp_path: Path, hold: Hold, in_job: Callable[[dict[str, str]], None], text: str
-) -> None:
+def test_a_lock_that_names_nobody_is_not_taken_over(tmp_path: Path, holder: Holder, in_job: InJob, text: str) -> None:
     """Of an older version, or half written."""
-    process = hold(FIRST)
+    process = holder(FIRST)
     (tmp_path / ".lock").write_text(text)
     in_job(AGAIN)
     with ExitStack() as stack, pytest.raises(HarnessError, match="another process is training"):
-        claim(tmp_path, stack)
+        take_directory(tmp_path, stack)
     assert look(process) == "still held"
 
 
 @pytest.mark.slow
 def test_a_start_that_was_cut_off_stops_without_writing(
-    tmp_path: Path, tiny: Path, in_job: Callable[[dict[str, str]], None], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny: Path, in_job: InJob, capsys: Capsys
 ) -> None:
     """A real training that stands still while another start of its job takes over, and then runs on."""
     run, every = tmp_path / "run", 60
     settings = ["training.epochs=null", f"checkpoint.every_steps={every}", "checkpoint.every_epochs=null"]
     settings += ["evaluation.every_epochs=10000"]
     words = ["train", str(tiny), *settings, "--run-dir", str(run), "--resume", "auto"]
+    command = [sys.executable, "-m", "harness", *words, "training.steps=1000000"]
     orphan = subprocess.Popen(
-        [sys.executable, "-m", "harness", *words, "training.steps=1000000"],
-        env=os.environ | FIRST,
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+        command, env=os.environ | FIRST, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     try:
         deadline = time.monotonic() + 90
@@ -219,11 +204,11 @@ def test_a_start_that_was_cut_off_stops_without_writing(
         assert result(run)["step"] == every * 2 - 1
         before = everything(run)
         orphan.send_signal(signal.SIGCONT)
-        told = orphan.communicate(timeout=90)[1]
+        said = orphan.communicate(timeout=90)[1]
     finally:
         orphan.kill()
         orphan.communicate()
     assert orphan.returncode == 1
-    assert "was taken over by another start (job 7" in told
-    assert "Traceback" not in told
+    assert "was taken over by another start (job 7" in said
+    assert "Traceback" not in said
     assert everything(run) == before
