@@ -69,8 +69,10 @@ UNSAFE_CALLS = {
     "eval": "it runs what it reads",
     "exec": "it runs what it reads",
 }
-# Whatever they read, they run. State is safetensors and JSON; a pickle is only listed, by pickletools.genops.
+# Whatever they read, they run. State is safetensors and JSON.
 UNSAFE_MODULES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+# Its CIFAR10 unpickles the makers' own archive, once the published MD5 is confirmed: there and nowhere else.
+UNPICKLES, MAY_UNPICKLE = "torchvision.datasets", ROOT / "harness" / "data" / "cifar10.py"
 
 
 def name_of(path: Path) -> str:
@@ -208,6 +210,8 @@ def unsafe_loads(path: Path) -> list[str]:
             if bases & safe_loaders:
                 safe_loaders.add(node.name)
     found = [f"line {n}: {name}" for n, name in imports_of(path) if name.split(".")[0] in UNSAFE_MODULES]
+    if path != MAY_UNPICKLE:
+        found += [f"line {n}: {name}" for n, name in imports_of(path) if name.startswith(UNPICKLES)]
     for call, name in calls_of(path):
         words = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
         why = UNSAFE_CALLS.get(name)
@@ -240,6 +244,7 @@ def test_nothing_loads_what_could_run_code(path: Path) -> None:
         "import shelve\nshelve.open('x')",
         "eval('1')",
         "import dill",
+        "from torchvision.datasets import CIFAR10",
     ],
 )
 def test_the_loading_test_sees_unsafe_code(tmp_path: Path, code: str) -> None:
@@ -251,8 +256,6 @@ def test_the_loading_test_sees_unsafe_code(tmp_path: Path, code: str) -> None:
 def test_what_runs_nothing_is_not_reported(tmp_path: Path) -> None:
     file = tmp_path / "safe.py"
     file.write_text("import yaml\nclass L(yaml.SafeLoader): pass\nyaml.load('x', Loader=L)\nyaml.safe_load('x')\n")
-    assert unsafe_loads(file) == []
-    file.write_text("import pickletools\nlist(pickletools.genops(b'x'))\n")
     assert unsafe_loads(file) == []
 
 
