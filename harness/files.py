@@ -1,9 +1,4 @@
-"""Where data and caches lie, files that appear complete or not at all, and their checksums.
-
-`$HARNESS_DATA`: one folder or several, separated as in `$PATH`; only ever read.
-`$HARNESS_CACHE`: one folder (default `~/.cache/harness`) for converted files, downloads, locks and checks.
-Both are read at each call, so a test or a notebook can change them.
-"""
+"""Files that appear complete or not at all, and their checksums."""
 
 from __future__ import annotations
 
@@ -20,6 +15,51 @@ from typing import Any, BinaryIO
 
 from harness.errors import EXIT_BAD_INPUT, EXIT_FAILED, TRANSIENT_DISK_ERRORS, HarnessError
 
+
+def private_directory(path: Path) -> Path | None:
+    """Make a folder for this user alone, for files that are run or could run code; None where there is no such folder.
+
+    One that is there already must be this user's own and nobody else's to write in.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+        found = path.lstat()
+    except OSError:
+        return None
+    others_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return path if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not others_write else None
+
+
+def expand(path: str, *, where: str) -> str:
+    """A path of the user's with `~` and `$VARIABLES` replaced.
+
+    Args:
+        where: the key or variable that the path stands in, for the error.
+
+    Raises:
+        HarnessError: a variable that is not set, or a user that is not there.
+    """
+    if not path.isprintable():
+        shown = repr(os.fsencode(path))[2:-1]
+        hint = "Rename it: paths are printed and written to files."
+        raise HarnessError("is not printable UTF-8", where=f"{where}: {shown}", hint=hint)
+    if os.path.exists(path):  # whatever is in its name
+        return path
+    expanded = os.path.expandvars(os.path.expanduser(path))
+    left = re.search(r"\$(\w+|\{[^}]*\})", expanded)
+    if left is not None:
+        raise HarnessError(f"{left[0]} is not set", where=f"{where}: {path}", hint="Set it, or write the path in full.")
+    if expanded.startswith("~"):
+        user = expanded.split("/")[0]
+        raise HarnessError(
+            f"there is no user {user[1:]}", where=f"{where}: {path}", hint="Write ~/ for your own folder."
+        )
+    return expanded
+
+
+# Read at each call, so a test or a notebook can change them. `$HARNESS_DATA` (one folder or several, separated as in
+# `$PATH`) is only ever read; `$HARNESS_CACHE` has converted files, downloads, locks and checks.
 DATA_VARIABLE = "HARNESS_DATA"
 CACHE_VARIABLE = "HARNESS_CACHE"
 
@@ -76,48 +116,6 @@ def writable_cache_directory(*parts: str) -> Path:
         reason = error.strerror or str(error)
     hint = f"Set {CACHE_VARIABLE} to a folder of yours with about 1 GB of free space."
     raise HarnessError(f"the cache folder cannot be written to ({reason})", where=str(directory), hint=hint)
-
-
-def private_directory(path: Path) -> Path | None:
-    """Make a folder for this user alone, for files that are run or could run code; None where there is no such folder.
-
-    One that is there already must be this user's own and nobody else's to write in.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir(mode=0o700, exist_ok=True)
-        found = path.lstat()
-    except OSError:
-        return None
-    others_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return path if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not others_write else None
-
-
-def expand(path: str, *, where: str) -> str:
-    """A path of the user's with `~` and `$VARIABLES` replaced.
-
-    Args:
-        where: the key or variable that the path stands in, for the error.
-
-    Raises:
-        HarnessError: a variable that is not set, or a user that is not there.
-    """
-    if not path.isprintable():
-        shown = repr(os.fsencode(path))[2:-1]
-        hint = "Rename it: paths are printed and written to files."
-        raise HarnessError("is not printable UTF-8", where=f"{where}: {shown}", hint=hint)
-    if os.path.exists(path):  # whatever is in its name
-        return path
-    expanded = os.path.expandvars(os.path.expanduser(path))
-    left = re.search(r"\$(\w+|\{[^}]*\})", expanded)
-    if left is not None:
-        raise HarnessError(f"{left[0]} is not set", where=f"{where}: {path}", hint="Set it, or write the path in full.")
-    if expanded.startswith("~"):
-        user = expanded.split("/")[0]
-        raise HarnessError(
-            f"there is no user {user[1:]}", where=f"{where}: {path}", hint="Write ~/ for your own folder."
-        )
-    return expanded
 
 
 @contextlib.contextmanager
