@@ -258,8 +258,8 @@ def test_other_splits_are_named(tmp_path: Path) -> None:
 
 
 def mixed_shards(folder: Path) -> None:
-    write(folder, train=[rows(2)], test=[rows(1)])
-    write(folder, train=[rows(2), rows(2)], test=[rows(1)])
+    for shards in ([rows(2)], [rows(2), rows(2)]):
+        write(folder, train=shards, test=[rows(1)])
 
 
 def missing_shard(folder: Path) -> None:
