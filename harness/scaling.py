@@ -248,11 +248,11 @@ def measured_pass(recipe: Recipe, device: torch.device) -> tuple[float, float, s
             seconds.append(seconds_of(step, device=device.type))
         return statistics.median(seconds[2:])  # after the one that warms up
 
-    large, fixed, smaller = median_seconds(images), 0.0, images // 4
-    if smaller >= 2:  # batch statistics of one image are refused
-        fixed = affine((smaller, median_seconds(smaller)), (images, large))
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    how = f"measured on {where}, median, at {images} images a pass" + (f" and at {smaller}" if smaller >= 2 else "")
+    how, fixed, large = f"measured on {where}, median, at {images} images a pass", 0.0, median_seconds(images)
+    smaller = images // 4
+    if smaller >= 2:  # batch statistics of one image are refused
+        fixed, how = affine((smaller, median_seconds(smaller)), (images, large)), f"{how} and at {smaller}"
     return fixed, (large - fixed) / images, how
 
 
@@ -294,7 +294,6 @@ def scale(recipe: Recipe, gpus: Sequence[int], network: Network, *, step_ms: flo
 def _assumptions(work: Workload, network: Network, compute: dict[str, Any]) -> list[str]:
     adapters = "an adapter a GPU" if network.adapter_per_gpu else "one adapter a node"
     node = f"; {network.gpus_per_node} GPUs a node by {network.intra}, {adapters}" if network.intra else ""
-    norms = len(work.sync_batch_norm_bytes)
     texts = [
         f"Compute: {compute['step_ms']:.1f} ms a step on one device ({compute['how']}); a pass takes "
         f"{compute['fixed_ms_per_pass']:.2f} ms + {compute['ms_per_image']:.4f} ms an image. Every GPU is this device, "
@@ -305,40 +304,30 @@ def _assumptions(work: Workload, network: Network, compute: dict[str, Any]) -> l
         f"Overlap: gradients come evenly over the backward pass, {BACKWARD_SHARE:.0%} of the last micro-batch's time; "
         f"buckets ({len(work.bucket_bytes)}; DDP: 1 MiB, then 25 MiB) are exchanged when full, one after the other, at "
         "no cost to the computation; the last one is never hidden.",
-        f"SyncBatchNorm: {norms} small all-reduces a micro-batch, none hidden: every layer waits.",
+        f"SyncBatchNorm: {len(work.sync_batch_norm_bytes)} small all-reduces a micro-batch, none hidden.",
     ]
-    return texts if norms else texts[:-1]
-
-
-_COLUMNS = {
-    "gpus": ("GPUs", 6, ",d"),
-    "images_per_gpu": ("images/GPU", 12, ",d"),
-    "step_ms": ("step ms", 11, ",.2f"),
-    "compute_ms": ("compute ms", 12, ",.2f"),
-    "sync_batch_norm_ms": ("SyncBN ms", 11, ",.2f"),
-    "exchange_ms": ("exchange ms", 13, ",.2f"),
-    "exchange_total_ms": ("(with hidden)", 15, ",.2f"),
-    "images_per_second": ("images/s", 13, ",.0f"),
-    "efficiency": ("efficiency", 12, ".1%"),
-}
+    return texts if work.sync_batch_norm_bytes else texts[:-1]
 
 
 def render(result: dict[str, Any]) -> str:
     """What `scale` found as tables, with its assumptions."""
-    recipe = result["recipe"]
-    lines = [
-        f"{recipe['name']}: {recipe['model']}, {recipe['gradient_bytes'] / 1e6:.2f} MB of gradients, "
-        f"{recipe['sync_batch_norm_messages_per_step']} SyncBatchNorm messages a step"
-    ]
+    recipe, messages = result["recipe"], result["recipe"]["sync_batch_norm_messages_per_step"]
+    size = f"{recipe['gradient_bytes'] / 1e6:.2f} MB of gradients, {messages} SyncBatchNorm messages a step"
+    lines = [f"{recipe['name']}: {recipe['model']}, {size}"]
     if result["compute"]["measured_on"] == "cpu":
-        lines.append(
-            "The step was measured on a CPU and is no GPU's: each of the GPUs below is as slow as this CPU. "
-            "--step-ms X takes the milliseconds of a step on one GPU."
-        )
+        lines.append("The step was measured on a CPU and is no GPU's: each of the GPUs below is as slow as this CPU.")
+        lines.append("--step-ms X takes the milliseconds of a step on one GPU.")
     for mode, share in {"strong": "over all GPUs", "weak": "on each GPU"}.items():
+        names = max(result[mode], key=len)  # of a row with figures, if there is one
         lines += ["", f"{mode} scaling: {recipe['global_batch_size']} images a step {share}"]
-        lines.append("".join(f"{title:>{width}}" for title, width, _ in _COLUMNS.values()))
+        lines.append("".join(f"{name.replace('_', ' '):>{len(name) + 2}}" for name in names))
         for row in result[mode]:
-            figures = (f"{format(row.get(name, 0), form):>{width}}" for name, (_, width, form) in _COLUMNS.items())
-            lines.append(f"{row['gpus']:>6,d}  – {row['impossible']}" if "impossible" in row else "".join(figures))
+            cells = (f"{_cell(name, figure):>{len(name) + 2}}" for name, figure in row.items())
+            lines.append(f"{row['gpus']:>6,d}  – {row['impossible']}" if "impossible" in row else "".join(cells))
     return "\n".join([*lines, "", "Assumptions", *(f"- {text}" for text in result["assumptions"])])
+
+
+def _cell(name: str, figure: Any) -> str:
+    if name == "efficiency":
+        return f"{figure:.1%}"
+    return f"{figure:,d}" if isinstance(figure, int) else f"{figure:,.2f}"

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from harness.cli import COMMANDS, main
@@ -149,8 +150,17 @@ def test_doctor(capsys: Out) -> None:
     assert json.loads(capsys.readouterr().out)["kernels"]
 
 
-def test_a_loss_that_is_not_finite_is_null_in_json(tiny: Path, tmp_path: Path, capsys: Out) -> None:
+def test_weights_that_are_not_there_and_a_loss_that_json_has_no_word_for(
+    tiny: Path, tmp_path: Path, capsys: Out
+) -> None:
     assert main(["train", str(tiny), "training.epochs=1", "--run-dir", str(tmp_path / "run")]) == 0
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    words = ["predict", str(tmp_path / "run"), str(tmp_path / "image.png"), "--json"]
+    assert main([*words, "--weights", "ema"]) == 2
+    assert "the run has no averaged weights" in capsys.readouterr().err
+    assert main([*words, "--top", "2"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["image"], len(found["classes"])) == (str(tmp_path / "image.png"), 2)
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     file, manifest_file = checkpoint / "model.safetensors", checkpoint / "manifest.json"
     tensors = load_file(file)
@@ -158,7 +168,6 @@ def test_a_loss_that_is_not_finite_is_null_in_json(tiny: Path, tmp_path: Path, c
     manifest = json.loads(manifest_file.read_text())
     manifest["files"][file.name] = {"sha256": hex_digest(file), "bytes": file.stat().st_size}
     manifest_file.write_text(json.dumps(manifest))
-    capsys.readouterr()
     assert main(["eval", str(tmp_path / "run"), "--json"]) == 0
     text = capsys.readouterr().out
     assert json.loads(text, parse_constant=pytest.fail)["test"]["loss"] is None
