@@ -1,12 +1,10 @@
 #!/usr/bin/env bash
 # The long form of the fault tests: hundreds of real faults and 10,000 bad inputs, then docs/reliability.md.
 #
-#   scripts/faults.sh [--work DIR] [--only NAME] … (--help lists all options)
+#   scripts/faults.sh [pytest's options, such as -k rank]
 #
-#   --work DIR    where trials and their log go (default: faults-work under $TMPDIR); run again with the same folder, it
-#                 resumes where it stopped
-#   --only NAME   only this row, more than once for several; the page is written from all that the folder has
-#
+# WORK=DIR          where the log of trials goes (default: faults-work under $TMPDIR); run again with the same folder, it
+#                   resumes where it stopped, and the page is written from all that the folder has
 # JOBS=N            trials at once (default 2)
 # INPUTS=N          bad inputs (default 10000)
 # NOTE=TEXT         a sentence for the page, such as what else the machine did meanwhile
@@ -16,6 +14,12 @@
 # half an hour on two cores. Exit code 1 when a fault was not survived.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export OMP_NUM_THREADS=1 PYTHONPATH=$PWD
-exec "${HARNESS_VENV:-.venv}/bin/python" -m tests.faults.long_form --work "${TMPDIR:-/tmp}/faults-work" \
-  --page docs/reliability.md --jobs "${JOBS:-2}" --inputs "${INPUTS:-10000}" "$@"
+python=${HARNESS_VENV:-.venv}/bin/python
+work=${WORK:-${TMPDIR:-/tmp}/faults-work}
+mkdir -p "$work"
+export FAULTS_LOG=$work/trials.jsonl FAULTS_INPUTS=${INPUTS:-10000}
+failed=0
+"$python" -m pytest tests/faults -m "" -n "${JOBS:-2}" --dist worksteal --timeout 3600 "$@" || failed=1
+"$python" -m tests.faults.page "$FAULTS_LOG" docs/reliability.md || failed=1
+echo "faults: docs/reliability.md is written, from $FAULTS_LOG"
+exit "$failed"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,21 @@ def refused(stage: Stage, process: Process, code: int = 2, *, since: float | Non
     says_why(process)
 
 
-def restarted(stage: Stage, process: Process, reference: Path, *, lost_from: int) -> None:
-    """See that the restart under way finishes as if nothing had been; steps up to `lost_from` were done before it."""
-    begin_unix = time.time()
+def restarted(
+    stage: Stage,
+    *overrides: str,
+    env: Mapping[str, str] | None = None,
+    lost_from: int | None = None,
+    start: Callable[[], Process] | None = None,
+    ranks: int = 1,
+) -> None:
+    """See that a restart by the same command, or by `start`, finishes as if nothing had been.
+
+    Steps up to `lost_from`, or as many as metrics.jsonl has, were done before it.
+    """
+    reference = stage.reference(*overrides, ranks=ranks)
+    done = reached(stage.run) if lost_from is None else lost_from
+    process, begin_unix = start() if start else stage.train(*overrides, env=env), time.time()
     while process.poll() is None and not any(_is_step_since(begin_unix, r) for r in records(stage.run)):
         assert time.monotonic() - process.started_at < 300, "no new step in five minutes"
         time.sleep(0.005)
@@ -107,8 +120,8 @@ def restarted(stage: Stage, process: Process, reference: Path, *, lost_from: int
     assert code == 0, f"restart: exit code {code}: {process.text()[-1500:]}"
     wrong = differences(stage.run, reference)
     assert not wrong, "; ".join(wrong)
-    start = json.loads((stage.run / "provenance.json").read_text())["starts"][-1]
-    stage.lost = max(0, lost_from - int(start["from_step"]))
+    latest = json.loads((stage.run / "provenance.json").read_text())["starts"][-1]
+    stage.lost = max(0, done - int(latest["from_step"]))
 
 
 def _is_step_since(begin_unix: float, record: Record) -> bool:

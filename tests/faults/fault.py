@@ -45,8 +45,6 @@ class Fault:
         short: trials in the tests.
         ordinary: the first trial belongs to the ordinary tests; all others are `long`.
         most_steps_lost: more is not survival.
-        load: "light"; "heavy" starts several Python processes, so no two of them run at once; "waiting" uses little of
-            the machine for a minute or more.
     """
 
     name: str
@@ -57,7 +55,6 @@ class Fault:
     short: int
     ordinary: bool
     most_steps_lost: int
-    load: str
 
 
 REGISTRY: dict[str, Fault] = {}
@@ -68,33 +65,31 @@ SINCE_LAST_CHECKPOINT = 2 * INTERVAL_STEPS
 
 def fault(
     name: str,
-    title: str,
-    how: str,
     *,
     trials: int,
     short: int = 1,
     ordinary: bool = False,
     most_steps_lost: int = SINCE_LAST_CHECKPOINT,
-    load: str = "light",
 ) -> Callable[[Run], Run]:
-    """Register a function `(stage, index) -> None` as a row."""
+    """Register a function `(stage, index) -> None` as a row; its docstring is `title: how the fault is put in.`"""
 
     def register(run: Run) -> Run:
         assert name not in REGISTRY, name
-        REGISTRY[name] = Fault(name, title, how, run, trials, short, ordinary, most_steps_lost, load)
+        title, _, how = " ".join(str(run.__doc__).split()).removesuffix(".").partition(": ")
+        REGISTRY[name] = Fault(name, title, how, run, trials, short, ordinary, most_steps_lost)
         return run
 
     return register
 
 
-def run_trial(row: Fault, index: int, work: Path, forks: ForkServer, *, seed: int = 0) -> Outcome:
+def run_trial(row: Fault, index: int, work: Path, forks: ForkServer) -> Outcome:
     """One fault, from a folder of its own; the folder stays when the fault was not survived.
 
     Raises NoMoreCases where the row has no trial of this number, NotHere where the machine lacks something.
     """
     folder = work / "trials" / f"{row.name}-{index}"
     shutil.rmtree(folder, ignore_errors=True)
-    stage = Stage(work, folder, forks, random.Random(f"{seed} {row.name} {index}"))
+    stage = Stage(work, folder, forks, random.Random(f"0 {row.name} {index}"))
     neighbours = {run: contents(run) for run in work.glob("reference-*") if (run / "result.json").exists()}
     survived = False
     try:

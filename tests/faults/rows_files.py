@@ -18,7 +18,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests.faults.check import contents, differences, reached, refused, restarted, says_why, wait_for_step
+from tests.faults.check import contents, differences, refused, restarted, says_why, wait_for_step
 from tests.faults.fault import fault
 from tests.faults.inputs import changed, manifest_of, paths_of, signed
 from tests.faults.runs import STEPS, STOP_AT, Stage, remount
@@ -34,31 +34,23 @@ def broken_off(stage: Stage, process: Process) -> None:
     says_why(process)
 
 
-@fault(
-    "full-run-directory",
-    "Disk full under the run directory",
-    "the run directory lies on a tmpfs of 4 to 120 kB (as root), which is enlarged before the restart",
-    trials=16,
-)
+@fault("full-run-directory", trials=16)
 def full_run_directory(stage: Stage, index: int) -> None:
-    reference = stage.reference()
+    """Disk full under the run directory: the run directory lies on a tmpfs of 4 to 120 kB (as root), which is enlarged
+    before the restart."""
     kilobytes = stage.rng.randrange(4, 120, 4)
     stage.notes.append(f"{kilobytes} kB")
     disk = stage.small_disk("disk", kilobytes)
     stage.run = disk / "run"
     broken_off(stage, stage.train())
     remount(disk, "size=64m")
-    restarted(stage, stage.train(), reference, lost_from=reached(stage.run))
+    restarted(stage)
 
 
-@fault(
-    "full-cache",
-    "Disk full under $HARNESS_CACHE",
-    "an empty cache on a tmpfs of 4 to 400 kB (as root), which is enlarged before the restart",
-    trials=8,
-)
+@fault("full-cache", trials=8)
 def full_cache(stage: Stage, index: int) -> None:
-    reference = stage.reference()
+    """Disk full under $HARNESS_CACHE: an empty cache on a tmpfs of 4 to 400 kB (as root), which is enlarged before the
+    restart."""
     kilobytes = stage.rng.randrange(4, 400, 4)
     stage.notes.append(f"{kilobytes} kB")
     disk = stage.small_disk("disk", kilobytes)
@@ -66,18 +58,13 @@ def full_cache(stage: Stage, index: int) -> None:
     refused(stage, stage.train(env=environment), code=1)
     assert not stage.run.exists()
     remount(disk, "size=64m")
-    restarted(stage, stage.train(env=environment), reference, lost_from=0)
+    restarted(stage, env=environment)
 
 
-@fault(
-    "failing-disk",
-    "ENOSPC, EIO, EDQUOT or EROFS from one call",
-    "in the process itself: one open, fsync, rename, mkdir or remove under the run directory fails, each in turn",
-    trials=48,
-    ordinary=True,
-)
+@fault("failing-disk", trials=48, ordinary=True)
 def failing_disk(stage: Stage, index: int) -> None:
-    reference = stage.reference()
+    """ENOSPC, EIO, EDQUOT or EROFS from one call: in the process itself: one open, fsync, rename, mkdir or remove under
+    the run directory fails, each in turn."""
     lines = stage.touches("/run", "run")
     # The files of the start and the first save, one by one; then any.
     number = index + 1 if index < 24 else stage.rng.randrange(1, len(lines) + 1)
@@ -86,19 +73,13 @@ def failing_disk(stage: Stage, index: int) -> None:
     process = stage.train(faults=[{"kind": "files", "under": "/run", "do": [[number, error]]}])
     if process.wait():  # dropping an old checkpoint may fail: nothing depends on it
         broken_off(stage, process)
-    restarted(stage, stage.train(), reference, lost_from=reached(stage.run))
+    restarted(stage)
 
 
-@fault(
-    "read-only-run-directory",
-    "Read-only run directory",
-    "a run on a tmpfs is stopped by SIGTERM, the tmpfs is remounted read-only (as root) and the run resumed: code 2, "
-    "nothing changed; then it is made writable and resumed again",
-    trials=6,
-    most_steps_lost=0,
-)
+@fault("read-only-run-directory", trials=6, most_steps_lost=0)
 def read_only(stage: Stage, index: int) -> None:
-    reference = stage.reference()
+    """Read-only run directory: a run on a tmpfs is stopped by SIGTERM, the tmpfs is remounted read-only (as root) and
+    the run resumed: code 2, nothing changed; then it is made writable and resumed again."""
     disk = stage.small_disk("disk", 8192)
     stage.run = disk / "run"
     step = stage.rng.randrange(1, 18)
@@ -109,7 +90,7 @@ def read_only(stage: Stage, index: int) -> None:
     refused(stage, stage.train())
     assert contents(stage.run) == before
     remount(disk, "rw")
-    restarted(stage, stage.train(), reference, lost_from=step)
+    restarted(stage, lost_from=step)
 
 
 def damage(stage: Stage, path: Path) -> None:
@@ -124,15 +105,10 @@ def damage(stage: Stage, path: Path) -> None:
         stage.notes.append(f"{path.name} bit {bit} of byte {at} flipped")
 
 
-@fault(
-    "damaged-checkpoint",
-    "Checkpoint file cut or a bit flipped",
-    "one file of the newest checkpoint, at a random offset; it must be named and set aside, and the one before used",
-    trials=60,
-    ordinary=True,
-)
+@fault("damaged-checkpoint", trials=60, ordinary=True)
 def damaged_checkpoint(stage: Stage, index: int) -> None:
-    reference = stage.reference()
+    """Checkpoint file cut or a bit flipped: one file of the newest checkpoint, at a random offset; it must be named and
+    set aside, and the one before used."""
     stage.stopped()
     file = stage.rng.choice(sorted((stage.run / "checkpoints" / f"step_{STOP_AT}").iterdir()))
     damage(stage, file)
@@ -140,19 +116,16 @@ def damaged_checkpoint(stage: Stage, index: int) -> None:
     while "broken checkpoint" not in process.text() and process.poll() is None:
         time.sleep(0.005)
     stage.detect = time.monotonic() - process.started_at
-    restarted(stage, process, reference, lost_from=STOP_AT)
+    restarted(stage, start=lambda: process, lost_from=STOP_AT)
     if file.name != "manifest.json":  # its spacing and its copy of the step are no one's loss
         assert "broken checkpoint" in process.text()
         assert any((stage.run / "checkpoints").glob("broken_*"))
 
 
-@fault(
-    "no-checkpoint-left",
-    "Every checkpoint damaged",
-    "one file of each checkpoint cut or a bit flipped: refused with code 2, the files keep their content",
-    trials=12,
-)
+@fault("no-checkpoint-left", trials=12)
 def no_checkpoint_left(stage: Stage, index: int) -> None:
+    """Every checkpoint damaged: one file of each checkpoint cut or a bit flipped: refused with code 2, the files keep
+    their content."""
     stage.stopped()
     for path in sorted((stage.run / "checkpoints").iterdir()):
         damage(stage, stage.rng.choice(sorted(path.glob("*.safetensors"))))
@@ -161,15 +134,10 @@ def no_checkpoint_left(stage: Stage, index: int) -> None:
     assert sorted(contents(stage.run).values()) == before
 
 
-@fault(
-    "damaged-run-file",
-    "recipe.yaml, provenance.json or metrics.jsonl cut or a bit flipped",
-    "at a random offset of one of them in a stopped run: either refused without a traceback, with nothing changed, or "
-    "resumed to the same weights",
-    trials=30,
-)
+@fault("damaged-run-file", trials=30)
 def damaged_run_file(stage: Stage, index: int) -> None:
-    reference = stage.reference()
+    """recipe.yaml, provenance.json or metrics.jsonl cut or a bit flipped: at a random offset of one of them in a
+    stopped run: either refused without a traceback, with nothing changed, or resumed to the same weights."""
     stage.stopped()
     damage(stage, stage.run / ("recipe.yaml", "provenance.json", "metrics.jsonl")[index % 3])
     before = contents(stage.run)
@@ -178,7 +146,7 @@ def damaged_run_file(stage: Stage, index: int) -> None:
         refused(stage, process)
         assert contents(stage.run) == before
     else:
-        mine, wanted = (contents(run / f"checkpoints/step_{STEPS}") for run in (stage.run, reference))
+        mine, wanted = (contents(run / f"checkpoints/step_{STEPS}") for run in (stage.run, stage.reference()))
         assert [n for n in wanted if n.endswith(".safetensors") and mine.get(n) != wanted[n]] == [], "other weights"
 
 
@@ -190,16 +158,10 @@ def own_cache(stage: Stage) -> tuple[Path, Path, dict[str, str]]:
     return cache, store, {"HARNESS_CACHE": str(cache)}
 
 
-@fault(
-    "damaged-beton",
-    ".beton file or its manifest cut or a bit flipped",
-    "at a random offset, before the first start: refused with code 2 and nothing changed; after `harness data prepare "
-    "--force` the training ends as undisturbed",
-    trials=20,
-    ordinary=True,
-)
+@fault("damaged-beton", trials=20, ordinary=True)
 def damaged_beton(stage: Stage, index: int) -> None:
-    reference = stage.reference()
+    """.beton file or its manifest cut or a bit flipped: at a random offset, before the first start: refused with code 2
+    and nothing changed; after `harness data prepare --force` the training ends as undisturbed."""
     cache, store, environment = own_cache(stage)
     damage(stage, stage.rng.choice(sorted(store.iterdir())))
     before = contents(cache)
@@ -208,7 +170,7 @@ def damaged_beton(stage: Stage, index: int) -> None:
     assert not stage.run.exists()
     prepare = stage.harness("data", "prepare", str(stage.recipe), "--force", env=environment)
     assert prepare.wait() == 0, prepare.text()[-300:]
-    restarted(stage, stage.train(env=environment), reference, lost_from=0)
+    restarted(stage, env=environment)
 
 
 # What is put into checkpoints/: links by their targets, folders (None) and files by their content.
@@ -223,16 +185,10 @@ STRAYS: dict[str, dict[str, Path | bytes | None]] = {
 }
 
 
-@fault(
-    "stray-entries",
-    "Dangling or stale links and stray files in checkpoints/",
-    "put into a stopped run: links to nothing, to themselves, to another checkpoint, files and folders with a "
-    "checkpoint's name, odd numbers, half-written saves",
-    trials=len(STRAYS) * 2,
-    short=2,
-)
+@fault("stray-entries", trials=len(STRAYS) * 2, short=2)
 def stray_entries(stage: Stage, index: int) -> None:
-    reference = stage.reference()
+    """Dangling or stale links and stray files in checkpoints/: put into a stopped run: links to nothing, to themselves,
+    to another checkpoint, files and folders with a checkpoint's name, odd numbers, half-written saves."""
     stage.stopped()
     kind = list(STRAYS)[index % len(STRAYS)]
     stage.notes.append(kind)
@@ -244,20 +200,13 @@ def stray_entries(stage: Stage, index: int) -> None:
             path.write_bytes(what)
         else:
             path.mkdir(parents=True)
-    restarted(stage, stage.train(), reference, lost_from=STOP_AT)
+    restarted(stage, lost_from=STOP_AT)
 
 
-@fault(
-    "two-writers",
-    "A second process in the same run directory",
-    "the first stands still at a random step (it sends itself SIGSTOP), the same command once more is refused with "
-    "code 2, and the first, sent SIGCONT, ends as undisturbed",
-    trials=10,
-    ordinary=True,
-    most_steps_lost=0,
-)
+@fault("two-writers", trials=10, ordinary=True, most_steps_lost=0)
 def two_writers(stage: Stage, index: int) -> None:
-    reference = stage.reference()
+    """A second process in the same run directory: the first stands still at a random step (it sends itself SIGSTOP),
+    the same command once more is refused with code 2, and the first, sent SIGCONT, ends as undisturbed."""
     step = stage.rng.randrange(2, STEPS + 1)
     first = stage.train(faults=[{"kind": "step", "step": step, "action": "SIGSTOP"}])
     wait_for_step(stage, first, step - 1)
@@ -268,7 +217,7 @@ def two_writers(stage: Stage, index: int) -> None:
         time.sleep(0.01)
     first.send(signal.SIGCONT)
     assert first.wait() == 0, first.text()[-300:]
-    assert differences(stage.run, reference) == []
+    assert differences(stage.run, stage.reference()) == []
 
 
 def forge(folder: Path, name: str, content: bytes) -> None:
@@ -278,14 +227,10 @@ def forge(folder: Path, name: str, content: bytes) -> None:
     (folder / "manifest.json").write_text(manifest_of(files))
 
 
-@fault(
-    "forged-state",
-    "A checkpoint with a forged state.json",
-    "one entry of every checkpoint's state.json replaced or left out at random and the manifest made to fit: refused "
-    "with code 2 and the checkpoints unchanged in content, or resumed",
-    trials=24,
-)
+@fault("forged-state", trials=24)
 def forged_state(stage: Stage, index: int) -> None:
+    """A checkpoint with a forged state.json: one entry of every checkpoint's state.json replaced or left out at random
+    and the manifest made to fit: refused with code 2 and the checkpoints unchanged in content, or resumed."""
     stage.stopped()
     checkpoints = stage.run / "checkpoints"
     for folder in checkpoints.iterdir():
@@ -394,17 +339,11 @@ CASES: dict[str, Callable[[Stage], Process]] = {
 }
 
 
-@fault(
-    "malice",
-    "Malicious pickles, and paths that lead out",
-    "a pickle that would leave a file, in place of each file of every checkpoint (the manifest made to fit), of a "
-    ".beton file, and in a CIFAR-10 archive; manifests, Parquet rows, image folders and archive members that lead out: "
-    "refused with code 2, nothing run, nothing written outside",
-    trials=len(CASES),
-    short=len(CASES),
-    ordinary=True,
-)
+@fault("malice", trials=len(CASES), short=len(CASES), ordinary=True)
 def malice(stage: Stage, index: int) -> None:
+    """Malicious pickles, and paths that lead out: a pickle that would leave a file, in place of each file of every
+    checkpoint (the manifest made to fit), of a .beton file, and in a CIFAR-10 archive; manifests, Parquet rows, image
+    folders and archive members that lead out: refused with code 2, nothing run, nothing written outside."""
     title, case = list(CASES.items())[index]
     stage.notes.append(title)
     refused(stage, case(stage))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import signal
 import time
-from pathlib import Path
 
 from tests.faults.check import reached, records, restarted, wait_for_step
 from tests.faults.fault import NoMoreCases, fault
@@ -29,28 +28,22 @@ def signalled(stage: Stage, process: Process, number: int, codes: tuple[int, ...
     return code
 
 
-def killed(stage: Stage, process: Process, reference: Path) -> None:
+def killed(stage: Stage, process: Process) -> None:
     signalled(stage, process, signal.SIGKILL, (KILLED, 0))
-    restarted(stage, stage.train(), reference, lost_from=reached(stage.run))
+    restarted(stage)
 
 
-@fault(
-    "kill",
-    "SIGKILL at a random moment",
-    "from outside: half of them at a random time from the start of the process, half at a random step",
-    trials=110,
-    short=2,
-    ordinary=True,
-)
+@fault("kill", trials=110, short=2, ordinary=True)
 def kill(stage: Stage, index: int) -> None:
-    reference = stage.reference()
+    """SIGKILL at a random moment: from outside: half of them at a random time from the start of the process, half at a
+    random step."""
     process = stage.train()
     if index % 2:
         time.sleep(stage.rng.uniform(0, 1.2))
     else:
         wait_for_step(stage, process, stage.rng.randrange(1, STEPS))
         time.sleep(stage.rng.uniform(0, 0.05))
-    killed(stage, process, reference)
+    killed(stage, process)
 
 
 def saves(lines: list[str], numbers: tuple[int, ...]) -> list[int]:
@@ -60,18 +53,11 @@ def saves(lines: list[str], numbers: tuple[int, ...]) -> list[int]:
     return sorted({touch for n in numbers for touch in range(begins[n - 1], ends[n - 1] + 3)})
 
 
-@fault(
-    "kill-in-save",
-    "SIGKILL inside a save",
-    "in the process itself, right before each open, fsync, rename, mkdir and remove under checkpoints/ in turn (the "
-    "first save, and two that also drop an old one); then right before each fsync with the file cut at a random "
-    "length, as a power cut would leave it",
-    trials=200,
-    short=2,
-    ordinary=True,
-)
+@fault("kill-in-save", trials=200, short=2, ordinary=True)
 def kill_in_save(stage: Stage, index: int) -> None:
-    reference = stage.reference()
+    """SIGKILL inside a save: in the process itself, right before each open, fsync, rename, mkdir and remove under
+    checkpoints/ in turn (the first save, and two that also drop an old one); then right before each fsync with the file
+    cut at a random length, as a power cut would leave it."""
     lines = stage.touches("/checkpoints", "checkpoints")
     places = saves(lines, (1, 3, 4))
     cases = [(n, "kill") for n in places]
@@ -84,18 +70,13 @@ def kill_in_save(stage: Stage, index: int) -> None:
     process = stage.train(faults=[place])
     assert process.wait() == KILLED, process.text()[-500:]
     stage.detect = 0.0
-    restarted(stage, stage.train(), reference, lost_from=reached(stage.run))
+    restarted(stage)
 
 
-@fault(
-    "kill-in-evaluation",
-    "SIGKILL in an evaluation",
-    "from outside, between the record of an epoch's training and that of its evaluation; trials that missed are not "
-    "counted",
-    trials=20,
-)
+@fault("kill-in-evaluation", trials=20)
 def kill_in_evaluation(stage: Stage, index: int) -> None:
-    reference = stage.reference()
+    """SIGKILL in an evaluation: from outside, between the record of an epoch's training and that of its evaluation;
+    trials that missed are not counted."""
 
     def has(split: str) -> bool:
         wanted = ("epoch", epoch_end, split)
@@ -113,20 +94,14 @@ def kill_in_evaluation(stage: Stage, index: int) -> None:
         process.wait()
         if has("train") and not has("test_ema"):
             stage.notes.append(f"epoch end at step {epoch_end}")
-            return killed(stage, process, reference)
+            return killed(stage, process)
     raise AssertionError("no kill fell into an evaluation")
 
 
-@fault(
-    "kill-in-conversion",
-    "SIGKILL in the .beton conversion",
-    "in the process itself, right before each open, fsync, rename, mkdir and remove under an empty cache's data/ in "
-    "turn",
-    trials=60,
-    ordinary=True,
-)
+@fault("kill-in-conversion", trials=60, ordinary=True)
 def kill_in_conversion(stage: Stage, index: int) -> None:
-    reference = stage.reference()
+    """SIGKILL in the .beton conversion: in the process itself, right before each open, fsync, rename, mkdir and remove
+    under an empty cache's data/ in turn."""
     cache = stage.folder / "cache"
     environment = {"HARNESS_CACHE": str(cache)}
     lines = stage.touches("cache/data", "data", {"HARNESS_CACHE": str(stage.folder / "counted-cache")})
@@ -138,58 +113,39 @@ def kill_in_conversion(stage: Stage, index: int) -> None:
     process = stage.train(faults=[place], env=environment)
     assert process.wait() == KILLED, process.text()[-500:]
     stage.detect = 0.0
-    restarted(stage, stage.train(env=environment), reference, lost_from=0)
+    restarted(stage, env=environment)
     assert [p.name for p in (cache / "data").iterdir() if p.name.startswith(".")] == []
     verified = stage.harness("data", "verify", env=environment)
     assert verified.wait() == 0, verified.text()
 
 
-@fault(
-    "signal",
-    "SIGTERM, SIGINT, SIGUSR1, SIGUSR2",
-    "from outside, one of them in turn, at a random step; the exit code must be 75",
-    trials=40,
-    ordinary=True,
-    most_steps_lost=0,
-)
+@fault("signal", trials=40, ordinary=True, most_steps_lost=0)
 def one_signal(stage: Stage, index: int) -> None:
-    reference = stage.reference()
+    """SIGTERM, SIGINT, SIGUSR1, SIGUSR2: from outside, one of them in turn, at a random step; the exit code must be
+    75."""
     process = stage.train()
     wait_for_step(stage, process, stage.rng.randrange(1, STEPS - 4))
     time.sleep(stage.rng.uniform(0, 0.03))
     signalled(stage, process, STOPPING[index % 4], (REQUEUE,))
-    restarted(stage, stage.train(), reference, lost_from=reached(stage.run))
+    restarted(stage)
 
 
-@fault(
-    "early-signal",
-    "A signal before the first step",
-    "from outside, one of the four in turn, in the first 0.6 s of the process; code 75, or died of it before it had "
-    "written anything",
-    trials=20,
-    most_steps_lost=0,
-)
+@fault("early-signal", trials=20, most_steps_lost=0)
 def early_signal(stage: Stage, index: int) -> None:
-    reference = stage.reference()
+    """A signal before the first step: from outside, one of the four in turn, in the first 0.6 s of the process; code
+    75, or died of it before it had written anything."""
     number = STOPPING[index % 4]
     process = stage.train()
     time.sleep(stage.rng.uniform(0, 0.6))
     code = signalled(stage, process, number, (REQUEUE, -number, INTERRUPTED))
     assert code == REQUEUE or not stage.run.exists()  # it did not listen yet
-    restarted(stage, stage.train(), reference, lost_from=reached(stage.run))
+    restarted(stage)
 
 
-@fault(
-    "second-signal-in-save",
-    "A second signal while the checkpoint is written",
-    "in the process itself: SIGTERM at a random step, then SIGTERM, SIGUSR1 or SIGUSR2 right before a random open, "
-    "fsync or rename of the save that follows",
-    trials=24,
-    ordinary=True,
-    most_steps_lost=0,
-)
+@fault("second-signal-in-save", trials=24, ordinary=True, most_steps_lost=0)
 def second_signal(stage: Stage, index: int) -> None:
-    reference = stage.reference(*NO_REGULAR_SAVES)
+    """A second signal while the checkpoint is written: in the process itself: SIGTERM at a random step, then SIGTERM,
+    SIGUSR1 or SIGUSR2 right before a random open, fsync or rename of the save that follows."""
     step, touch = stage.rng.randrange(1, STEPS), stage.rng.randrange(1, 15)
     second = ("SIGTERM", "SIGUSR1", "SIGUSR2")[index % 3]
     stage.notes.append(f"{second} before touch {touch} of the save at step {step}")
@@ -200,38 +156,29 @@ def second_signal(stage: Stage, index: int) -> None:
     process = stage.train(*NO_REGULAR_SAVES, faults=faults)
     assert process.wait() == REQUEUE, process.text()[-500:]
     assert reached(stage.run) == step
-    restarted(stage, stage.train(*NO_REGULAR_SAVES), reference, lost_from=step)
+    restarted(stage, *NO_REGULAR_SAVES, lost_from=step)
 
 
-@fault(
-    "second-interrupt",
-    "A second Ctrl-C",
-    "from outside: SIGINT at a random step and again up to 10 ms later, which ends the process at once; code 130 or 75",
-    trials=16,
-)
+@fault("second-interrupt", trials=16)
 def second_interrupt(stage: Stage, index: int) -> None:
-    reference = stage.reference()
+    """A second Ctrl-C: from outside: SIGINT at a random step and again up to 10 ms later, which ends the process at
+    once; code 130 or 75."""
     process = stage.train()
     wait_for_step(stage, process, stage.rng.randrange(1, STEPS - 4))
     process.send(signal.SIGINT)
     time.sleep(stage.rng.uniform(0, 0.01))
     signalled(stage, process, signal.SIGINT, (INTERRUPTED, REQUEUE))
     assert "Traceback" not in process.text(), process.text()[-500:]
-    restarted(stage, stage.train(), reference, lost_from=reached(stage.run))
+    restarted(stage)
 
 
-@fault(
-    "requeued-ten-times",
-    "Stopped and resumed ten times in one run",
-    "SIGTERM, SIGUSR1 or SIGUSR2 from outside after one new step of each start, eleven starts in all",
-    trials=4,
-    most_steps_lost=0,
-)
+@fault("requeued-ten-times", trials=4, most_steps_lost=0)
 def requeued(stage: Stage, index: int) -> None:
+    """Stopped and resumed ten times in one run: SIGTERM, SIGUSR1 or SIGUSR2 from outside after one new step of each
+    start, eleven starts in all."""
     length = ("training.epochs=8",)  # 56 steps: room for ten stops
-    reference = stage.reference(*length)
     for _ in range(10):
         process = stage.train(*length)
         wait_for_step(stage, process, reached(stage.run) + 1)
         signalled(stage, process, stage.rng.choice((signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)), (REQUEUE,))
-    restarted(stage, stage.train(*length), reference, lost_from=reached(stage.run))
+    restarted(stage, *length)

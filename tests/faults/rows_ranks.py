@@ -8,7 +8,6 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import psutil
 
@@ -31,11 +30,16 @@ def pair(stage: Stage, *overrides: str, port: int | None = None, env: dict[str, 
     return [stage.train(*overrides, env=place) for place in places]
 
 
-def both_restarted(stage: Stage, reference: Path, *, lost_from: int, port: int | None = None) -> None:
+def both_restarted(stage: Stage, port: int | None = None) -> None:
     """The first rank's end is the run's."""
-    first, second = pair(stage, port=port)
-    restarted(stage, first, reference, lost_from=lost_from)
-    assert second.wait() == 0, second.text()[-500:]
+    ranks: list[Process] = []
+
+    def start() -> Process:
+        ranks.extend(pair(stage, port=port))
+        return ranks[0]
+
+    restarted(stage, start=start, ranks=2)
+    assert ranks[1].wait() == 0, ranks[1].text()[-500:]
 
 
 def ranks_of(launcher: Process) -> list[psutil.Process]:
@@ -45,16 +49,10 @@ def ranks_of(launcher: Process) -> list[psutil.Process]:
     return sorted(ranks, key=lambda process: process.environ()["RANK"])
 
 
-@fault(
-    "rank-killed",
-    "SIGKILL of one rank of two",
-    "two forked ranks, one of them in turn killed from outside at a random step; the other must end by itself, then "
-    "both are restarted",
-    trials=16,
-    ordinary=True,
-)
+@fault("rank-killed", trials=16, ordinary=True)
 def rank_killed(stage: Stage, index: int) -> None:
-    reference = stage.reference(ranks=2)
+    """SIGKILL of one rank of two: two forked ranks, one of them in turn killed from outside at a random step; the other
+    must end by itself, then both are restarted."""
     ranks = pair(stage)
     wait_for_step(stage, ranks[0], stage.rng.randrange(1, STEPS - 2))
     time.sleep(stage.rng.uniform(0, 0.03))
@@ -64,19 +62,13 @@ def rank_killed(stage: Stage, index: int) -> None:
     codes = [stage.end(rank, since=begin, seconds=END_SECONDS) for rank in (dead, other)]
     stage.notes.append(f"rank {index % 2}, exit codes {codes}")
     assert codes != [-signal.SIGKILL, 0], "the other rank took it for the end"
-    both_restarted(stage, reference, lost_from=reached(stage.run))
+    both_restarted(stage)
 
 
-@fault(
-    "rank-killed-under-launcher",
-    "SIGKILL of one rank of two, under the launcher",
-    "`accelerate launch` as launch.sh runs it, one of the ranks in turn killed from outside at a random step; the "
-    "whole command must end, then it is run again",
-    trials=4,
-    load="heavy",
-)
+@fault("rank-killed-under-launcher", trials=4)
 def rank_killed_under_launcher(stage: Stage, index: int) -> None:
-    reference = stage.reference(ranks=2)
+    """SIGKILL of one rank of two, under the launcher: `accelerate launch` as launch.sh runs it, one of the ranks in
+    turn killed from outside at a random step; the whole command must end, then it is run again."""
     launcher = stage.launch()
     wait_for_step(stage, launcher, stage.rng.randrange(1, STEPS - 4))
     ranks = ranks_of(launcher)
@@ -85,21 +77,14 @@ def rank_killed_under_launcher(stage: Stage, index: int) -> None:
     code = stage.end(launcher, since=begin, seconds=END_SECONDS)
     stage.notes.append(f"rank {index % 2}, exit code {code}")
     assert code in (1, REQUEUE), launcher.text()[-500:]
-    restarted(stage, stage.launch(), reference, lost_from=reached(stage.run))
+    restarted(stage, start=stage.launch, ranks=2)
 
 
-@fault(
-    "launcher-killed",
-    "SIGKILL of the launcher",
-    "`accelerate launch` killed from outside at a random step; its ranks must stop with a checkpoint within 90 s, "
-    "then it is run again",
-    most_steps_lost=0,
-    trials=4,
-    load="heavy",
-)
+@fault("launcher-killed", most_steps_lost=0, trials=4)
 def launcher_killed(stage: Stage, index: int) -> None:
+    """SIGKILL of the launcher: `accelerate launch` killed from outside at a random step; its ranks must stop with a
+    checkpoint within 90 s, then it is run again."""
     length = ("training.epochs=30",)
-    reference = stage.reference(*length, ranks=2)
     launcher = stage.launch(*length)
     wait_for_step(stage, launcher, stage.rng.randrange(1, STEPS))
     orphans = ranks_of(launcher)
@@ -111,19 +96,13 @@ def launcher_killed(stage: Stage, index: int) -> None:
     for process in alive:
         process.kill()
     assert not alive, f"{len(alive)} ranks outlived their launcher by {END_SECONDS:g} s"
-    restarted(stage, stage.launch(*length), reference, lost_from=reached(stage.run))
+    restarted(stage, *length, start=lambda: stage.launch(*length), ranks=2)
 
 
-@fault(
-    "rank-throws",
-    "A rank that throws",
-    "`accelerate launch`, a RuntimeError in rank 1 at a random step; the command must end with code 1 and show that "
-    "error, then it is run again",
-    trials=4,
-    load="heavy",
-)
+@fault("rank-throws", trials=4)
 def rank_throws(stage: Stage, index: int) -> None:
-    reference = stage.reference(ranks=2)
+    """A rank that throws: `accelerate launch`, a RuntimeError in rank 1 at a random step; the command must end with
+    code 1 and show that error, then it is run again."""
     step = stage.rng.randrange(2, STEPS)
     stage.notes.append(f"step {step}")
     launcher = stage.launch(faults=[{"kind": "step", "step": step, "action": "throw", "rank": 1}])
@@ -131,18 +110,13 @@ def rank_throws(stage: Stage, index: int) -> None:
     code = stage.end(launcher, since=time.monotonic(), seconds=END_SECONDS)
     assert code == 1, f"exit code {code}: {launcher.text()[-800:]}"
     assert "a fault of this test" in launcher.text()
-    restarted(stage, stage.launch(), reference, lost_from=reached(stage.run))
+    restarted(stage, start=stage.launch, ranks=2)
 
 
-@fault(
-    "rank-stalls",
-    "A rank that stalls",
-    f"two forked ranks, one of them in turn sent SIGSTOP at a random step, {TIMEOUT_VARIABLE}=8; the other must end "
-    "and name the rank that is late, then both are restarted",
-    trials=10,
-)
+@fault("rank-stalls", trials=10)
 def rank_stalls(stage: Stage, index: int) -> None:
-    reference = stage.reference(ranks=2)
+    """A rank that stalls: two forked ranks, one of them in turn sent SIGSTOP at a random step,
+    HARNESS_COLLECTIVE_TIMEOUT_SECONDS=8; the other must end and name the rank that is late, then both are restarted."""
     ranks = pair(stage, env={TIMEOUT_VARIABLE: "8"})
     wait_for_step(stage, ranks[0], stage.rng.randrange(1, STEPS - 4))
     late, other = ranks[index % 2], ranks[1 - index % 2]
@@ -154,7 +128,7 @@ def rank_stalls(stage: Stage, index: int) -> None:
     stage.notes.append(f"rank {index % 2}, exit code {code}")
     assert code != 0
     assert f"rank {index % 2}" in other.text(), other.text()[-500:]
-    both_restarted(stage, reference, lost_from=reached(stage.run))
+    both_restarted(stage)
 
 
 @contextmanager
@@ -164,15 +138,10 @@ def taken_port() -> Iterator[int]:
         yield int(listener.getsockname()[1])
 
 
-@fault(
-    "taken-port",
-    "A taken port",
-    "two forked ranks whose MASTER_PORT another process listens on: rank 0 must end with an error that names the port, "
-    "nothing written; with the port free they train as undisturbed",
-    trials=6,
-)
+@fault("taken-port", trials=6)
 def port_taken(stage: Stage, index: int) -> None:
-    reference = stage.reference(ranks=2)
+    """A taken port: two forked ranks whose MASTER_PORT another process listens on: rank 0 must end with an error that
+    names the port, nothing written; with the port free they train as undisturbed."""
     with taken_port() as port:
         first, second = pair(stage, port=port)
         code = stage.end(first, seconds=END_SECONDS)
@@ -182,32 +151,22 @@ def port_taken(stage: Stage, index: int) -> None:
     says_why(first)
     assert str(port) in first.text(), first.text()[-300:]
     assert not stage.run.exists()
-    both_restarted(stage, reference, lost_from=0, port=port)
+    both_restarted(stage, port)
 
 
-@fault(
-    "taken-port-under-launcher",
-    "A taken port, under the launcher",
-    "`accelerate launch --main_process_port` with a port that another process listens on: it trains as undisturbed, on "
-    "another port",
-    trials=2,
-    load="heavy",
-)
+@fault("taken-port-under-launcher", trials=2)
 def port_taken_under_launcher(stage: Stage, index: int) -> None:
-    reference = stage.reference(ranks=2)
+    """A taken port, under the launcher: `accelerate launch --main_process_port` with a port that another process
+    listens on: it trains as undisturbed, on another port."""
     with taken_port() as port:
-        restarted(stage, stage.launch(options=["--main_process_port", str(port)]), reference, lost_from=0)
+        options = ["--main_process_port", str(port)]
+        restarted(stage, start=lambda: stage.launch(options=options), ranks=2)
 
 
-@fault(
-    "world-size-changes",
-    "World size 2 → 1 → 2",
-    "SIGTERM to one rank at a random step, resumed on one rank, SIGTERM again, resumed on two: the same images a step "
-    "and learning rates as on one rank, each step once, losses within 0.5 %",
-    trials=10,
-    most_steps_lost=0,
-)
+@fault("world-size-changes", trials=10, most_steps_lost=0)
 def world_size_changes(stage: Stage, index: int) -> None:
+    """World size 2 → 1 → 2: SIGTERM to one rank at a random step, resumed on one rank, SIGTERM again, resumed on two:
+    the same images a step and learning rates as on one rank, each step once, losses within 0.5 %."""
     reference = stage.reference(*WITHOUT_DRAWS)
     ranks = pair(stage, *WITHOUT_DRAWS)
     wait_for_step(stage, ranks[0], stage.rng.randrange(1, 7))

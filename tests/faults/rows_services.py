@@ -43,67 +43,45 @@ def undisturbed(stage: Stage, process: Process, *, since: float | None = None) -
     assert differences(stage.run, stage.reference(*LENGTH)) == []
 
 
-@fault(
-    "wandb-down-at-start",
-    "W&B server down at start",
-    "nothing listens on its port; detected: when the training has ended",
-    trials=2,
-    load="waiting",
-)
+@fault("wandb-down-at-start", trials=2)
 def down_at_start(stage: Stage, index: int) -> None:
+    """W&B server down at start: nothing listens on its port; detected: when the training has ended."""
     undisturbed(stage, stage.train(*ONLINE, env=environment(free_port())))
 
 
-@fault(
-    "wandb-killed",
-    "W&B server killed in the middle",
-    "SIGKILL to the server at a random step; detected: when the training has ended",
-    trials=2,
-    load="waiting",
-)
+@fault("wandb-killed", trials=2)
 def killed(stage: Stage, index: int) -> None:
+    """W&B server killed in the middle: SIGKILL to the server at a random step; detected: when the training has
+    ended."""
     with served(stage) as server:
         process = stage.train(*ONLINE, env=environment(server.port))
         stage.notes.append(f"at step {wait_for_step(stage, process, stage.rng.randrange(1, 60))}")
     undisturbed(stage, process, since=time.monotonic())
 
 
-@fault(
-    "wandb-down-at-finish",
-    "W&B server down at finish",
-    "SIGKILL to the server when the last step is done; detected: when the training has ended",
-    trials=2,
-    load="waiting",
-)
+@fault("wandb-down-at-finish", trials=2)
 def down_at_finish(stage: Stage, index: int) -> None:
+    """W&B server down at finish: SIGKILL to the server when the last step is done; detected: when the training has
+    ended."""
     with served(stage) as server:
         process = stage.train(*ONLINE, env=environment(server.port))
         wait_for_step(stage, process, 84)
     undisturbed(stage, process, since=time.monotonic())
 
 
-@fault(
-    "wandb-slow",
-    "W&B server slow",
-    "each piece of data to and from it is held back by 0.5 to 2 s",
-    trials=2,
-    load="waiting",
-)
+@fault("wandb-slow", trials=2)
 def slow(stage: Stage, index: int) -> None:
+    """W&B server slow: each piece of data to and from it is held back by 0.5 to 2 s."""
     seconds = stage.rng.uniform(0.5, 2)
     stage.notes.append(f"{seconds:.1f} s")
     with served(stage) as server, contextlib.closing(SlowWay(server.port, seconds)) as way:
         undisturbed(stage, stage.train(*ONLINE, env=environment(way.port)))
 
 
-@fault(
-    "wandb-server-disk-full",
-    "Disk full under the W&B server's folder",
-    "the server's folder lies on a tmpfs of 4 MB (as root) that is filled up when the training begins",
-    trials=2,
-    load="waiting",
-)
+@fault("wandb-server-disk-full", trials=2)
 def server_disk_full(stage: Stage, index: int) -> None:
+    """Disk full under the W&B server's folder: the server's folder lies on a tmpfs of 4 MB (as root) that is filled up
+    when the training begins."""
     disk = stage.small_disk("server", 4096)
     with served(stage, disk) as server:
         with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
@@ -112,14 +90,10 @@ def server_disk_full(stage: Stage, index: int) -> None:
         undisturbed(stage, stage.train(*ONLINE, env=environment(server.port)))
 
 
-@fault(
-    "wandb-folder-full",
-    "Disk full under the run's wandb/ folder",
-    "a stopped run is resumed with W&B offline and a tmpfs of 8 to 64 kB (as root) as its wandb/ folder",
-    trials=2,
-    load="waiting",
-)
+@fault("wandb-folder-full", trials=2)
 def folder_full(stage: Stage, index: int) -> None:
+    """Disk full under the run's wandb/ folder: a stopped run is resumed with W&B offline and a tmpfs of 8 to 64 kB (as
+    root) as its wandb/ folder."""
     step = {"kind": "step", "step": 5, "action": "SIGTERM"}
     assert stage.train(*LENGTH, faults=[step]).wait() == 75
     kilobytes = stage.rng.randrange(8, 64, 4)
@@ -137,31 +111,22 @@ def diverged(stage: Stage, process: Process, step: int | None = None) -> None:
     assert not (stage.run / "result.json").exists()
 
 
-@fault(
-    "nan-in-a-batch",
-    "NaN in a batch",
-    "in the process itself, one pixel from a random training batch on: code 3 with step and layer; the restart, "
-    "without the NaN, ends as undisturbed",
-    trials=8,
-    ordinary=True,
-)
+@fault("nan-in-a-batch", trials=8, ordinary=True)
 def nan_in_a_batch(stage: Stage, index: int) -> None:
-    reference = stage.reference(*BATCHES_ARE_STEPS)
+    """NaN in a batch: in the process itself, one pixel from a random training batch on: code 3 with step and layer; the
+    restart, without the NaN, ends as undisturbed."""
     step = stage.rng.randrange(1, STEPS + 1)
     batch = 2 * (step - 1) + stage.rng.randrange(1, 3)  # two micro-batches a step
     stage.notes.append(f"batch {batch}, step {step}")
     nan = {"kind": "batch", "batch": batch, "value": "nan"}
     diverged(stage, stage.train(*BATCHES_ARE_STEPS, faults=[nan]), step)
-    restarted(stage, stage.train(*BATCHES_ARE_STEPS), reference, lost_from=step - 1)
+    restarted(stage, *BATCHES_ARE_STEPS, lost_from=step - 1)
 
 
-@fault(
-    "huge-learning-rate",
-    "Learning rate so large that the training diverges",
-    "optimizer.lr from 1e15 to 1e35 without normalisation and clipping: code 3 with step and layer, no result",
-    trials=8,
-)
+@fault("huge-learning-rate", trials=8)
 def huge_learning_rate(stage: Stage, index: int) -> None:
+    """Learning rate so large that the training diverges: optimizer.lr from 1e15 to 1e35 without normalisation and
+    clipping: code 3 with step and layer, no result."""
     lr = f"optimizer.lr=1.0e+{stage.rng.randrange(15, 36)}"
     stage.notes.append(lr)
     overrides = (lr, "model.args.norm=none", "training.clip_grad_norm=null", "schedule.warmup_steps=0")
@@ -169,24 +134,18 @@ def huge_learning_rate(stage: Stage, index: int) -> None:
     diverged(stage, stage.train(*overrides, "optimizer.weight_decay=0"))
 
 
-@fault(
-    "overflow",
-    "fp16-style overflow",
-    "as far as a CPU can: fp16 itself is refused with code 2 there (every fourth trial); in bf16, pixels times 3e38 "
-    "from a random batch on give infinities: code 3 with step and layer, and the restart without them ends as "
-    "undisturbed. Loss scaling in fp16 needs a GPU and is not tried here",
-    trials=12,
-    short=2,
-)
+@fault("overflow", trials=12, short=2)
 def overflow(stage: Stage, index: int) -> None:
+    """fp16-style overflow: as far as a CPU can: fp16 itself is refused with code 2 there (every fourth trial); in bf16,
+    pixels times 3e38 from a random batch on give infinities: code 3 with step and layer, and the restart without them
+    ends as undisturbed. Loss scaling in fp16 needs a GPU and is not tried here."""
     if index % 4 == 1:
         refused(stage, stage.train("training.precision=fp16"))
         assert not stage.run.exists()
         return
     overrides = ("training.precision=bf16", *BATCHES_ARE_STEPS)
-    reference = stage.reference(*overrides)
     step = stage.rng.randrange(1, STEPS + 1)
     stage.notes.append(f"step {step}")
     large = {"kind": "batch", "batch": 2 * step, "value": 3e38}
     diverged(stage, stage.train(*overrides, faults=[large]), step)
-    restarted(stage, stage.train(*overrides), reference, lost_from=step - 1)
+    restarted(stage, *overrides, lost_from=step - 1)

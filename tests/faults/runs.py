@@ -9,7 +9,6 @@ import random
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -46,7 +45,6 @@ tracking: {wandb: disabled, log_every_steps: 1}
 """
 # Draws of dropout and mixing belong to a rank, so curves on other numbers of ranks agree only without them.
 WITHOUT_DRAWS = ("model.args.dropout=0.0", "mix.mixup_alpha=0.0", "mix.cutmix_alpha=0.0")
-_ONCE = threading.Lock()  # what all trials share is made by the first that needs it
 
 
 class NotHere(Exception):
@@ -98,7 +96,7 @@ class Stage:
 
     def harness(self, *words: str, faults: Sequence[Fault] = (), env: Mapping[str, str] | None = None) -> Process:
         log, env = self._log(), {**self.environment, **(env or {})}
-        out = log.with_suffix(".out")
+        out = log.with_name(f"{log.name}.out")
         return self._keep(self.forks.fork(words, cwd=self.folder, env=env, out=out, err=log, faults=faults))
 
     def launch(
@@ -130,34 +128,31 @@ class Stage:
     def reference(self, *overrides: str, ranks: int = 1) -> Path:
         """The run directory of an undisturbed training, made once."""
         run = self.work / f"reference-{hashlib.sha256(json.dumps([overrides, ranks]).encode()).hexdigest()[:12]}"
-        with _ONCE:
-            if not (run / "result.json").exists():
-                shutil.rmtree(run, ignore_errors=True)
-                process = (self.train if ranks == 1 else self.launch)(*overrides, run=run)
-                assert process.wait() == 0, process.text()
+        if not (run / "result.json").exists():
+            shutil.rmtree(run, ignore_errors=True)
+            process = (self.train if ranks == 1 else self.launch)(*overrides, run=run)
+            assert process.wait() == 0, process.text()
         return run
 
     def stopped(self) -> None:
         """A copy, at `run`, of a run that a signal stopped after step 11, made once."""
         original = self.work / "stopped"
-        with _ONCE:
-            if not original.exists():
-                partial = self.folder / "stopped"
-                process = self.train(run=partial, faults=[{"kind": "step", "step": STOP_AT, "action": "SIGTERM"}])
-                assert process.wait() == 75, process.text()
-                partial.rename(original)
+        if not original.exists():
+            partial = self.folder / "stopped"
+            process = self.train(run=partial, faults=[{"kind": "step", "step": STOP_AT, "action": "SIGTERM"}])
+            assert process.wait() == 75, process.text()
+            partial.rename(original)
         shutil.copytree(original, self.run, symlinks=True)
 
     def touches(self, under: str, name: str, env: dict[str, str] | None = None) -> list[str]:
         """What an undisturbed training does to the files under a path: one line each, in order; counted once."""
         log = self.work / f"touches-{name}.txt"
-        with _ONCE:
-            if not log.exists():
-                partial = self.folder / "touches.txt"
-                process = self.train(faults=[{"kind": "files", "under": under, "log": str(partial)}], env=env)
-                assert process.wait() == 0, process.text()
-                shutil.rmtree(self.run)
-                partial.rename(log)
+        if not log.exists():
+            partial = self.folder / "touches.txt"
+            process = self.train(faults=[{"kind": "files", "under": under, "log": str(partial)}], env=env)
+            assert process.wait() == 0, process.text()
+            shutil.rmtree(self.run)
+            partial.rename(log)
         return log.read_text().splitlines()
 
     def small_disk(self, name: str, kilobytes: int) -> Path:
