@@ -32,17 +32,14 @@ LEAST = 1e-290  # a smaller span than this has no ticks that floats could tell a
 
 @dataclass(frozen=True)
 class Axis:
-    """Values from `low` to `high` on a stretch from `start` to `end`, in units of the drawing.
-
-    With `log` (both ends positive) the logarithms are spaced evenly; with `whole` only whole numbers are marked.
-    """
+    """Values from `low` to `high` on a stretch from `start` to `end` of a drawing."""
 
     low: float
     high: float
     start: float
     end: float
-    log: bool = False
-    whole: bool = False
+    log: bool = False  # the logarithms are spaced evenly
+    whole: bool = False  # only whole numbers are marked
 
     def place(self, values: Sequence[float] | np.ndarray) -> np.ndarray:
         """Where values lie, in units of the drawing."""
@@ -130,11 +127,8 @@ def epoch_text(epoch: float) -> str:
 
 
 def thin(x_N: np.ndarray, y_N: np.ndarray, *, buckets: int) -> tuple[np.ndarray, np.ndarray]:
-    """At most `4 * buckets` points of a curve, which cover the same pixels where it is drawn `buckets` pixels wide.
-
-    Of each of as many stretches of equal width the first, lowest, highest and last point stay (Jugel et al. 2014, "M4",
-    https://doi.org/10.14778/2732951.2732953), so no spike is lost. x does not fall, and y is finite.
-    """
+    """The first, lowest, highest and last point in each of so many stretches of equal width, so no spike is lost (Jugel
+    et al. 2014, "M4", https://doi.org/10.14778/2732951.2732953); x does not fall."""
     if len(x_N) <= 4 * buckets:
         return x_N, y_N
     span = float(x_N[-1] - x_N[0]) or 1.0
@@ -152,8 +146,7 @@ def thin(x_N: np.ndarray, y_N: np.ndarray, *, buckets: int) -> tuple[np.ndarray,
 
 @dataclass(frozen=True)
 class Series:
-    """A named curve; what is not finite, or beyond LARGEST, is left out. `style` chooses colour and dashes; None takes
-    the series' place in the chart."""
+    """A named curve; `style` chooses colour and dashes, None by the series' place in the chart."""
 
     name: str
     x: Sequence[float]
@@ -173,12 +166,9 @@ def line_chart(
     as_percent: bool = False,
     from_zero: bool = False,
 ) -> Markup:
-    """Curves over common axes; series without a point, and on a logarithmic axis values ≤ 0, are left out.
+    """Curves over common axes; values that are not finite, beyond LARGEST or ≤ 0 on a logarithmic axis are left out.
 
-    Args:
-        description: what it shows, for readers who cannot see it; the last values are added.
-        as_percent: write shares from 0 to 1 in per cent.
-        from_zero: the axis of the values holds 0.
+    `description` says what it shows to those who cannot see it, to which the last values are added.
     """
     drawable = [(s.name, i if s.style is None else s.style, *_points(s, log_x, log_y)) for i, s in enumerate(series)]
     drawable = [curve for curve in drawable if len(curve[2])]

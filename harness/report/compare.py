@@ -201,10 +201,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def differing_settings(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
-    """The keys in which the recipes of groups differ, each with its value in every group, or `NOT_SET`.
-
-    A group whose recipe is not known says nothing of any key.
-    """
+    """The keys in which the known recipes of groups differ, each with its value in every group, or `NOT_SET`."""
     recipes = {group.letter: group.runs[0].experiment for group in groups}
     known = [recipe for recipe in recipes.values() if recipe]
     return {
@@ -306,16 +303,11 @@ def why_not_paired(answers: Sequence[Answers]) -> str | None:
 
 
 def over_images(first_AN: np.ndarray, second_BN: np.ndarray) -> Estimate:
-    """The difference of mean accuracies over the same images, each group's runs averaged for each image.
+    """The difference of mean accuracies over the same images, by whether each run has each image right (bool).
 
-    With a run each the p-value is McNemar's mid-p. With several it is that of the permutation test that swaps the two
-    groups image by image, the same test for means: its distribution is computed whole, not sampled. The interval is
-    Bonett & Price's adjusted Wald interval (2012, "Adjusted Wald confidence interval for a difference of binomial
-    proportions based on paired data", Journal of Educational and Behavioral Statistics 37:479), with means of runs in
-    place of ones and zeros.
-
-    Args:
-        first_AN, second_BN: (runs, images) bool, whether a run classifies an image correctly.
+    With a run each the p-value is McNemar's mid-p, with several that of the permutation test that swaps the two groups
+    image by image, the same test for means. The interval is Bonett & Price's adjusted Wald interval (2012, Journal of
+    Educational and Behavioral Statistics 37:479), with means of runs in place of ones and zeros.
     """
     runs_a, runs_b = len(first_AN), len(second_BN)
     scale = math.lcm(runs_a, runs_b)
@@ -336,11 +328,9 @@ def over_images(first_AN: np.ndarray, second_BN: np.ndarray) -> Estimate:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """McNemar's test for two networks on the same images, by the numbers that only one of them classifies correctly:
-    the mid-p value, two-sided.
+    """McNemar's two-sided mid-p value, by the numbers of images that only one of two networks has right.
 
-    Fagerland, Lydersen & Laake (2013), "The McNemar test for binary matched-pairs data: mid-p and asymptotic are better
-    than exact conditional", BMC Medical Research Methodology 13:91: the exact test is conservative, mid-p is not.
+    Fagerland, Lydersen & Laake 2013, https://doi.org/10.1186/1471-2288-13-91: exact is conservative, mid-p not.
     """
     discordant, fewer = only_first + only_second, min(only_first, only_second)
     just_there = float(stats.binom.pmf(fewer, discordant, 0.5))

@@ -281,9 +281,6 @@ def grad_cam(
 
     Returns:
         float32 (B, h, w) for each layer, each image's largest value 1, or all 0 where no feature speaks for the class.
-
-    Raises:
-        HarnessError: a layer that gave no features of this form, or whose gradient cannot be had.
     """
     features: dict[str, Tensor] = {}
 
@@ -313,11 +310,8 @@ def grad_cam(
 
 
 def layers_to_explain(model: nn.Module, images_BCHW: Tensor) -> dict[str, str]:
-    """What Grad-CAM looks at: both branches of the last block, or any other network's last feature map.
-
-    Raises:
-        HarnessError: the network has no features with a height and width near its end.
-    """
+    """What Grad-CAM looks at: both branches of the last block, or any other network's last feature map; HarnessError
+    where it has none near its end."""
     if isinstance(model, DualBranchNet):
         last = len(model.depthwise_branches) - 1
         return {f"{branch} branch": f"{branch}_branches.{last}" for branch in ("depthwise", "dilated")}

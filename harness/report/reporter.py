@@ -54,14 +54,11 @@ _CHECKPOINT_SECTIONS: tuple[tuple[str, str, str, Callable[[LazyCheckpoint], Mark
 class Reporter:
     """Makes the page of a run (or of the run of a checkpoint), and again only those parts of it that have changed.
 
-    Args:
-        which: "last", "best" or "step_N".
-        weights: "raw" or "ema".
-        output: the file; None is `report.html` in the run directory. Only another report is written over.
+    It goes to `output`, by default `report.html` in the run directory.
 
     Raises:
         HarnessError: no run, a checkpoint or weights that were asked for by name and are not there, or a file that
-            cannot be written.
+            cannot be written, or is there and no report.
     """
 
     def __init__(self, path: Path, *, which: str = "last", weights: str = "raw", output: Path | None = None) -> None:

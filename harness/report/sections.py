@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,6 @@ MOST_ROWS = 100  # of the table of epochs
 LOG_FROM = 30.0  # the largest value over the smallest from which an axis is logarithmic
 BRANCHES = ("depthwise", "dilated")
 MARGIN = 10  # around a drawing of fields
-BOX_WIDTH, BOX_HEIGHT, LOW_BOX_HEIGHT, GAP = 214, 42, 28, 12
-BRANCH_X = {"depthwise": 119, "dilated": WIDTH - 119}
-MIDDLE = WIDTH // 2
 
 _SETTINGS = {
     "Network": "model.name",
@@ -323,73 +321,33 @@ def layers_body(checkpoint: LazyCheckpoint) -> Markup:
 
 def architecture_diagram(model: DualBranchNet, image_size_px: int) -> Markup:
     """Both branches of each block side by side, from the image at the top to the classes at the bottom."""
-    args, sheet = model.args, _Sheet()
-    channels, size = model.in_chans, image_size_px
-    sheet.stage(f"image {channels} × {size} × {size}")
-    if args.stem is not None:
-        sheet.down(GAP)
-        sheet.stage("stem", f"3×3: {channels} → {args.stem}")
-        channels = args.stem
-    spoken = []
+    args, size, blocks, spoken = model.args, image_size_px, [], []
+    channels = args.stem or model.in_chans
+    transitions = [*args.transition_widths, None]
     for number, (widths, dilations) in enumerate(zip(args.widths, args.unit_dilations(), strict=True), start=1):
-        sheet.block(number, [channels, *widths], dilations, "+" if args.merge == "sum" else "concat")
         spoken.append(f"block {number} from {channels} to {' to '.join(map(str, widths))} channels at {size} × {size}")
+        units = [
+            (dilation, f"1×1: {a} → {b}")
+            for dilation, (a, b) in zip(dilations, pairwise([channels, *widths]), strict=True)
+        ]
         channels = widths[-1] * (2 if args.merge == "concat" else 1)
-        sheet.down(24, f"{channels} × {size} × {size}")
-        if number <= len(args.transition_widths):
-            after = args.transition_widths[number - 1]
-            sheet.stage("max-pool 2×2", f"1×1: {channels} → {after}")
+        block = {"number": number, "units": units, "joined": f"{channels} × {size} × {size}", "transition": ""}
+        if after := transitions[number - 1]:
+            block |= {"transition": f"1×1: {channels} → {after}", "after": f"{after} × {size // 2} × {size // 2}"}
             channels, size = after, size // 2
-            sheet.down(24, f"{channels} × {size} × {size}")
+        blocks.append(block)
     height, width = model.final_size
-    sheet.stage(f"mean over {height}×{width}", f"1×1: {channels} → {args.head_width}")
-    sheet.down(GAP)
-    sheet.stage(f"1×1: {args.head_width} → {model.num_classes} classes")
     return drawing(
         "architecture.html",
         title="Dual-branch network",
         description=f"In each block a depthwise and a dilated branch see the same input; their outputs are joined by "
         f"{args.merge}. {'; '.join(spoken)}. Then a mean, {args.head_width} hidden channels and {model.num_classes} "
         "classes.",
-        height=sheet.y + 8,
-        **vars(sheet),
+        image=f"{model.in_chans} × {image_size_px} × {image_size_px}",
+        stem=f"3×3: {model.in_chans} → {args.stem}" if args.stem is not None else "",
+        blocks=blocks,
+        merge=args.merge,
+        mean=f"mean over {height}×{width}",
+        hidden=f"1×1: {channels} → {args.head_width}",
+        classes=f"1×1: {args.head_width} → {model.num_classes} classes",
     )
-
-
-class _Sheet:
-    """What is drawn so far, and how far down."""
-
-    def __init__(self) -> None:
-        self.y = 8
-        self.lines: list[str] = []
-        self.boxes: list[tuple[int, int, int, tuple[str, ...], str]] = []  # middle, top, width, text, kind
-        self.notes: list[tuple[int, int, str, str]] = []  # x, y, text, kind
-
-    def down(self, by: int, size: str = "") -> None:
-        """A line down the middle, with the size of the features to the right of it."""
-        self.lines.append(f"M{MIDDLE} {self.y}v{by}")
-        self.notes.append((MIDDLE + 8, self.y + 16, size, ""))
-        self.y += by
-
-    def stage(self, *text: str) -> None:
-        """A box in the middle."""
-        self.boxes.append((MIDDLE, self.y, BOX_WIDTH, text, "shared"))
-        self.y += LOW_BOX_HEIGHT if len(text) == 1 else BOX_HEIGHT
-
-    def block(self, number: int, channels: list[int], dilations: tuple[int, ...], join: str) -> None:
-        """Both branches below their headings, and where they join; `channels` of the input and of each unit."""
-        self.down(GAP)
-        left, right = BRANCH_X.values()
-        self.lines.append(f"M{left} {self.y + 26}V{self.y}H{right}V{self.y + 26}")
-        self.notes += [(x, self.y + 17, f"{branch} branch {number}", " middle halo") for branch, x in BRANCH_X.items()]
-        self.y += 26
-        for unit, dilation in enumerate(dilations):
-            for branch, x in BRANCH_X.items():
-                taps = f"3×3, dilation {dilation}" if branch == "dilated" and dilation > 1 else "3×3"
-                text = (taps, f"1×1: {channels[unit]} → {channels[unit + 1]}")
-                self.boxes.append((x, self.y, BOX_WIDTH, text, branch))
-                self.lines.append(f"M{x} {self.y + BOX_HEIGHT}v{GAP}")
-            self.y += BOX_HEIGHT + GAP
-        self.lines.append(f"M{left} {self.y}V{self.y + 16}H{right}V{self.y}")
-        self.boxes.append((MIDDLE, self.y + 2, 32 if join == "+" else 76, (join,), "shared"))
-        self.y += 30

@@ -67,11 +67,7 @@ def parse_what(text: str) -> list[str]:
 
 
 def draw_runs(paths: Sequence[Path], what: Sequence[str], *, size: os.terminal_size, colours: bool) -> tuple[str, bool]:
-    """Curves of runs, drawn over one another, and whether any of the runs is still going; `what` is of `QUANTITIES`.
-
-    Raises:
-        HarnessError: a path is no run.
-    """
+    """Curves of runs, drawn over one another, and whether any of the runs is still going; `what` is of `QUANTITIES`."""
     runs = [open_run(path) for path in dict.fromkeys(paths)]
     lines = []
     for run in runs:
@@ -231,12 +227,8 @@ def as_json(run: Run) -> dict[str, Any]:
 
 
 def render(runs: Sequence[Run], root: Path, *, width: int | None, now_unix_seconds: float | None = None) -> str:
-    """The list of the runs below a folder, in the order given: a line each, with what is wrong with them.
-
-    Args:
-        width: columns of the terminal, to which long names are cut; None cuts nothing.
-        now_unix_seconds: for ages; None takes the clock.
-    """
+    """The list of the runs below a folder, in the order given: a line each, with what is wrong with them; long names
+    are cut to the `width` of a terminal."""
     if not runs:
         return f"no runs below {root}"
     # The folder says which recipe it is already, unless a training was given another one.

@@ -86,11 +86,7 @@ def check_unchanged(sweep: Sweep) -> None:
 
 
 def held(sweep: Sweep) -> AbstractContextManager[None]:
-    """Hold the sweep's folder: two processes at once would train the same runs.
-
-    Raises:
-        HarnessError: another process holds it, or it cannot be made.
-    """
+    """Hold the sweep's folder, or raise a HarnessError: two processes at once would train the same runs."""
     hint = "Wait for it (harness sweep SWEEP.yaml --table shows how far it is), or give the sweep another name."
     taken = HarnessError("another process runs this sweep", where=str(sweep.folder), hint=hint)
     hint = "Start in a folder that can be written to."
@@ -196,8 +192,7 @@ def submit(
         each task and, once it is submitted, its `log`.
 
     Raises:
-        HarnessError: too many runs, another process runs this sweep, or sbatch is missing or refuses the job; nothing
-            is left of it then.
+        HarnessError: too many runs, another process runs this sweep, or the job is refused; nothing is left of it then.
     """
     with nullcontext() if dry_run else held(sweep):
         found = statuses(sweep, queued_runs(sweep, must_answer=not dry_run))
@@ -279,13 +274,8 @@ def queued_runs(sweep: Sweep, *, must_answer: bool = False) -> set[str]:
 
 
 def wandb_configuration(sweep: Sweep, ranks: Ranks) -> dict[str, Any]:
-    """The sweep in W&B's words (docs.wandb.ai, "Define a sweep configuration").
-
-    A grid is the same one; random points are drawn by the server, and seeds are one more parameter.
-
-    Raises:
-        HarnessError: values that the agent's command line would change.
-    """
+    """The sweep in W&B's words (docs.wandb.ai, "Define a sweep configuration"): random points are drawn by the server,
+    and seeds are one more parameter. HarnessError where the agent's command line would change a value."""
     spec = sweep.spec
     errors = [
         sweep.error(

@@ -86,12 +86,9 @@ def test_random_points_are_a_function_of_the_file_and_more_of_them_keep_the_firs
     sizes = {values["training.global_batch_size"] for values in more.values()}
     assert sizes <= set(range(4, 17))
     assert len(sizes) > 8
-
-
-def test_random_points_differ(sweep: Path) -> None:
-    text = "recipe: tiny.yaml\nmethod: random\npoints: 2\nparameters: {data.flip: {values: [none, random]}}\n"
-    assert {run.values["data.flip"] for run in load(sweep, text).runs} == {"none", "random"}
-    (error,) = errors_of(sweep, text.replace("points: 2", "points: 3"))
+    few = "recipe: tiny.yaml\nmethod: random\npoints: 2\nparameters: {data.flip: {values: [none, random]}}\n"
+    assert {run.values["data.flip"] for run in load(sweep, few).runs} == {"none", "random"}
+    (error,) = errors_of(sweep, few.replace("points: 2", "points: 3"))
     assert "sweep.yaml:3: points: 3 asked for, but only 2 different ones found" in error
 
 
@@ -167,17 +164,14 @@ def test_what_is_wrong_is_reported_once_at_its_line(sweep: Path, old: str, new: 
     assert all("HINT:" in error for error in errors)
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [
+def test_ranges_without_a_value(sweep: Path) -> None:
+    for size, expected in (
         ("{min: 4.2, max: 4.8}", "takes whole numbers, and there is none from 4.2 to 4.8"),
         ("{min: 16, max: 4}", "min 16 must be below max 4"),
         ("{min: 0, max: 4, scale: log}", "a logarithmic range must begin above 0, not at 0"),
-    ],
-)
-def test_ranges_without_a_value(sweep: Path, size: str, expected: str) -> None:
-    (error,) = errors_of(sweep, RANDOM.replace("{min: 4, max: 16}", size))
-    assert f"sweep.yaml:6: parameters.training.global_batch_size: {expected}" in error
+    ):
+        (error,) = errors_of(sweep, RANDOM.replace("{min: 4, max: 16}", size))
+        assert f"sweep.yaml:6: parameters.training.global_batch_size: {expected}" in error
 
 
 def test_a_file_of_the_other_kind_is_one_error(sweep: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
