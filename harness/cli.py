@@ -348,9 +348,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _exit_code(words: Sequence[str], began_at: float, *, lasting: bool) -> int:
     """Run a command; every error of a user's, or of a machine's, becomes a message and a code."""
     try:
-        code = _run(words, began_at)
+        if not words or words[0].startswith("-"):
+            _refuse_or_help(words)
+        if words[0] not in COMMANDS:
+            raise HarnessError(f'unknown command "{words[0]}"', hint=nearest(words[0], COMMANDS))
+        arguments = parser_of(words[0]).parse(words[1:])
+        if COMMANDS[words[0]].computing:
+            refuse_arithmetic()  # before timm is imported, which ends in a traceback where a variable is no number
+        arguments.began_at = began_at
+        code = arguments.run(arguments) or EXIT_DONE
         sys.stdout.flush()
-        return code
+        return int(code)
     except HarnessError as error:
         found = error
     except KeyboardInterrupt:
@@ -375,18 +383,6 @@ def _exit_code(words: Sequence[str], began_at: float, *, lasting: bool) -> int:
     with suppress(OSError):  # nobody can read it
         print_error(found)
     return found.exit_code
-
-
-def _run(words: Sequence[str], began_at: float) -> int:
-    if not words or words[0].startswith("-"):
-        _refuse_or_help(words)
-    if words[0] not in COMMANDS:
-        raise HarnessError(f'unknown command "{words[0]}"', hint=nearest(words[0], COMMANDS))
-    arguments = parser_of(words[0]).parse(words[1:])
-    if COMMANDS[words[0]].computing:
-        refuse_arithmetic()  # before timm is imported, which ends in a traceback where a variable is no number
-    arguments.began_at = began_at
-    return arguments.run(arguments) or EXIT_DONE
 
 
 def _is_lost(stream: TextIO) -> bool:

@@ -42,7 +42,9 @@ def _width() -> int | None:
 
 
 def train(arguments: Namespace) -> None:
-    recipe = load_recipe(arguments)
+    from harness.recipe import load
+
+    recipe = load(arguments.recipe, arguments.overrides)
     with signals.noticed():  # from here on, before torch is imported
         from harness.training.run import train
 

@@ -30,7 +30,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         HarnessError: all that is wrong with it, each with file:line (or the override) and a HINT.
     """
-    (found,) = load_variants(path, [overrides])
+    found = _with_overrides(_inherited(path), overrides)
     if isinstance(found, ManyErrors):
         raise found
     return found
@@ -41,12 +41,18 @@ def load_variants(path: str | Path, variants: Iterable[Sequence[str]]) -> list[R
 
     Raises HarnessError where the file, or one that it inherits, is missing, no YAML or a sweep.
     """
+    inherited = _inherited(path)
+    return [_with_overrides(copy.deepcopy(inherited), overrides) for overrides in variants]
+
+
+def _inherited(path: str | Path) -> Document:
+    """The file with its bases, under its name."""
     path = Path("/dev/stdin") if str(path) == "-" else locate(path)
     inherited = _read_with_bases(path)
     if {"recipe", "parameters"} <= inherited.data.keys():
         raise HarnessError("this is a sweep, not a recipe", where=str(path), hint=f"harness sweep {path}")
     inherited.data.setdefault("name", "stdin" if yaml_document.is_open_file(path) else path.stem)
-    return [_with_overrides(copy.deepcopy(inherited), overrides) for overrides in variants]
+    return inherited
 
 
 def resolved_yaml(recipe: Recipe) -> str:
