@@ -46,8 +46,8 @@ class RankLost(HarnessError):
 
     def __init__(self, diagnosis: str) -> None:
         super().__init__(
-            f"this rank cannot go on: {diagnosis}",
-            hint="The same command with --resume auto goes on from the last checkpoint.",
+            f"this rank cannot continue: {diagnosis}",
+            hint="The same command with --resume auto resumes from the last checkpoint.",
             exit_code=EXIT_FAILED,
         )
 

@@ -143,7 +143,7 @@ def differences(everyone: list[RankInfo]) -> list[str]:
     for rank, other in enumerate(everyone):
         first = everyone[0]
         if other.world_size != first.world_size:
-            found.append(f"rank {rank} was told of {other.world_size} ranks, rank 0 of {first.world_size}")
+            found.append(f"rank {rank} has WORLD_SIZE {other.world_size}, rank 0 has {first.world_size}")
         if other.recipe_sha256 != first.recipe_sha256:
             found.append(f"rank {rank} on {other.host} has another recipe than rank 0 on {first.host}")
         for name in sorted(first.versions.keys() | other.versions.keys()):

@@ -122,7 +122,7 @@ class Checkpointer:
         scaler = self.step.runtime.accelerator.scaler
         state = {
             "format_version": FORMAT_VERSION,
-            "progress": progress.to_json(),
+            "progress": dataclasses.asdict(progress),
             "scaler": scaler.state_dict() if scaler is not None else None,
             **self.identity,
             "optimizer": optimizer_rest,
@@ -229,7 +229,7 @@ def load(path: Path) -> Saved:
     state = _read_json(path / STATE)
     if state.get("format_version") != FORMAT_VERSION:
         what = f"a checkpoint of format version {state.get('format_version')}; this is version {FORMAT_VERSION}"
-        raise HarnessError(what, where=str(path), hint="Go on with it by the version of the harness that wrote it.")
+        raise HarnessError(what, where=str(path), hint="Resume with the version of the harness that wrote it.")
     progress = _progress_of(path / STATE, state)
     ema = _load_tensors(path / EMA) if EMA in files else None
     return Saved(path, _load_tensors(path / MODEL), ema, _load_tensors(path / OPTIMIZER), state, progress)
@@ -275,8 +275,8 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: Path) -
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        told = " ".join(str(error).partition(":")[2].split())
-        what = f"a checkpoint of another network: {told[:MAX_TEXT]}{' …' if len(told) > MAX_TEXT else ''}"
+        differs = " ".join(str(error).partition(":")[2].split())
+        what = f"a checkpoint of another network: {differs[:MAX_TEXT]}{' …' if len(differs) > MAX_TEXT else ''}"
         hint = "Give the recipe it was trained with, or start a new run with another --run-dir."
         raise HarnessError(what, where=str(where), hint=hint) from None
 

@@ -17,7 +17,7 @@ from harness.training.build import TrainingComponents
 from harness.training.state import Meter, Progress, Score
 from harness.training.step import Stopped
 
-_HINT = "Lower optimizer.lr or add warm-up; --resume auto goes on from the last checkpoint."
+_HINT = "Lower optimizer.lr or add warm-up; --resume auto resumes from the last checkpoint."
 
 
 class Due(NamedTuple):

@@ -108,7 +108,7 @@ class StepProfiler(NullProfiler):
         return _NOTHING if self._trace is None else record_function(name)
 
     def close(self) -> list[str]:
-        if self._trace is not None:  # broken off in the middle: the tracer must not go on
+        if self._trace is not None:  # broken off in the middle: the tracer must not run on
             self._trace.stop()
             self._trace = None
         return self._lines

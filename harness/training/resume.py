@@ -143,7 +143,7 @@ def _choose(recipe: Recipe, stack: ExitStack, given: Path | None, resume: str) -
     path = given or run or unfinished or new_run_directory(recipe.name)
     empty = is_unused(path)
     if not empty and resume != "auto" and run != path.resolve():
-        hint = "Go on with it by --resume auto, or give another --run-dir; nothing was overwritten."
+        hint = "Resume it by --resume auto, or give another --run-dir; nothing was overwritten."
         raise HarnessError("the run directory is not empty", where=str(path), hint=hint)
     lock = None if empty else take_directory(path, stack)
     if resume == "auto" and not empty:
@@ -176,9 +176,11 @@ def _newest_unfinished(recipe: Recipe) -> Path | None:
             return run
         passed_over.append(f"{run.name} differs in {_first_of(list(changed), ', ')}")
     if passed_over:
-        print(f"no unfinished run with this recipe ({_first_of(passed_over, '; ')}); starting anew", file=sys.stderr)
+        print(
+            f"no unfinished run with this recipe ({_first_of(passed_over, '; ')}); starting a new one", file=sys.stderr
+        )
     elif found:
-        print("all runs of this recipe are finished; starting anew", file=sys.stderr)
+        print("all runs of this recipe are finished; starting a new one", file=sys.stderr)
     return None
 
 
@@ -199,11 +201,11 @@ def _check_same_training(recipe: Recipe, run: Path) -> None:
     if lengths and recipe.schedule.name in _SHAPED_BY_LENGTH:
         print(
             f"WARNING {_listed(lengths)}: the {recipe.schedule.name} schedule is shaped by the length, so the learning "
-            "rate goes on along another curve than the one the run began with",
+            "rate follows another curve than the one the run began with",
             file=sys.stderr,
         )
     elif lengths:
-        print(f"goes on with {run.name} to another length ({_listed(lengths)})", file=sys.stderr)
+        print(f"resumes {run.name} to another length ({_listed(lengths)})", file=sys.stderr)
 
 
 def _listed(changes: dict[str, tuple[Any, Any]]) -> str:

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, NotRequired
+from dataclasses import dataclass, field
+from typing import Annotated, NotRequired
 
 import torch
 import torch.distributed as dist
@@ -140,9 +140,6 @@ class Progress:
     def is_best(self) -> bool:
         """Whether the best evaluation is of this very step."""
         return self.best is not None and self.best["step"] == self.step
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Startup:

@@ -159,7 +159,7 @@ class TrainingStep:
         raise Diverged(
             f"training diverged at step {step}: {first_bad_layer(self.unwrapped_model, forward)}",
             hint="Lower optimizer.lr, add warm-up or training.clip_grad_norm, or try training.precision=no; "
-            "--resume auto goes on from the last checkpoint.",
+            "--resume auto resumes from the last checkpoint.",
         )
 
 
@@ -203,7 +203,7 @@ class Stopped(HarnessError):
 
     def __init__(self, step: int) -> None:
         what = f"stopped by {signals.received() or 'a signal to another rank'} after step {step}"
-        hint = "The same command with --resume auto goes on from there."
+        hint = "The same command with --resume auto resumes from there."
         super().__init__(f"{what}; the checkpoint is written", hint=hint, exit_code=EXIT_REQUEUE)
 
 

@@ -94,7 +94,7 @@ def test_two_ranks_on_one_gpu_and_a_mixed_world_are_refused() -> None:
     assert differences([GPU, other, replace(GPU, host="b")]) == []
     assert differences([GPU, other, GPU]) == ["ranks 0 and 2 share GPU 1234 on a"]
     assert differences([GPU, ONE]) == ["rank 1 computes on cpu, rank 0 on GPU 1234"]
-    assert differences([ONE, replace(ONE, world_size=3)]) == ["rank 1 was told of 3 ranks, rank 0 of 2"]
+    assert differences([ONE, replace(ONE, world_size=3)]) == ["rank 1 has WORLD_SIZE 3, rank 0 has 2"]
 
 
 def test_more_threads_than_cores_is_warned_of() -> None:

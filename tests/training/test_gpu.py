@@ -1,4 +1,4 @@
-"""Training on a GPU, through the parts that users run: it never waits between log steps, learns, and goes on."""
+"""Training on a GPU, through the parts that users run: it never waits between log steps, learns, and resumes."""
 
 from __future__ import annotations
 

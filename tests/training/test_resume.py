@@ -242,7 +242,7 @@ def test_other_kernels_are_warned_of(train: Train, monkeypatch: pytest.MonkeyPat
     ("schedule", "said"),
     [
         ("cosine", "WARNING training.epochs: 1 → 2: the cosine schedule is shaped by the length"),
-        ("constant", "goes on with run to another length (training.epochs: 1 → 2)"),
+        ("constant", "resumes run to another length (training.epochs: 1 → 2)"),
     ],
 )
 def test_another_length_is_said_and_warned_of_where_it_shapes_the_schedule(
@@ -255,23 +255,23 @@ def test_another_length_is_said_and_warned_of_where_it_shapes_the_schedule(
     assert ("WARNING" in err) is (schedule == "cosine")
 
 
-def test_auto_says_why_it_starts_anew(
+def test_auto_says_why_it_starts_a_new_run(
     train: Train, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
 ) -> None:
     monkeypatch.chdir(tiny.parent)
     auto = ["train", str(tiny), "training.epochs=1", "--resume", "auto"]
     assert main(auto) == 0
-    assert "starting anew" not in capsys.readouterr().err  # there was nothing to resume
+    assert "starting a new one" not in capsys.readouterr().err  # there was nothing to resume
     assert main(auto) == 0
-    assert "all runs of this recipe are finished; starting anew\n" in capsys.readouterr().err
+    assert "all runs of this recipe are finished; starting a new one\n" in capsys.readouterr().err
     first, second = sorted(Path("runs/tiny").iterdir())
     (first / "result.json").unlink()
     assert main([*auto, "optimizer.lr=0.01"]) == 0
-    said = f"no unfinished run with this recipe ({first.name} differs in optimizer.lr); starting anew\n"
+    said = f"no unfinished run with this recipe ({first.name} differs in optimizer.lr); starting a new one\n"
     assert said in capsys.readouterr().err
     shutil.rmtree(first / "checkpoints")
     assert main(auto) == 0
-    assert f"({first.name} has no checkpoint); starting anew\n" in capsys.readouterr().err
+    assert f"({first.name} has no checkpoint); starting a new one\n" in capsys.readouterr().err
     assert len(list(Path("runs/tiny").iterdir())) == 4
     assert (second / "result.json").exists()
 

@@ -217,7 +217,7 @@ def test_a_rank_that_stands_still_is_named_by_the_other(
     (error,) = end_of([survivor], 1)
     stopped.kill()
     stopped.communicate()
-    assert "ERROR this rank cannot go on: rank 1 is gone or stopped" in error
+    assert "ERROR this rank cannot continue: rank 1 is gone or stopped" in error
     assert "--resume auto" in error
 
 
