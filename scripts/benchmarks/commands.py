@@ -50,7 +50,7 @@ def _one(arguments: Namespace) -> None:
 
 LOOPS = "the loops of PyTorch, Accelerate, Lightning, timm and ours around a network so small that they remain"
 WAIT = "seconds until a loader's first batch is there, in a first process and in later ones"
-ACCURACY = "seconds of training to 80 … 94 %% on the real CIFAR-10: airbench94 and ours (about an hour)"
+ACCURACY = "seconds of training to 80 … 94 percent on the real CIFAR-10: airbench94 and ours (about an hour)"
 SCALING = "training on several CPU ranks: speed, and what gradient exchange, buckets and SyncBN cost"
 PEERS = {
     "overhead": Command("", LOOPS, _one, [_rounds(9), JSON]),
