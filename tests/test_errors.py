@@ -13,6 +13,7 @@ from tests.test_house import FILES, calls_of, module_of, name_of, tree_of
 RAISED = {"harness.errors.HarnessError", "harness.errors.Diverged"}
 # Calls that need no hint of their own, by function.
 WITHOUT_HINT = {
+    "training.evaluate.Evaluator.score": "a failure of ours, which no user can fix",
     "recipe.loading._read_with_bases": "puts the place of `base:` before an error that has its hint in its text",
 }
 

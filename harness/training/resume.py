@@ -63,7 +63,7 @@ def agree_on_start(
             }
     agreed = json.loads(broadcast_text(json.dumps(message), runtime))
     if "what" in agreed:
-        raise HarnessError(**agreed)
+        raise HarnessError(agreed.pop("what"), hint=agreed.pop("hint"), **agreed)
     return Start(Path(agreed["directory"]), Path(agreed["checkpoint"]) if agreed["checkpoint"] else None, lock)
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from harness.bench.loader import synthetic_split
 from harness.data.loaders import build_loader, ffcv_available
+from harness.data.prepare import Split, prepare
 from harness.errors import HarnessError
 
 pytestmark = pytest.mark.ffcv  # numba comes with it
@@ -24,9 +24,13 @@ pytestmark = pytest.mark.ffcv  # numba comes with it
 HOW: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "augmentation": None, "workers": 2}
 
 
+def few_images(count: int) -> Split:
+    return prepare("synthetic", synthetic={"train_images": count}).split("train")
+
+
 @pytest.fixture
 def loader(tmp_path: Path) -> Iterator[Any]:
-    loader = build_loader("ffcv", synthetic_split(tmp_path, count=40), device=torch.device("cpu"), **HOW)
+    loader = build_loader("ffcv", few_images(40), device=torch.device("cpu"), **HOW)
     yield loader
     loader.close()
 
@@ -54,7 +58,7 @@ def test_an_error_in_ffcvs_thread_arrives(loader: Any) -> None:
 
 
 def test_a_process_may_end_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
-    path = synthetic_split(tmp_path, count=40).path
+    path = few_images(40).path
     script = f"""
 import numpy as np, torch
 from pathlib import Path
@@ -74,7 +78,7 @@ def test_without_ffcv_the_error_says_what_to_install(tmp_path: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "ffcv", None)
     monkeypatch.delitem(sys.modules, "harness.data.ffcv_loader", raising=False)
     with pytest.raises(HarnessError, match="ffcv cannot be imported") as caught:
-        build_loader("ffcv", synthetic_split(tmp_path, count=4), device=torch.device("cpu"), **HOW)
+        build_loader("ffcv", few_images(4), device=torch.device("cpu"), **HOW)
     for text in ("libopencv-dev libturbojpeg0-dev pkg-config g++", "pip install '.[ffcv]'", "data.loader=device"):
         assert text in str(caught.value)
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness.report.lr_curve import curve_page, render_curve, render_suggestions
 
 from harness.cli import main
 from harness.errors import HarnessError
 from harness.recipe import load
+from harness.report.terminal import curve_page, render_curve, render_suggestions
 from harness.training.lr_finder import STEEPEST, TENTH, find_lr, rates, smooth, suggest
 from tests.training.conftest import Capsys, Train, assert_same_state
 
