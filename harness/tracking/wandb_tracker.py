@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import sys
@@ -168,6 +169,8 @@ class WandbTracker(NullTracker):
                     x_save_requirements=not self._of_another_machine,
                 ),
             )
+        for handler in logging.getLogger("wandb").handlers:  # on a full disk its debug.log would print tracebacks
+            handler.handleError = lambda record: None  # type: ignore[method-assign]
         self._run.define_metric(STEP_METRIC)
         self._run.define_metric("*", step_metric=STEP_METRIC)
         for name, summary in SUMMARIES.items():
