@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import http.client
 import json
+import logging
 import math
 import netrc
 import os
@@ -311,6 +312,8 @@ class WandbTracker(Tracker):
                     x_save_requirements=self.ran_here,
                 ),
             )
+        for handler in logging.getLogger("wandb").handlers:  # on a full disk its debug.log would print tracebacks
+            handler.handleError = lambda record: None  # type: ignore[method-assign]
         self._run.define_metric(STEP_METRIC)
         self._run.define_metric("*", step_metric=STEP_METRIC)
         for name, summary in _SUMMARIES.items():

@@ -84,7 +84,7 @@ def rank_killed_under_launcher(stage: Stage, index: int) -> None:
 def launcher_killed(stage: Stage, index: int) -> None:
     """SIGKILL of the launcher: `accelerate launch` killed from outside at a random step; its ranks must stop with a
     checkpoint within 90 s, then it is run again."""
-    length = ("training.epochs=30",)
+    length = ("training.epochs=15",)
     launcher = stage.launch(*length)
     wait_for_step(stage, launcher, stage.rng.randrange(1, STEPS))
     orphans = ranks_of(launcher)

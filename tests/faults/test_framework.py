@@ -136,7 +136,7 @@ LOG = [
 ABOUT = {
     "date": "2026-11-24",
     "note": "Quiet.",
-    "machine": "a CPU, 2 cores",
+    "machine": "a CPU",
     "python": "3.11.2",
     "versions": {"torch": "2"},
 }
