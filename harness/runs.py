@@ -231,7 +231,8 @@ def list_runs(root: Path = RUNS, *, recipe: str | None = None) -> list[Run]:
     if not root.is_dir() and root != RUNS:
         hint = "Give the folder that the runs are in, such as runs."
         raise HarnessError("there is no such folder", where=str(root), hint=hint)
-    runs = sorted(map(_open_anyway, _run_folders(root)), key=lambda run: (run.updated_unix_seconds, str(run.path)))
+    found = [_read(path, steps=False) for path in _run_folders(root)]
+    runs = sorted(found, key=lambda run: (run.updated_unix_seconds, str(run.path)))
     chosen = [run for run in runs if recipe is None or run.recipe_name == recipe]
     if recipe is not None and not chosen:
         hint = nearest(recipe, {run.recipe_name for run in runs})
@@ -273,24 +274,12 @@ def _looks_like_a_run(path: Path) -> bool:
     return bool(names & begun) and not any((path / name).is_dir() for name in names - begun)
 
 
-def _open_anyway(path: Path) -> Run:
-    """A run for the list, also where too little is there to open it."""
-    try:
-        return open_run(path, steps=False)
-    except OSError as error:
-        return Run(path, "empty", problems=(f"cannot be read ({error.strerror})",))
-    except HarnessError as error:
-        if is_held(path):
-            return Run(path, "running")
-        if is_unused(path):  # such as a job that waits in its queue
-            return Run(path, "empty")
-        missing = [name for name in RUN_FILES if not (path / name).is_file()]
-        why = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing" if missing else error.what
-        return Run(path, "empty", problems=(why,))
-
-
 def _read(path: Path, steps: bool) -> Run:
     problems: list[str] = []
+    try:
+        unused = is_unused(path)  # such as the folder of a job that waits in its queue
+    except OSError as error:
+        return Run(path, "empty", problems=(f"cannot be read ({error.strerror})",))
     settings = _part(path / "recipe.yaml", _read_settings, Mapping, problems) or {}
     provenance = _part(path / "provenance.json", _read_json, Mapping, problems) or {}
     result = _part(path / RESULT, _read_json, Mapping, problems) if (path / RESULT).exists() else None
@@ -298,10 +287,10 @@ def _read(path: Path, steps: bool) -> Run:
     records = [{**line, "epoch": float(line.get("epoch", 0))} for line in lines if _is_record(line)]
     if len(records) < len(lines):
         problems.append(f"{METRICS} has {len(lines) - len(records)} lines that are no records")
-    stopped: State = "stopped" if records or has_checkpoints(path) else "empty"
-    state: State = "running" if is_held(path) else "finished" if result else stopped
-    if state in ("running", "empty"):  # the first record is still to come
-        problems = [problem for problem in problems if problem != f"{METRICS} is missing"]
+    state: State = "stopped" if records or has_checkpoints(path) else "empty"
+    state = "running" if is_held(path) else "finished" if result else state
+    to_come = (*RUN_FILES, METRICS) if unused or state == "running" else (METRICS,) if state == "empty" else ()
+    problems = [problem for problem in problems if problem not in [f"{name} is missing" for name in to_come]]
     return Run(path, state, settings, provenance, result or None, records, tuple(problems))
 
 

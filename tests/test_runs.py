@@ -143,7 +143,7 @@ def test_what_is_broken_is_named_and_the_rest_is_there(tmp_path: Path) -> None:
         "bytes": ("metrics.jsonl is broken",),
         "no-metrics": ("metrics.jsonl is missing",),
         "cut": ("metrics.jsonl has 1 lines that are no records",),
-        "only-checkpoints": ("recipe.yaml and provenance.json are missing",),
+        "only-checkpoints": ("recipe.yaml is missing", "provenance.json is missing", "metrics.jsonl is missing"),
     }
     assert found["bad-recipe"].recipe_name == "small"
     assert len(found["cut"].curve("test", "accuracy")) == 2
