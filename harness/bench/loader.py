@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
-from torchvision.datasets import CIFAR10
 
 from harness.bench import Contestant, Round, rates, run_contest
 from harness.data.augment import Augmentation
@@ -107,12 +107,18 @@ def stock_ffcv(*, path: str, batch_size: int, workers: int, device: str, scale: 
     return _round_of(lambda number: batches(), device)
 
 
-class _Images(CIFAR10):
-    """Other images in torchvision's own dataset, which gives them through Pillow."""
+class _Images(Dataset[tuple[Tensor, int]]):
+    """Images in memory, each given through Pillow, as torchvision's CIFAR10 does."""
 
     def __init__(self, split: Split, count: int, transform: Callable[[Any], Tensor]) -> None:
-        self.data, self.targets = np.array(split.images_BHWC[:count]), split.labels_B[:count].tolist()
-        self.transform, self.target_transform = transform, None
+        self._data, self._labels = np.array(split.images_BHWC[:count]), split.labels_B[:count].tolist()
+        self._transform = transform
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._transform(Image.fromarray(self._data[index])), self._labels[index]
 
 
 def torchvision(*, path: str, count: int, batch_size: int, workers: int, device: str, scale: dict[str, Any]) -> Round:
