@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,13 +35,12 @@ from torch import Tensor, nn
 from harness.data.augment import normalisation_table
 from harness.errors import HarnessError
 from harness.models.dual_branch import DualBranchNet
-from harness.report.charts import BOTTOM, LEFT, RIGHT, TOP, WIDTH, Axis, bar_chart, drawing, percent, shortened
+from harness.report.charts import BOTTOM, LEFT, RIGHT, TOP, Axis, bar_chart, drawing, percent, shortened
 from harness.report.lazy_checkpoint import LazyCheckpoint
 from harness.report.page import missing, render
 from harness.training.inference import worst_mistakes
 
 MOST_CLASSES_DRAWN = 30
-SMALL_CELL = 19.0  # narrower ones have no room for a name in the usual size
 BINS = 15  # as in the paper's tables
 MISTAKES = 24  # in the gallery
 EXPLAINED = 8  # images with Grad-CAM
@@ -83,35 +82,8 @@ def most_confused(matrix_KK: np.ndarray, *, most: int) -> list[tuple[int, int, i
 
 
 def confusion_chart(matrix_KK: np.ndarray, names: Sequence[str]) -> Markup:
-    """A cell for each pair of classes, the fuller its colour the larger the share of the true class."""
-    left, classes = 116, len(names)
-    across = (WIDTH - left - 14) / classes
-    down = min(across, 36.0) if classes < 12 else across
-    # Names of many classes are small, so that they do not lie over one another.
-    size = f"{0.8 * across:.1f}px" if across < SMALL_CELL else ""
-    top = round(14 + (0.53 * across if size else 10) * max(len(shortened(name, 11)) for name in names))
-    cells = []
-    for row, column in np.argwhere(matrix_KK).tolist():
-        count = int(matrix_KK[row, column])
-        # So far from full colour that text on it can be read, in the light and the dark scheme.
-        opacity = f"{0.06 + 0.44 * count / matrix_KK[row].sum():.2f}"
-        words = f"{names[row]} → {names[column]}: {count}"
-        cells.append((left + column * across, top + row * down, count, words, opacity))
-    description = (
-        "How many images of each true class (row) are taken for each class (column); the commonest mistakes are listed "
-        "beside it."
-    )
-    values: dict[str, Any] = {
-        "class_names": names,
-        "cells": cells,
-        "left": left,
-        "top": top,
-        "across": across,
-        "down": down,
-    }
-    height = round(top + down * classes + 26)
-    values |= {"title": "Confusion matrix", "description": description, "height": height, "size": size}
-    return drawing("confusion.html", **values)
+    short = [shortened(name, 11) for name in names]
+    return drawing("confusion.html", counts=matrix_KK.tolist(), names_of_classes=names, short=short)
 
 
 def class_body(checkpoint: LazyCheckpoint) -> Markup:
@@ -180,28 +152,16 @@ def sureness(confidence: float, accuracy: float) -> str:
 
 
 def reliability_diagram(found: Calibration) -> Markup:
-    """A bar for each bin that has images, up to its accuracy or its mean confidence, whichever is lower, with the gap
-    to the other above it, and the diagonal."""
-    count = len(found.counts_M)
-    x_axis, y_axis = Axis(0, 1, LEFT, RIGHT), Axis(0, 1, BOTTOM, TOP)
-    edges = x_axis.place(np.arange(count + 1) / count).tolist()
-    bins, spoken = [], []
+    bins, count = [], len(found.counts_M)
     for m in np.flatnonzero(found.counts_M).tolist():
         accuracy, confidence = float(found.accuracy_M[m]), float(found.confidence_M[m])
-        spoken.append(
+        words = (
             f"{percent(m / count)} to {percent((m + 1) / count)}: {found.counts_M[m]:,} images, "
             f"mean probability {percent(confidence)}, accuracy {percent(accuracy)}"
         )
-        kind = "gap" if confidence >= accuracy else "gap unsure"
-        ends = y_axis.place(sorted([accuracy, confidence])).tolist()  # the gap begins where the bar ends
-        bins.append((edges[m] + 1, edges[m + 1] - edges[m] - 2, *ends, kind, spoken[-1]))
-    description = (
-        f"Accuracy over the probability of the predicted class, in {count} bins; on the diagonal both are equal. "
-        f"Expected calibration error {percent(found.ece)}. {'; '.join(spoken)}."
-    )
-    axes = {"x_ticks": x_axis.written(percent), "y_ticks": y_axis.written(percent), "y_label": "accuracy"}
-    axes["x_label"] = "probability of the predicted class"
-    return drawing("reliability.html", title="Reliability diagram", description=description, bins=bins, **axes)
+        bins.append((m, confidence, accuracy, words))
+    axes = {"x_ticks": Axis(0, 1, LEFT, RIGHT).written(percent), "y_ticks": Axis(0, 1, BOTTOM, TOP).written(percent)}
+    return drawing("reliability.html", bins=bins, count=count, ece=percent(found.ece), **axes)
 
 
 # --- worst mistakes and Grad-CAM
@@ -210,20 +170,10 @@ def reliability_diagram(found: Calibration) -> Markup:
 def gallery_body(checkpoint: LazyCheckpoint) -> Markup:
     """Pictures of the misclassified test images whose true class got the lowest probability."""
     found = checkpoint.predictions
-    probabilities_NK, labels_N = found.probabilities_NK.numpy(), found.labels_N.numpy()
-    ids = worst_mistakes(probabilities_NK, labels_N, most=MISTAKES)
+    ids = worst_mistakes(found.probabilities_NK.numpy(), found.labels_N.numpy(), most=MISTAKES)
     if not len(ids):
         return missing("No test image is misclassified.")
-    tiles = [
-        {
-            "picture": picture(image, f"Test image {number}: {true}, taken for {predicted}"),
-            "true": true,
-            "predicted": predicted,
-            "of_true": percent(float(probabilities_NK[number, labels_N[number]])),
-        }
-        for number, image, true, predicted in _in_words(checkpoint, ids)
-    ]
-    return render("gallery.html", tiles=tiles)
+    return render("gallery.html", tiles=_tiles(checkpoint, ids))
 
 
 def grad_cam_body(checkpoint: LazyCheckpoint) -> Markup:
@@ -231,32 +181,34 @@ def grad_cam_body(checkpoint: LazyCheckpoint) -> Markup:
     found = checkpoint.predictions
     wrong = worst_mistakes(found.probabilities_NK.numpy(), found.labels_N.numpy(), most=EXPLAINED)
     ids = wrong if len(wrong) else np.arange(min(EXPLAINED, len(found.labels_N)))
-    state = checkpoint.saved.state
+    state, images_BHW3 = checkpoint.saved.state, checkpoint.images[ids]
     channels = normalisation_table(state["mean"], state["std"])
-    images_BHW3 = checkpoint.images[ids]
     images_BCHW = torch.from_numpy(np.stack([channels[c][images_BHW3[..., c]] for c in range(3)], axis=1))
     layers = layers_to_explain(checkpoint.model, images_BCHW)
     maps = grad_cam(checkpoint.model, layers, images_BCHW, found.predicted_N[ids])
-    tiles = []
-    for i, (number, image, true, predicted) in enumerate(_in_words(checkpoint, ids)):
-        columns = {"image": picture(image, f"Test image {number}: {true}")}
+    tiles = _tiles(checkpoint, ids)
+    for i, tile in enumerate(tiles):
+        tile["maps"] = []
         for name, map_Bhw in maps.items():
-            alt = f"Grad-CAM of the {name} for test image {number} as {predicted}: {where_strongest(map_Bhw[i])}"
-            heated = overlaid(resized(image, PICTURE_PX), resized(map_Bhw[i], PICTURE_PX))
-            columns[name.removesuffix(" branch")] = picture(heated, alt)
-        right = bool(found.correct_N[number])
-        tiles.append({"columns": columns, "true": true, "predicted": predicted, "right": right})
-    return render("grad_cam.html", tiles=tiles, layers=layers, mistakes=len(wrong) > 0)
+            heated = overlaid(resized(images_BHW3[i], PICTURE_PX), resized(map_Bhw[i], PICTURE_PX))
+            tile["maps"].append((name, data_uri(heated), where_strongest(map_Bhw[i])))
+    return render("grad_cam.html", tiles=tiles, layers=layers, mistakes=len(wrong) > 0, size=PICTURE_PX)
 
 
-def _in_words(checkpoint: LazyCheckpoint, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray, str, str]]:
-    """Of some test images the id, the pixels, the true class, and the predicted one with its probability."""
-    found, names = checkpoint.predictions, checkpoint.classes
+def _tiles(checkpoint: LazyCheckpoint, ids: np.ndarray) -> list[dict[str, Any]]:
+    """Some test images with their true class, and the predicted one with its probability."""
+    found, names, tiles = checkpoint.predictions, checkpoint.classes, []
     for number in ids.tolist():
-        predicted = int(found.predicted_N[number])
-        probability = percent(float(found.probabilities_NK[number, predicted]))
-        true = names[int(found.labels_N[number])]
-        yield number, checkpoint.images[number], true, f"{names[predicted]} ({probability})"
+        image_HW3, true, predicted = (
+            checkpoint.images[number],
+            int(found.labels_N[number]),
+            int(found.predicted_N[number]),
+        )
+        of_true, of_predicted = (percent(float(found.probabilities_NK[number, k])) for k in (true, predicted))
+        tile = {"number": number, "true": names[true], "of_true": of_true, "right": true == predicted}
+        tile |= {"uri": data_uri(image_HW3), "height": image_HW3.shape[0], "width": image_HW3.shape[1]}
+        tiles.append(tile | {"predicted": f"{names[predicted]} ({of_predicted})"})
+    return tiles
 
 
 def where_strongest(map_hw: np.ndarray) -> str:
@@ -358,12 +310,6 @@ def data_uri(image_HW3: np.ndarray) -> str:
     file = io.BytesIO()
     image.save(file, "WEBP", lossless=max(image.size) <= LOSSLESS_UP_TO_PX, quality=85, method=4)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def picture(image_HW3: np.ndarray, alt: str) -> Markup:
-    """An `<img>` of a uint8 (H, W, 3) image; `alt` says in words what it shows."""
-    height, width = image_HW3.shape[:2]
-    return Markup('<img src="{}" width="{}" height="{}" alt="{}">').format(data_uri(image_HW3), width, height, alt)
 
 
 def overlaid(image_HW3: np.ndarray, heat_HW: np.ndarray) -> np.ndarray:

@@ -30,25 +30,17 @@ NO_CHECKPOINT = "There is no checkpoint yet."
 HOST = "127.0.0.1"
 LOOK_SECONDS = 2.0
 
-# What needs a checkpoint: anchor, title, lead, what makes it.
-_CHECKPOINT_SECTIONS: tuple[tuple[str, str, str, Callable[[LazyCheckpoint], Markup]], ...] = (
-    ("confusion", "Confusion matrix", "Which test images are taken for what: the fuller the colour, the larger the "
-     "share of the true class.", explain.confusion_body),
-    ("classes", "Accuracy by class", "Accuracy of a class: the share of its test images that are classified rightly "
-     "(recall). Precision: the share of the images taken for it that are of it.", explain.class_body),
-    ("calibration", "Calibration", "Whether the network's probabilities can be believed. The expected calibration "
-     f"error is the mean gap between probability and accuracy over {explain.BINS} bins of equal width, weighted by "
-     "their images (Guo et al. 2017).", explain.calibration_body),
-    ("mistakes", "Worst mistakes", "The misclassified test images whose true class got the lowest probability.",
-     explain.gallery_body),
-    ("grad-cam", "Where it looks", "Grad-CAM (Selvaraju et al. 2017) of the predicted class, in float32: where in the "
-     "image the features of a layer speak for it.", explain.grad_cam_body),
-    ("fields", "Receptive fields", "How much of an image one central unit at the end of each branch depends on, to "
-     "scale around a test image; what lies outside of the image is padding.", sections.fields_body),
-    ("architecture", "Architecture", "The network from its settings, features as channels × height × width.",
-     sections.architecture_body),
-    ("layers", "Layers", "", sections.layers_body),
-)  # fmt: skip
+# What needs a checkpoint: anchor, title, what makes it.
+_CHECKPOINT_SECTIONS: tuple[tuple[str, str, Callable[[LazyCheckpoint], Markup]], ...] = (
+    ("confusion", "Confusion matrix", explain.confusion_body),
+    ("classes", "Accuracy by class", explain.class_body),
+    ("calibration", "Calibration", explain.calibration_body),
+    ("mistakes", "Worst mistakes", explain.gallery_body),
+    ("grad-cam", "Where it looks", explain.grad_cam_body),
+    ("fields", "Receptive fields", sections.fields_body),
+    ("architecture", "Architecture", sections.architecture_body),
+    ("layers", "Layers", sections.layers_body),
+)
 
 
 class Reporter:
@@ -70,7 +62,7 @@ class Reporter:
         self._run_sections: list[Section] = []
         self._checkpoint_stamp: object = None
         self._checkpoint_sections = [
-            Section(id, title, missing("Being made …"), lead) for id, title, lead, _ in _CHECKPOINT_SECTIONS
+            Section(id, title, missing("Being made …")) for id, title, _ in _CHECKPOINT_SECTIONS
         ]
         self._problems: list[str] = []  # what of the checkpoint could not be shown, in sentences
         self._badges: list[str] = []
@@ -101,14 +93,14 @@ class Reporter:
         opened = self._open_checkpoint()
         problems: dict[str, list[str]] = {}  # reason -> sections
         made = []
-        for id, title, lead, body in _CHECKPOINT_SECTIONS:
+        for id, title, body in _CHECKPOINT_SECTIONS:
             try:
-                made.append(Section(id, title, body(opened), lead))
+                made.append(Section(id, title, body(opened)))
             except (HarnessError, OSError) as error:
                 reason = NO_CHECKPOINT if isinstance(error, NoCheckpoint) else _reason(error)
                 problems.setdefault(reason, []).append(title)
                 if reason != NO_CHECKPOINT:
-                    made.append(Section(id, title, missing(reason), lead))
+                    made.append(Section(id, title, missing(reason)))
         if waiting := problems.get(NO_CHECKPOINT):
             words = f"{NO_CHECKPOINT} With the first one come: {', '.join(waiting)}."
             made.insert(0, Section("checkpoint", "What the network does", missing(words)))
@@ -132,6 +124,8 @@ class Reporter:
             badges=[state, *self._badges],
             notes=[f"{problem}." for problem in self.run.problems],
             version=version,
+            template="report.html",
+            bins=explain.BINS,
         )
 
     def write(self) -> list[str]:

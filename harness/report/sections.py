@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -34,21 +33,6 @@ LOG_FROM = 30.0  # the largest value over the smallest from which an axis is log
 BRANCHES = ("depthwise", "dilated")
 MARGIN = 10  # around a drawing of fields
 
-_SETTINGS = {
-    "Network": "model.name",
-    "Data": "data.source",
-    "Epochs": "training.epochs",
-    "Steps": "training.steps",
-    "Batch": "training.global_batch_size",
-    "Precision": "training.precision",
-    "Optimizer": "optimizer.name",
-    "Learning rate": "optimizer.lr",
-    "Momentum": "optimizer.momentum",
-    "Weight decay": "optimizer.weight_decay",
-    "Schedule": "schedule.name",
-    "Averaged weights (EMA)": "ema.decay",
-    "Seed": "seed",
-}
 # Key in metrics.jsonl, title, words on the axis, what is drawn.
 _RATES = (
     ("lr", "Learning rate", "learning rate", "Learning rate over optimizer steps."),
@@ -71,11 +55,9 @@ _FIGURES = {
 
 def summary_section(run: Run) -> Section:
     """Headline figures and the settings that matter most."""
-    settings = {name: _text(run.setting(key)) for name, key in _SETTINGS.items() if run.setting(key) is not None}
-    if run.starts:
-        origin = _origin(run.starts[-1])
-        settings |= {name: origin[name] for name in ("Started", "Commit", "Device") if name in origin}
-    return Section("summary", "Summary", render("section_summary.html", headlines=_headlines(run), settings=settings))
+    origin = _origin(run.starts[-1]) if run.starts else {}
+    body = render("section_summary.html", headlines=_headlines(run), run=run, origin=origin, text=_text)
+    return Section("summary", "Summary", body)
 
 
 def curves_section(run: Run) -> Section:
@@ -280,17 +262,14 @@ def _field_drawing(image_HW3: np.ndarray, fields: Sequence[LayerField], branch: 
     # That of all fields, so that both drawings have one.
     scale = (WIDTH - 2 * MARGIN) / max([image_px, *(max(row.field_px) for row in fields)])
     shown = [(max(row.field_px), row.block) for row in fields if row.path == branch]
-    names = [(f"block {block}: {px} × {px} px", block - 1) for px, block in shown]
     return drawing(
         "fields.html",
-        title=f"{branch.capitalize()} branch",
-        description=f"A test image of {image_px} × {image_px} pixels with the receptive field of a central unit at "
-        f"the end of the {branch} branch of each block. {'; '.join(name for name, _ in names)}.",
-        height=WIDTH,
+        branch=branch,
+        image_px=image_px,
         picture=data_uri(image_HW3),
         picture_size=image_px * scale,
         frames=[(px * scale, block - 1) for px, block in shown],
-        names=names,
+        names=[(f"block {block}: {px} × {px} px", block - 1) for px, block in shown],
     )
 
 
@@ -321,33 +300,13 @@ def layers_body(checkpoint: LazyCheckpoint) -> Markup:
 
 def architecture_diagram(model: DualBranchNet, image_size_px: int) -> Markup:
     """Both branches of each block side by side, from the image at the top to the classes at the bottom."""
-    args, size, blocks, spoken = model.args, image_size_px, [], []
+    args, size, blocks = model.args, image_size_px, []
     channels = args.stem or model.in_chans
-    transitions = [*args.transition_widths, None]
-    for number, (widths, dilations) in enumerate(zip(args.widths, args.unit_dilations(), strict=True), start=1):
-        spoken.append(f"block {number} from {channels} to {' to '.join(map(str, widths))} channels at {size} × {size}")
-        units = [
-            (dilation, f"1×1: {a} → {b}")
-            for dilation, (a, b) in zip(dilations, pairwise([channels, *widths]), strict=True)
-        ]
-        channels = widths[-1] * (2 if args.merge == "concat" else 1)
-        block = {"number": number, "units": units, "joined": f"{channels} × {size} × {size}", "transition": ""}
-        if after := transitions[number - 1]:
-            block |= {"transition": f"1×1: {channels} → {after}", "after": f"{after} × {size // 2} × {size // 2}"}
-            channels, size = after, size // 2
-        blocks.append(block)
-    height, width = model.final_size
-    return drawing(
-        "architecture.html",
-        title="Dual-branch network",
-        description=f"In each block a depthwise and a dilated branch see the same input; their outputs are joined by "
-        f"{args.merge}. {'; '.join(spoken)}. Then a mean, {args.head_width} hidden channels and {model.num_classes} "
-        "classes.",
-        image=f"{model.in_chans} × {image_size_px} × {image_size_px}",
-        stem=f"3×3: {model.in_chans} → {args.stem}" if args.stem is not None else "",
-        blocks=blocks,
-        merge=args.merge,
-        mean=f"mean over {height}×{width}",
-        hidden=f"1×1: {channels} → {args.head_width}",
-        classes=f"1×1: {args.head_width} → {model.num_classes} classes",
-    )
+    rows = zip(args.widths, args.unit_dilations(), [*args.transition_widths, 0], strict=True)
+    for number, (widths, dilations, after) in enumerate(rows, start=1):
+        joined = widths[-1] * (2 if args.merge == "concat" else 1)
+        block = {"number": number, "channels": [channels, *widths], "dilations": dilations, "joined": joined}
+        blocks.append(block | {"size": size, "after": after})
+        channels, size = after, size // 2
+    sizes = {"image_px": image_size_px, "in_chans": model.in_chans, "final_size": model.final_size}
+    return drawing("architecture.html", args=args, blocks=blocks, classes=model.num_classes, **sizes)
