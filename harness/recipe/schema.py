@@ -139,7 +139,7 @@ def parse_settings(settings: Mapping[str, Any]) -> DualBranchArgs:
         HarnessError: an unknown name (an UnknownSetting), or all that is wrong with the values, in one message.
     """
     fields = DualBranchArgs.model_fields
-    for name in settings.keys() - fields.keys():
+    for name in (name for name in settings if name not in fields):  # the first one as given
         raise UnknownSetting(f'the dual-branch network has no setting "{name}"', hint=nearest(name, fields))
     try:
         return DualBranchArgs.model_validate(dict(settings))
